@@ -1,0 +1,237 @@
+"""The sampler and the shared-prefix scorer against the slow, obvious version:
+transformers' own forward, row by row."""
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+
+from conftest import noise_image, random_crm
+from crm import BANNED, END, load_crm
+from data import PROMPTS
+
+
+def naive_logp(crm, group, temperature):
+    """One answer at a time, the whole sequence, all logits, no packing, no cache. (G, T)"""
+    out, p = [], group.prompt
+    for tokens, n in zip(group.tokens, group.lengths.tolist()):
+        ids = torch.cat([p.ids, tokens[:n]])[None]
+        logits = crm.model(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=p.pixel_values,
+                           image_grid_thw=p.grid_thw, mm_token_type_ids=(ids == crm.image_id).int()).logits[0]
+        logits = logits[len(p.ids) - 1:-1].float() / temperature
+        logits[:, crm.tokenizer.convert_tokens_to_ids(list(BANNED))] = -torch.inf
+        logp = logits.log_softmax(-1).gather(1, tokens[:n, None])[:, 0]
+        out.append(torch.nn.functional.pad(logp, (0, group.tokens.shape[1] - n)))
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 1.6])
+def test_sampled_equals_scored_equals_naive_for_prompts_and_images_of_different_sizes(
+        crm, prompts, temperature):
+    groups = crm.sample(prompts, 4, 20, temperature, seed=1)
+    together = crm.score([(group, range(4)) for group in groups], temperature)
+    for group, (logp, _) in zip(groups, together):
+        naive = naive_logp(crm, group, temperature)
+        assert naive.std() > 0.3                        # far from uniform: the comparison means something
+        for ours in (group.logp, crm.logp(group, range(4), temperature), logp):
+            torch.testing.assert_close(ours, naive, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_every_gradient_of_the_packed_loss_equals_the_naive_one(prompts, checkpointing):
+    crm = random_crm(checkpointing=checkpointing)
+    group = crm.sample(prompts[:1], 4, 20, seed=2)[0]
+    weight = torch.randn(group.logp.shape, generator=torch.Generator().manual_seed(0))
+    (naive_logp(crm, group, 1.0) * weight).sum().backward()
+    naive = {name: p.grad.clone() for name, p in crm.model.named_parameters()}
+    crm.model.zero_grad()
+    (crm.logp(group, range(4)) * weight).sum().backward()
+    for name, p in crm.model.named_parameters():
+        assert naive[name].abs().max() > 0, name                    # vision tower included
+        torch.testing.assert_close(p.grad, naive[name], atol=1e-5 * naive[name].abs().max().item() + 1e-6,
+                                   rtol=1e-3)
+
+
+def test_a_group_cut_into_packs_scores_and_learns_as_a_whole_one(crm, prompts):
+    group = crm.sample(prompts[:1], 6, 20, seed=3)[0]
+    budget = len(group.prompt.ids) + 45
+    packs = crm.packs(group, budget)
+    assert len(packs) > 1 and sum(packs, []) == list(range(6))
+    assert all(len(group.prompt.ids) + group.lengths[rows].sum() <= budget for rows in packs)
+    assert crm.packs(group, 1) == [[i] for i in range(6)]           # never drops a row
+    whole = crm.logp(group, range(6))
+    torch.testing.assert_close(torch.cat([crm.logp(group, rows) for rows in packs]), whole, atol=1e-5, rtol=0)
+
+
+def test_entropy_is_that_of_the_distribution(crm, prompts):
+    group = crm.sample(prompts[:1], 2, 6, seed=0)[0]
+    (_, entropy), = crm.score([(group, [0, 1])])
+    ids = torch.cat([group.prompt.ids, group.tokens[0, :0]])[None]
+    logits = crm.model(
+        input_ids=ids, pixel_values=group.prompt.pixel_values, image_grid_thw=group.prompt.grid_thw,
+        mm_token_type_ids=(ids == crm.image_id).int()).logits[0, -1]
+    logits[~crm.allowed] = -torch.inf
+    expected = torch.distributions.Categorical(logits=logits).entropy()
+    torch.testing.assert_close(entropy[:, 0], expected.expand(2), atol=1e-5, rtol=0)
+    assert not entropy.requires_grad
+
+
+def test_positions_equal_get_rope_index_and_answers_go_on_from_the_largest(crm, prompts):
+    for prompt in prompts:
+        ids = prompt.ids[None]
+        positions, delta = crm.model.model.get_rope_index(ids, (ids == crm.image_id).int(), prompt.grid_thw)
+        assert torch.equal(prompt.positions, positions[:, 0])
+        assert prompt.positions.max() + 1 == len(prompt.ids) + delta.item()     # where generate goes on
+        assert not torch.equal(prompt.positions[1], prompt.positions[0])        # really three axes
+
+
+def test_answers_do_not_depend_on_the_batch_they_were_sampled_in(crm, prompts):
+    seeds = [(5, i) for i in range(3)]
+    together, alone = crm.sample(prompts, 4, 12, seed=seeds), [crm.sample([p], 4, 12, seed=[s])[0]
+                                                               for p, s in zip(prompts, seeds)]
+    for a, b in zip(together, alone):
+        assert a.texts == b.texts
+        torch.testing.assert_close(a.logp, b.logp, atol=1e-5, rtol=0)
+    fewer = crm.sample(prompts, 2, 12, seed=seeds)
+    assert [g.texts[:2] for g in together] == [g.texts for g in fewer]
+    assert crm.sample(prompts, 4, 12, seed=6)[0].texts != together[0].texts
+
+
+def test_sampler_passes_a_chi_square_test_against_softmax(crm, prompts):
+    temperature, draws = 1.3, 4000
+    group = crm.sample(prompts[:1], draws, 1, temperature, seed=4)[0]
+    ids = prompts[0].ids[None]
+    logits = crm.model(
+        input_ids=ids, pixel_values=prompts[0].pixel_values, image_grid_thw=prompts[0].grid_thw,
+        mm_token_type_ids=(ids == crm.image_id).int()).logits[0, -1].detach() / temperature
+    logits[~crm.allowed] = -torch.inf
+    expected = logits.softmax(-1) * draws
+    counts = torch.bincount(group.tokens[:, 0], minlength=len(expected)).float()
+    assert counts[expected == 0].sum() == 0
+    common = expected >= 5
+    expected = torch.cat([expected[common], expected[~common].sum()[None]])
+    counts = torch.cat([counts[common], counts[~common].sum()[None]])
+    chi2, df = ((counts - expected) ** 2 / expected).sum(), len(expected) - 1
+    assert df >= 10
+    assert abs(chi2 - df) < 4 * np.sqrt(2 * df)                     # four standard deviations either way
+
+
+def test_temperature_zero_takes_the_likeliest_token(crm, prompts):
+    group = crm.sample(prompts[:1], 2, 8, temperature=0)[0]
+    assert group.texts[0] == group.texts[1]
+    ids = torch.cat([prompts[0].ids, group.tokens[0, :3]])[None]
+    logits = crm.model(
+        input_ids=ids, pixel_values=prompts[0].pixel_values, image_grid_thw=prompts[0].grid_thw,
+        mm_token_type_ids=(ids == crm.image_id).int()).logits[0, -1]
+    assert logits.masked_fill(~crm.allowed, -torch.inf).argmax() == group.tokens[0, 3]
+
+
+@pytest.mark.parametrize("end", END)
+def test_either_end_token_ends_an_answer_and_is_its_last_token(crm, prompts, end, monkeypatch):
+    end_id = crm.tokenizer.convert_tokens_to_ids(end)
+    monkeypatch.setattr(crm, "_draw", lambda logits, uniform, temperature:
+                        (torch.tensor([end_id, 300]), torch.full((2,), -1.0)))
+    group = crm.sample(prompts[:1], 2, 5)[0]
+    assert group.lengths.tolist() == [1, 5] and group.finished.tolist() == [True, False]
+    assert group.tokens[0, 0] == end_id and group.logp[0].tolist() == [-1, 0, 0, 0, 0]
+    assert end not in group.texts[0]
+
+
+def test_a_checkpoints_generation_config_does_not_touch_sampling(crm, prompts):
+    before = crm.sample(prompts[:1], 3, 8, seed=9)[0].tokens
+    crm.model.generation_config.update(temperature=1e-6, repetition_penalty=1.05, top_k=1, do_sample=True)
+    assert torch.equal(before, crm.sample(prompts[:1], 3, 8, seed=9)[0].tokens)
+
+
+def test_vision_tokens_are_never_sampled_and_a_forced_one_scores_without_a_crash(crm, prompts):
+    group = crm.sample(prompts[:1], 64, 8, temperature=50.0)[0]     # nearly uniform: every token is drawn
+    banned = torch.tensor(crm.tokenizer.convert_tokens_to_ids(list(BANNED)))
+    assert not torch.isin(group.tokens, banned).any()
+    group.tokens[:2, 1] = crm.image_id
+    logp = crm.logp(group, [0, 1, 2])
+    assert logp.isfinite().all() and (logp[:2, 1] < -1e6).all() \
+        and (logp[2, :int(group.lengths[2])] > -100).all()
+
+
+def test_text_that_looks_like_a_special_token_stays_text(crm):
+    plain = crm.encode(noise_image(56, 56), "a <|image_pad|> b <|im_end|>")
+    assert (plain.ids == crm.image_id).sum() == 4                   # the image's own 2 x 2
+    assert (plain.ids == crm.tokenizer.convert_tokens_to_ids("<|im_end|>")).sum() == 2  # the chat's own
+    assert "<|image_pad|> b <|im_end|>" in crm.tokenizer.decode(plain.ids)
+
+
+def test_the_image_is_resized_once_and_frames_carry_both_sizes(crm):
+    prompt = crm.encode(noise_image(61, 203), "x")
+    assert prompt.frame.image == (61, 203) and prompt.frame.model == (56, 196)
+    assert prompt.grid_thw.tolist() == [[1, 14, 4]] and len(prompt.pixel_values) == 56
+    assert (prompt.ids == crm.image_id).sum() == 14 and prompt.ids[prompt.image_at] == crm.image_id
+
+
+def test_saved_folder_loads_with_from_pretrained_and_gives_the_same_numbers(crm, prompts, tmp_path):
+    group = crm.sample(prompts[:1], 2, 10, seed=1)[0]
+    crm.save(tmp_path / "crm")
+    Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "crm")
+    assert AutoTokenizer.from_pretrained(tmp_path / "crm").convert_tokens_to_ids("<|im_end|>") \
+        == crm.end_ids[0]
+    again = load_crm(tmp_path / "crm")
+    assert torch.equal(again.encode(noise_image(112, 84), "x").ids, crm.encode(noise_image(112, 84), "x").ids)
+    torch.testing.assert_close(again.logp(group, [0, 1]), crm.logp(group, [0, 1]), atol=0, rtol=0)
+
+
+def test_reference_stays_where_the_policy_started():
+    crm = random_crm(reference=True)
+    prompt = crm.encode(noise_image(56, 56), "x")
+    group = crm.sample([prompt], 2, 6)[0]
+    start = crm.logp(group, [0, 1]).detach()
+    with torch.no_grad():
+        for p in crm.trainable().values():
+            p.add_(0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    with crm.reference():
+        assert torch.equal(crm.logp(group, [0, 1]), start)
+    assert (crm.logp(group, [0, 1]) - start).abs().max() > 1e-3
+
+
+def test_without_a_reference_asking_for_one_is_an_error(crm):
+    with pytest.raises(ValueError, match="reference=True"), crm.reference():
+        pass
+
+
+def test_lora_trains_only_its_matrices_and_switched_off_it_is_the_reference(tmp_path):
+    crm, plain = random_crm(lora_rank=4), random_crm()
+    names = crm.trainable()
+    assert names and all("lora_" in name for name in names) and not any("visual" in name for name in names)
+    prompt = crm.encode(noise_image(56, 56), "x")
+    group = crm.sample([prompt], 2, 8, seed=1)[0]
+    assert group.texts == plain.sample([prompt], 2, 8, seed=1)[0].texts     # a fresh adapter changes nothing
+    with torch.no_grad():
+        for p in names.values():
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    moved, group = crm.logp(group, [0, 1]).detach(), group
+    assert (moved - group.logp).abs().max() > 1e-3
+    with crm.reference():
+        torch.testing.assert_close(crm.logp(group, [0, 1]), group.logp, atol=1e-5, rtol=0)
+    resampled = crm.sample([prompt], 2, 8, seed=1)[0]               # the decode step sees the adapter, too
+    torch.testing.assert_close(crm.logp(resampled, [0, 1]).detach(), resampled.logp, atol=1e-5, rtol=0)
+    crm.save(tmp_path / "merged")
+    torch.testing.assert_close(load_crm(tmp_path / "merged").logp(group, [0, 1]), moved, atol=1e-5, rtol=0)
+
+
+def test_a_frozen_vision_tower_gets_no_gradient():
+    crm = random_crm(freeze_vision=True)
+    prompt = crm.encode(noise_image(56, 56), "x")
+    crm.logp(crm.sample([prompt], 2, 6)[0], [0, 1]).sum().backward()
+    assert all(p.grad is None for n, p in crm.model.named_parameters() if "visual" in n)
+    assert all(p.grad is not None for n, p in crm.model.named_parameters() if "visual" not in n)
+
+
+@pytest.mark.parametrize("make, says", [
+    (lambda d: None, "no folder with a config.json"),
+    (lambda d: (d / "config.json").write_text('{"model_type": "llama"}'), "'llama', not 'qwen2_5_vl'"),
+    (lambda d: (d / "config.json").write_text('{"model_type": "qwen2_5_vl"}'), "cannot be loaded")])
+def test_a_folder_that_is_no_qwen2_5_vl_is_named(tmp_path, make, says):
+    make(tmp_path)
+    with pytest.raises(ValueError, match=f"(?s){tmp_path}.*{says}"):
+        load_crm(tmp_path)
+
+
+def test_prompts_have_a_place_for_the_question():
+    assert all("{query}" in text for text in PROMPTS.values())

@@ -1,0 +1,318 @@
+"""Readers, frames, masks and images: hand numbers, and bad input that must be named."""
+import io
+import json
+import math
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from data import (PROMPTS, BadRow, Frame, box_from_mask, fill_prompt, keypoints_from_mask, load_image,
+                  load_prompt, load_samples, model_size, target_text, to_image, to_model)
+from rewards import parse_answer, reward_terms, total_reward
+
+# ---------------------------------------------------------------- frames
+
+
+@given(st.integers(14, 3000), st.integers(14, 3000))
+@settings(max_examples=300, deadline=None)
+def test_aspect_gives_multiples_of_28_within_the_pixel_limits_and_nearly_the_ratio(width, height):
+    if max(width, height) > 100 * min(width, height):
+        return
+    w, h = model_size((width, height), min_pixels=56 * 56, max_pixels=840 * 840)
+    assert w % 28 == h % 28 == 0
+    assert 56 * 56 <= w * h and (w * h <= 840 * 840 or min(w, h) == 28)
+    if min(w, h) >= 280:
+        assert abs(math.log(w / h * height / width)) < 0.15
+
+
+def test_sizes_by_hand():
+    assert model_size((512, 512)) == (504, 504)         # 18.3 -> 18 tokens of 28 pixels
+    assert model_size((112, 112)) == (112, 112)
+    assert model_size((1680, 1680)) == (840, 840)       # too many pixels: floor(60 / 2) = 30 tokens a side
+    assert model_size((30, 30)) == (56, 56)             # too few: at least 56 x 56
+    assert model_size((300, 500), "square:840") == (840, 840)
+
+
+@pytest.mark.parametrize("resize", ["square", "square:0", "square:100", "square:-28", "fit", ""])
+def test_an_unknown_resize_is_refused(resize):
+    with pytest.raises(ValueError, match="--resize"):
+        model_size((100, 100), resize)
+
+
+def test_an_absurdly_thin_image_is_refused():
+    with pytest.raises(ValueError, match="too long and thin"):
+        model_size((5000, 14))
+
+
+def test_to_model_scales_x_and_y_by_their_own_factors_and_to_image_undoes_it():
+    frame = Frame(image=(100, 50), model=(200, 200))
+    assert to_model((10, 10, 20, 30), frame) == (20, 40, 40, 120)
+    assert to_model(((1, 2), (3, 4)), frame) == ((2, 8), (6, 16))
+    assert to_image(to_model((7, 9, 31, 44), frame), frame) == pytest.approx((7, 9, 31, 44))
+
+
+# ---------------------------------------------------------------- masks
+
+
+def test_box_of_a_mask_is_tight_to_the_far_edges():
+    mask = np.zeros((20, 30), bool)
+    mask[5:10, 8:25] = True
+    assert box_from_mask(mask) == (8, 5, 25, 10)
+    mask[:] = False
+    mask[3, 4] = True
+    assert box_from_mask(mask) == (4, 3, 5, 4)              # one pixel still has an area
+
+
+def slow_keypoints(mask):
+    """The definition, pixel by pixel."""
+    H, W = mask.shape
+    inside = [(x, y) for y in range(H) for x in range(W) if mask[y, x]]
+    outside = [(x, y) for y in range(-1, H + 1) for x in range(-1, W + 1)
+               if not (0 <= x < W and 0 <= y < H and mask[y, x])]
+    depth = {p: min(math.dist(p, q) for q in outside) for p in inside}
+    first = max(inside, key=lambda p: (depth[p], -p[1], -p[0]))
+    away = {p: math.dist(p, first) for p in inside}
+    far = [p for p in inside if away[p] > np.median(list(away.values()))]
+    return first, max(far, key=lambda p: (depth[p], -p[1], -p[0])) if far else first
+
+
+@given(st.integers(0, 10_000))
+@settings(max_examples=25, deadline=None)
+def test_keypoints_are_the_deepest_pixel_and_the_deepest_far_one(seed):
+    rng = np.random.default_rng(seed)
+    mask = rng.random((9, 11)) < rng.uniform(0.1, 1)
+    mask[rng.integers(9), rng.integers(11)] = True
+    assert keypoints_from_mask(mask) == slow_keypoints(mask)
+
+
+def test_keypoints_of_one_pixel_coincide_and_of_nothing_are_an_error():
+    mask = np.zeros((5, 5), bool)
+    for function in (box_from_mask, keypoints_from_mask):
+        with pytest.raises(ValueError, match="empty"):
+            function(mask)
+    mask[2, 3] = True
+    assert keypoints_from_mask(mask) == ((3, 2), (3, 2))
+
+
+# ---------------------------------------------------------------- images
+
+
+def test_grey_rgba_palette_16_bit_and_rotated_images_come_out_right(tmp_path):
+    ramp = np.arange(40 * 60).reshape(40, 60)
+    grey = np.uint8(ramp * 255 / ramp.max())
+
+    def loaded(image, name, **options):
+        image.save(tmp_path / name, **options)
+        return np.asarray(load_image(tmp_path / name)).astype(int)
+
+    three = np.repeat(grey[..., None], 3, 2).astype(int)
+    assert np.array_equal(loaded(Image.fromarray(grey), "grey.png"), three)
+    deep = loaded(Image.fromarray(np.uint16(1000 + ramp * 20)), "deep.png")  # 16 bits: stretched, not clipped
+    assert abs(deep - three).max() <= 1
+    assert abs(loaded(Image.fromarray(np.float32(ramp) - 900), "float.tiff") - three).max() <= 1
+    colour = Image.fromarray(np.uint8(np.stack([grey, grey[::-1], grey[:, ::-1]], 2)))
+    palette = colour.quantize(64)
+    assert np.array_equal(loaded(palette, "palette.png"), np.asarray(palette.convert("RGB")).astype(int))
+    rgba = colour.convert("RGBA")
+    rgba.putalpha(Image.fromarray(np.uint8(np.where(ramp % 60 < 30, 255, 0))))
+    seen = loaded(rgba, "rgba.png")
+    assert np.array_equal(seen[:, :30], np.asarray(colour)[:, :30]) and not seen[:, 30:].any()
+    exif = Image.Exif()
+    exif[0x0112] = 6                                                                # stored lying on its side
+    turned = loaded(colour, "turned.png", exif=exif)
+    assert np.array_equal(turned, np.asarray(colour.rotate(-90, expand=True)).astype(int))
+
+
+@pytest.mark.parametrize("content, says", [
+    (b"hello", "not an image"), (b"", "not an image"), (b"\x89PNG\r\n\x1a\n" + b"\0" * 50, "image")])
+def test_what_is_no_image_is_one_clear_line(tmp_path, content, says):
+    (tmp_path / "x.png").write_bytes(content)
+    for source in (tmp_path / "x.png", content):
+        with pytest.raises(ValueError, match=says) as error:
+            load_image(source)
+        assert "\n" not in str(error.value)
+
+
+def test_missing_directory_tiny_truncated_and_enormous_images_are_refused(tmp_path):
+    for path, says in ((tmp_path / "no.png", "no such file"), (tmp_path, "directory")):
+        with pytest.raises(ValueError, match=says):
+            load_image(path)
+    buffer = io.BytesIO()
+    Image.new("L", (1, 1)).save(buffer, "png")
+    with pytest.raises(ValueError, match="1x1"):
+        load_image(buffer.getvalue())
+    buffer = io.BytesIO()
+    Image.effect_noise((200, 200), 50).save(buffer, "png")
+    with pytest.raises(ValueError, match="broken"):
+        load_image(buffer.getvalue()[:5000])
+    buffer = io.BytesIO()
+    Image.new("1", (12_000, 9_000)).save(buffer, "png")
+    with pytest.raises(ValueError, match="pixels"):
+        load_image(buffer.getvalue())
+
+
+# ---------------------------------------------------------------- prompts and targets
+
+
+def test_prompt_files_need_a_place_for_the_question_and_braces_are_safe(tmp_path):
+    (tmp_path / "good.txt").write_text('Say {"a": 1}: {query}')
+    (tmp_path / "bad.txt").write_text("Say it")
+    assert fill_prompt(load_prompt(str(tmp_path / "good.txt")), "what {x}?") == 'Say {"a": 1}: what {x}?'
+    with pytest.raises(ValueError, match="bad.txt.*query"):
+        load_prompt(str(tmp_path / "bad.txt"))
+    with pytest.raises(ValueError, match="neither"):
+        load_prompt("nonsense")
+    assert load_prompt("direct") == PROMPTS["direct"]
+
+
+def test_the_supervised_target_earns_nearly_everything():
+    for split in ("train", "test"):
+        samples = load_samples("demo/data", split)
+        for i in range(0, len(samples), 60):
+            sample = samples[i]
+            frame = Frame(sample.image.size, model_size(sample.image.size))
+            text = target_text(sample, frame)
+            assert parse_answer(text).problem == "" and sample.think in text
+            terms = reward_terms(text, to_model(sample.bbox, frame), to_model(sample.points, frame))
+            assert total_reward(terms, "soft") > 3.5    # whole pixels cost a little on the smallest targets
+            assert "<think>" not in target_text(sample, frame, with_think=False)
+
+
+# ---------------------------------------------------------------- readers
+
+
+def png(array):
+    buffer = io.BytesIO()
+    Image.fromarray(np.uint8(array)).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def umrg_row(i=0, **changes):
+    mask = np.zeros((40, 60))
+    mask[10:20, 15:40] = 255
+    truth = {"bbox_2d": [15, 10, 40, 20], "point_2d": [[20, 15], [34, 15]]}
+    row = {"data_source": "umrg", "prompt": [{"role": "user", "content": f"question {i}"}],
+           "images": [{"bytes": png(np.full((40, 60, 3), i)), "path": f"{i}.png"}],
+           "masks": [{"bytes": png(mask), "path": f"{i}_mask.png"}],
+           "reward_model": {"style": "rule", "ground_truth": json.dumps(truth)},
+           "extra_info": {"id": f"s{i}", "supercategory": "Brain", "category": "x", "index": i}}
+    return row | changes
+
+
+def write(path, rows, **options):
+    pq.write_table(pa.Table.from_pylist(rows), path, **options)
+    return path
+
+
+def test_parquet_rows_come_out_in_order_across_files_and_row_groups(tmp_path):
+    write(tmp_path / "train-00000-of-00002.parquet", [umrg_row(i) for i in range(7)], row_group_size=3)
+    write(tmp_path / "train-00001-of-00002.parquet", [umrg_row(i) for i in range(7, 9)])
+    write(tmp_path / "test.parquet", [umrg_row(99)])
+    samples = load_samples(tmp_path, "train")
+    assert [s.id for s in samples] == [f"s{i}" for i in range(9)]
+    assert [s.image.getpixel((0, 0))[0] for s in samples] == list(range(9))
+    s = samples[4]
+    assert (s.query, s.bbox, s.points, s.supercategory) == (
+        "question 4", (15, 10, 40, 20), ((20, 15), (34, 15)), "Brain")
+    assert s.mask.shape == (40, 60) and s.mask.sum() == 250
+    assert [s.id for s in samples[2:4]] == ["s2", "s3"]
+    assert load_samples(tmp_path, "test")[0].id == "s99"
+    assert load_samples(tmp_path / "test.parquet")[0].id == "s99"
+
+
+def truth(**changes):
+    return {"reward_model": {"ground_truth": json.dumps(
+        {"bbox_2d": [15, 10, 40, 20], "point_2d": [[20, 15], [34, 15]]} | changes)}}
+
+
+@pytest.mark.parametrize("changes, key", [
+    ({"images": [{"bytes": b"junk", "path": "x"}]}, "image"),
+    ({"images": [{"bytes": None, "path": "x"}]}, "images"),
+    ({"images": []}, "images"),
+    ({"prompt": [{"role": "user", "content": "  "}]}, "query"),
+    ({"masks": [{"bytes": png(np.zeros((40, 60))), "path": "x"}]}, "mask: is empty"),
+    ({"masks": [{"bytes": png(np.full((40, 50), 255)), "path": "x"}]}, "mask: is 50x40"),
+    ({"masks": [{"bytes": b"junk", "path": "x"}]}, "mask"),
+    ({"reward_model": {"ground_truth": "{"}}, "reward_model.ground_truth"),
+    (truth(bbox_2d=[15, 10, 90, 20]), "bbox.*outside the 60x40 image"),
+    (truth(bbox_2d=[40, 10, 15, 20]), "bbox.*inverted"),
+    (truth(bbox_2d=[1, 2, 3]), "bbox.*four finite numbers"),
+    (truth(point_2d=[[20, 15], [99, 15]]), "points.*outside"),
+    (truth(point_2d=[[20, 15]]), "points.*two"),
+])
+def test_a_bad_row_is_named_with_file_row_and_key_or_skipped_and_counted(tmp_path, changes, key):
+    rows = [umrg_row(0), umrg_row(1), umrg_row(2)]
+    rows[1] |= changes
+    path = write(tmp_path / "train.parquet", rows)
+    samples = load_samples(path)
+    assert samples[0].id == "s0" and samples[2].id == "s2"
+    with pytest.raises(BadRow, match=rf"train\.parquet, row 1, {key}"):
+        samples[1]
+    good = load_samples(path, skip_bad_rows=True)
+    assert [s.id for s in good] == ["s0", "s2"] and len(good.skipped) == 1
+
+
+def test_a_missing_column_and_a_broken_file_and_nothing_at_all_are_named(tmp_path):
+    row = umrg_row()
+    del row["images"]
+    with pytest.raises(ValueError, match="train.parquet: column images is missing"):
+        load_samples(write(tmp_path / "train.parquet", [row]))
+    (tmp_path / "test.parquet").write_bytes(b"PAR1 not really")
+    with pytest.raises(ValueError, match="test.parquet: not a readable parquet"):
+        load_samples(tmp_path, "test")
+    with pytest.raises(ValueError, match="neither samples.jsonl nor other"):
+        load_samples(tmp_path, "other")
+    with pytest.raises(ValueError, match="no such"):
+        load_samples(tmp_path / "nowhere")
+    bad = write(tmp_path / "all_bad.parquet", [umrg_row(images=[])])
+    with pytest.raises(ValueError, match="no usable sample"):
+        load_samples(bad, skip_bad_rows=True)
+
+
+def test_a_folder_takes_box_and_points_from_the_mask_where_they_are_not_given(tmp_path):
+    for name in ("images", "masks"):
+        (tmp_path / name).mkdir()
+    mask = np.zeros((40, 60))
+    mask[10:20, 15:40] = 255
+    (tmp_path / "images/a.png").write_bytes(png(np.zeros((40, 60, 3))))
+    (tmp_path / "masks/a.png").write_bytes(png(mask))
+    rows = [{"image": "a.png", "query": "what?", "mask": "a.png"},
+            {"image": "a.png", "query": "where?", "bbox": [1, 2, 30, 20], "points": [[5, 5], [9, 9]],
+             "split": "test"},
+            {"image": "a.png", "query": "which?"}, {"image": "b.png", "query": "who?", "mask": "a.png"},
+            {"query": "x"}]
+    (tmp_path / "samples.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    samples = load_samples(tmp_path)
+    assert samples[0].bbox == (15, 10, 40, 20) and samples[0].points == keypoints_from_mask(mask > 0)
+    assert load_samples(tmp_path, "test")[0].bbox == (1, 2, 30, 20)
+    for i, says in ((1, "line 3, bbox: is missing"), (2, "line 4, image: no such file"),
+                    (3, "line 5, image: is missing")):
+        with pytest.raises(BadRow, match=says):
+            samples[i]
+    (tmp_path / "samples.jsonl").write_text('{"image": "a.png"}\n{half')
+    with pytest.raises(ValueError, match="line 2: not JSON"):
+        load_samples(tmp_path)
+
+
+def test_the_embedded_data_is_what_the_readme_says():
+    train, test = load_samples("demo/data", "train"), load_samples("demo/data", "test")
+    assert len(train) >= 1500 and len(test) >= 300
+    rows = {split: [s.extra | {"query": s.query} for s in samples]
+            for split, samples in (("train", train), ("test", test))}
+    assert len({row["modality"] for row in rows["train"]}) >= 6
+    assert len({row["supercategory"] for row in rows["train"]}) >= 7
+    assert not any(row["unseen_wording"] for row in rows["train"])
+    assert 0.3 < np.mean([row["unseen_wording"] for row in rows["test"]]) < 0.7
+    for category in {row["category"] for row in rows["train"]}:
+        wordings = {(row["wording"]) for split in rows.values() for row in split
+                    if row["category"] == category}
+        unseen = {row["wording"] for row in rows["test"]
+                  if row["category"] == category and row["unseen_wording"]}
+        assert len(wordings) >= 8 and len(unseen) >= 2, category
+    for row in rows["train"] + rows["test"]:
+        assert row["category"].lower() not in row["query"].lower()
