@@ -1,0 +1,384 @@
+"""What every training run shares and no paper is about: the command line, ranks, the optimizer, logs,
+checkpoints and the held-out evaluation. The algorithms are in train_grpo.py and train_sft.py.
+"""
+import argparse
+import json
+import math
+import os
+import resource
+import shlex
+import shutil
+import signal
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import transformers
+
+from data import fill_prompt, load_samples, to_image, to_model
+from rewards import box_iou, parse_answer, point_dice, reward_terms, total_reward
+
+ROOT = Path(__file__).parent
+SCORES = ("iou", "pdice", "reward", "parse_ok")            # of a held-out answer
+EMBEDDED = {"crm": ROOT / "demo/crm", "asm": ROOT / "demo/asm", "data": ROOT / "demo/data"}
+
+
+# ---------------------------------------------------------------- command line
+
+def flag(default, help: str, choices=None):
+    """One field of a Config: its default, what --help says, and the values it may have."""
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+def parse_args(config_class, doc: str, recipe: str | None = None, argv: list[str] | None = None):
+    """A Config from the command line: one --flag a field,
+    `@FILE` for a file of flags (one a line, # comments).
+
+    An unknown flag, a wrong value or an unknown choice ends the program with status 2.
+    Where --crm, --asm or --data are fields and not given, the embedded default is taken,
+    its recipe's flags with it, and that is said."""
+    parser = argparse.ArgumentParser(description=doc, fromfile_prefix_chars="@", allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
+    for f in fields(config_class):
+        kind = next(iter(get_args(f.type)), f.type)                          # float | None -> float
+        required = f.default is MISSING or f.default == "required"
+        how = {"action": argparse.BooleanOptionalAction} if kind is bool else \
+              {"type": kind, "choices": f.metadata["choices"],
+               "metavar": None if f.metadata["choices"] else kind.__name__}
+        parser.add_argument(
+            "--" + f.name.replace("_", "-"), default=None if required else f.default, required=required,
+            help=f.metadata["help"] + ("" if required or f.default is None else f" ({f.default})"), **how)
+    argv = sys.argv[1:] if argv is None else argv
+    config = parser.parse_args(argv)
+    if recipe and config.crm is None:
+        config = parser.parse_args([f"@{ROOT / recipe}", *argv])
+        say(f"no --crm given: the embedded tiny model, with {recipe} (flags given here win)")
+    for name, path in EMBEDDED.items():
+        if getattr(config, name, "") is None:
+            setattr(config, name, str(path))
+            say(f"no --{name} given: the embedded {path.relative_to(ROOT)}")
+    return config_class(**vars(config))
+
+
+def say(*words) -> None:
+    """Print on the first rank only."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(*words, flush=True)
+
+
+@contextmanager
+def exit_on(*errors):
+    """Bad input ends the program with one line and status 2:
+    ValueError (whose text says file, key and fix) and files that cannot be opened while setting up;
+    only BadRow later, when any other error is a bug of ours."""
+    try:
+        yield
+    except (errors or (ValueError, OSError)) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+
+
+# ---------------------------------------------------------------- ranks
+
+@dataclass
+class Ranks:
+    """This process among all that torchrun started (rank 0 of 1 without torchrun)."""
+    rank: int = 0
+    world: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @classmethod
+    def start(cls) -> "Ranks":
+        transformers.logging.disable_progress_bar()
+        cuda, local = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
+        device = torch.device("cuda", local) if cuda else torch.device("cpu")
+        if "WORLD_SIZE" not in os.environ:
+            return cls(device=device)
+        if cuda:
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+        return cls(dist.get_rank(), dist.get_world_size(), device)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """"auto" is bfloat16 on an accelerator and float32 elsewhere."""
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(
+            name, torch.bfloat16 if self.device.type == "cuda" else torch.float32)
+
+    def stop(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def gather(self, items: list) -> list:
+        """The items of all ranks, in the order of the ranks, on every rank."""
+        if self.world == 1:
+            return items
+        parts = [None] * self.world
+        dist.all_gather_object(parts, items)
+        return [item for part in parts for item in part]
+
+
+# ---------------------------------------------------------------- optimizer
+
+class Optimizer:
+    """AdamW on float32 master weights, gradients summed over ranks.
+
+    A bfloat16 weight near 1 cannot move by 1e-6: the update would round away. So where the model computes in
+    bfloat16, AdamW owns a float32 copy of every trainable parameter, gradients are added up in float32 on it
+    as backward makes them, and the model's weights are its rounding. Where the model is float32 (and for
+    LoRA) there is no copy."""
+
+    def __init__(self, parameters: dict[str, torch.nn.Parameter], weight_decay: float = 0.01):
+        self.models = list(parameters.values())
+        self.size = sum(p.numel() for p in self.models)
+        self.masters = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_()
+                        for p in self.models]
+        for p, master in zip(self.models, self.masters):
+            if master is not p:
+                p.register_post_accumulate_grad_hook(lambda p, master=master: self._hand_over(p, master))
+        self.adamw = torch.optim.AdamW(self.masters, lr=0.0, weight_decay=weight_decay,
+                                       fused=self.models[0].is_cuda)
+
+    @staticmethod
+    def _hand_over(p, master):
+        master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
+        p.grad = None
+
+    @torch.no_grad()
+    def step(self, lr: float, max_norm: float) -> float:
+        """One update with the gradients added up since the last; their norm before clipping."""
+        for p in self.masters:
+            if dist.is_initialized():               # a sum, not a mean: token_weights already spans all ranks
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                dist.all_reduce(p.grad)
+        norm = torch.nn.utils.clip_grad_norm_(self.masters, max_norm).item()
+        for group in self.adamw.param_groups:
+            group["lr"] = lr
+        self.adamw.step()
+        self.adamw.zero_grad(set_to_none=True)
+        for p, master in zip(self.models, self.masters):
+            if master is not p:
+                p.copy_(master)
+        return norm
+
+    def state(self) -> dict:
+        return {"adamw": self.adamw.state_dict(), "masters": [p.detach() for p in self.masters]}
+
+    @torch.no_grad()
+    def load(self, state: dict) -> None:
+        self.adamw.load_state_dict(state["adamw"])
+        for p, master, saved in zip(self.models, self.masters, state["masters"], strict=True):
+            master.copy_(saved)
+            p.copy_(master)
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> float:
+    """Linear warm-up over `warmup` steps, then constant, linear or cosine decay to 0. step counts from 0."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    shape = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
+    return peak * shape[schedule]
+
+
+def pick(count: int, n: int, seed: int, step: int) -> list[int]:
+    """The samples of a step, a pure function of (seed, step):
+    epochs are permutations of range(count), read in order."""
+    at = np.arange(step * n, (step + 1) * n)
+    epochs = {e: np.random.default_rng([seed, int(e)]).permutation(count) for e in np.unique(at // count)}
+    return [int(epochs[k // count][k % count]) for k in at]
+
+
+def load_splits(config):
+    """(training samples, held-out samples) of a Config; what --skip-bad-rows left out is said."""
+    splits = []
+    for split, path in (("train", config.data), ("test", getattr(config, "test_data", None) or config.data)):
+        if split == "test" and config.eval_every < 0:
+            return splits[0], []
+        splits.append(samples := load_samples(path, split, config.skip_bad_rows))
+        if samples.skipped:
+            say(f"{path}, {split}: {len(samples.skipped)} bad rows left out, the first: {samples.skipped[0]}")
+    return splits[0], splits[1][:config.eval_limit or None]
+
+
+# ---------------------------------------------------------------- the run folder
+
+class Run:
+    """runs/NAME: config.json, metrics.jsonl, samples.jsonl, held_out.jsonl, curves.png, step_000100/ …
+
+    Text first: everything a picture shows can be read from metrics.jsonl. Only rank 0 writes."""
+
+    def __init__(self, config, ranks: Ranks):
+        self.folder, self.config, self.ranks, self.stop = Path(config.out), config, ranks, False
+        if not config.resume and (self.folder / "metrics.jsonl").exists():
+            raise ValueError(f"--out {self.folder}: a run is in there already; --resume goes on with it, "
+                             "another --out begins a new one")
+        self.last = max(self.folder.glob("step_*[0-9]"), default=None) if config.resume else None
+        if config.resume and self.last is None:
+            raise ValueError(f"--resume: no step_* checkpoint in {self.folder}")
+
+    def begin(self, optimizer: Optimizer) -> int:
+        """Make or resume the folder; the number of steps already done.
+        Later lines of a resumed run are dropped."""
+        for number in (signal.SIGINT, signal.SIGTERM):          # finish the step, save, leave
+            signal.signal(number, self._stop)
+        done = 0
+        if self.last:
+            state = torch.load(self.last / "trainer.pt", map_location="cpu", weights_only=True)
+            optimizer.load(state["optimizer"])
+            done = state["step"]
+        if self.ranks.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
+            for file in self.folder.glob("*.jsonl"):
+                lines = file.read_text().splitlines(keepends=True)
+                file.write_text("".join(line for line in lines if json.loads(line)["step"] <= done))
+        return done
+
+    def _stop(self, *_):
+        self.stop = True
+        say("\nstopping after this step")
+
+    def log(self, name: str, *rows: dict) -> None:
+        if self.ranks.rank == 0:
+            with open(self.folder / f"{name}.jsonl", "a") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+
+    def read(self, name: str) -> list[dict]:
+        path = self.folder / f"{name}.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def save(self, step: int, crm, optimizer: Optimizer) -> Path:
+        """step_000100/: what from_pretrained loads, and trainer.pt to go on from.
+        Written aside, then renamed."""
+        folder = self.folder / f"step_{step:06d}"
+        if self.ranks.rank == 0:
+            aside = folder.with_suffix(".tmp")
+            shutil.rmtree(aside, ignore_errors=True)
+            crm.save(aside)
+            torch.save({"step": step, "optimizer": optimizer.state()}, aside / "trainer.pt")
+            for file in aside.iterdir():
+                with open(file, "rb") as f:
+                    os.fsync(f.fileno())
+            shutil.rmtree(folder, ignore_errors=True)
+            aside.rename(folder)
+        return folder
+
+    def evaluate(self, crm, tests, template: str, weights: dict, step: int, greedy: bool) -> dict:
+        """The held-out split, sampled as in training and, at both ends of a run, greedy;
+        a row for metrics.jsonl."""
+        c, row = self.config, {}
+        for kind, answers, temperature in (("sampled", c.eval_answers, 1.0), ("greedy", 1, 0.0))[:1 + greedy]:
+            scores = held_out(crm, tests, template, c.mode, weights, self.ranks, answers, temperature,
+                              c.max_new_tokens)
+            self.log("held_out", *({"step": step, "kind": kind, **score} for score in scores))
+            row |= {f"{kind}/{key}": float(np.mean([score[key] for score in scores])) for key in SCORES}
+        say(f"step {step}, held out: " + ", ".join(f"{key} {value:.3f}" for key, value in row.items()))
+        return row
+
+    def report(self) -> None:
+        """Print the held-out split before and after, each change with its interval over the samples,
+        and the cost."""
+        rows, metrics = self.read("held_out"), [row for row in self.read("metrics") if "seconds" in row]
+        steps = sorted({row["step"] for row in rows})
+        say(f"\nheld-out split, step {steps[0]} -> {steps[-1]}, "
+            "mean over questions [95 % paired bootstrap interval]")
+        for kind in ("sampled", "greedy"):
+            first, last = ([row for row in rows if row["step"] == step and row["kind"] == kind]
+                           for step in (steps[0], steps[-1]))
+            for key in SCORES:
+                before, after = ([row[key] for row in side] for side in (first, last))
+                change, low, high = paired_bootstrap(before, after)
+                say(f"  {kind:8} {key:9} {np.mean(before):.3f} -> {np.mean(after):.3f}   "
+                    f"{change:+.3f} [{low:+.3f}, {high:+.3f}]")
+        seconds = sorted(row["seconds"] for row in metrics)
+        say(f"a step took {seconds[len(seconds) // 2]:.2f} s (median), "
+            f"all {len(seconds)} {sum(seconds) / 60:.1f} min, "
+            f"peak memory {max(row['peak_memory_gb'] for row in metrics):.2f} GB")
+
+    def curves(self, panels: dict[str, list[str]]) -> None:
+        """curves.png from metrics.jsonl: one panel a title, its keys over the steps, with a running mean."""
+        if self.ranks.rank != 0:
+            return
+        import matplotlib
+        matplotlib.use("agg")
+        import matplotlib.pyplot as plt
+        rows = self.read("metrics")
+        figure, axes = plt.subplots(2, -(-len(panels) // 2), figsize=(4.2 * -(-len(panels) // 2), 6),
+                                    squeeze=False)
+        for axis, (title, keys) in zip(axes.flat, panels.items()):
+            for key in keys:
+                points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+                if not points:
+                    continue
+                x, y = np.array(points, dtype=float).T
+                sparse = len(x) < 0.5 * len(rows)
+                line, = axis.plot(x, y, "o-" if sparse else "-", alpha=1 if sparse else 0.25,
+                                  lw=1.5 if sparse else 1, label=key.split("/")[-1] if sparse else None)
+                if not sparse:                                  # a mean over the last tenth of the run
+                    width = max(1, len(y) // 10)
+                    mean = [y[max(0, i - width + 1):i + 1].mean() for i in range(len(y))]
+                    axis.plot(x, mean, color=line.get_color(), lw=2, label=key.split("/")[-1])
+            axis.set_title(title, loc="left", fontsize=11)
+            axis.grid(alpha=0.25)
+            axis.spines[["top", "right"]].set_visible(False)
+            if axis.lines:
+                axis.legend(fontsize=8, frameon=False)
+        for axis in axes.flat[len(panels):]:
+            axis.set_visible(False)
+        for axis in axes[-1]:
+            axis.set_xlabel("step")
+        figure.tight_layout()
+        figure.savefig(self.folder / "curves.png", dpi=110)
+        plt.close(figure)
+
+
+def peak_memory(device: torch.device) -> float:
+    """Peak memory of this process in GB: the accelerator's where there is one, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            * (1 if sys.platform == "darwin" else 1024) / 1e9)
+
+
+# ---------------------------------------------------------------- held-out evaluation
+
+def held_out(crm, samples, template: str, mode: str, weights: dict | None, ranks: Ranks,
+             answers: int = 4, temperature: float = 1.0, max_new_tokens: int = 512, batch: int = 16,
+             seed: int = 0) -> list[dict]:
+    """Answers to every sample -> one row a sample, in the samples' order: id, and the mean over its answers
+    of the box IoU and true pDice (plain, image frame), the reward (model frame, as in training) and parse_ok.
+    An answer that cannot be parsed scores 0. temperature 0 needs one answer."""
+    rows = []
+    for start in range(ranks.rank * batch, len(samples), ranks.world * batch):
+        part = [samples[i] for i in range(start, min(start + batch, len(samples)))]
+        prompts = [crm.encode(s.image, fill_prompt(template, s.query)) for s in part]
+        seeds = [(seed, 1, i) for i in range(start, start + len(part))]
+        for offset, (sample, group) in enumerate(zip(
+                part, crm.sample(prompts, answers, max_new_tokens, temperature, seeds))):
+            frame, scores = group.prompt.frame, []
+            for text in group.texts:
+                answer = parse_answer(text)
+                terms = reward_terms(text, to_model(sample.bbox, frame), to_model(sample.points, frame))
+                scores.append((box_iou(to_image(answer.bbox, frame), sample.bbox) if answer.bbox else 0.0,
+                               point_dice(to_image(answer.points, frame), sample.points)
+                               if answer.points else 0.0,
+                               total_reward(terms, mode, weights), float(not answer.problem)))
+            means = np.mean(scores, 0).tolist()
+            rows.append({"index": start + offset, "id": sample.id, **dict(zip(SCORES, means))})
+    return sorted(ranks.gather(rows), key=lambda row: row["index"])
+
+
+def paired_bootstrap(before, after, draws: int = 10_000, seed: int = 0) -> tuple[float, float, float]:
+    """Mean of after - before over the same samples,
+    with the ends of its 95 % percentile bootstrap interval."""
+    difference = np.asarray(after) - np.asarray(before)
+    picks = np.random.default_rng(seed).integers(0, len(difference), (draws, len(difference)))
+    low, high = np.percentile(difference[picks].mean(1), [2.5, 97.5])
+    return float(difference.mean()), float(low), float(high)

@@ -1,0 +1,224 @@
+"""The algorithm on plain tensors: numbers by hand, slow oracles, and that cutting a step changes nothing."""
+import math
+
+import pytest
+import torch
+
+from conftest import noise_image, random_crm
+from run import Optimizer, learning_rate, paired_bootstrap, pick
+from train_grpo import Config, group_advantages, grpo_loss, step_weights, token_weights
+
+F = torch.float64
+
+# ---------------------------------------------------------------- advantages
+
+
+def test_advantages_by_hand():
+    r = torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.0, 3.0]], dtype=F)           # means 2 and 1; stds 1 and sqrt(3)
+    expected = torch.tensor([[-1, 0, 1], [-1 / 3 ** 0.5, -1 / 3 ** 0.5, 2 / 3 ** 0.5]], dtype=F)
+    torch.testing.assert_close(group_advantages(r, eps=0), expected)
+    torch.testing.assert_close(group_advantages(r, "none"), torch.tensor([[-1, 0, 1], [-1, -1, 2]], dtype=F))
+    batch_std = torch.tensor([1, 2, 3, 0, 0, 3], dtype=F).std()
+    torch.testing.assert_close(group_advantages(r, "batch", eps=0),
+                               torch.tensor([[-1, 0, 1], [-1, -1, 2]], dtype=F) / batch_std)
+
+
+@pytest.mark.parametrize("norm", ["group", "none", "batch"])
+def test_a_group_of_equal_rewards_gets_exactly_zero(norm):
+    r = torch.tensor([[0.1] * 7, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]])      # 0.1's mean is not 0.1 in float32
+    A = group_advantages(r, norm)
+    assert (A[0] == 0).all() and (A[1] != 0).any() and A.isfinite().all()
+
+
+def test_group_advantages_ignore_the_scale_and_offset_of_rewards():
+    r = torch.randn(4, 8, dtype=F)
+    torch.testing.assert_close(group_advantages(5 * r + 3), group_advantages(r), atol=1e-5, rtol=1e-5)
+
+
+# ---------------------------------------------------------------- weights
+
+MASK = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]]).bool()
+
+
+def test_token_weights_by_hand():
+    third = 1 / 3
+    torch.testing.assert_close(token_weights(MASK, "sequence"), third * torch.tensor(
+        [[1 / 2, 1 / 2, 0, 0], [1 / 4] * 4, [1, 0, 0, 0]]))
+    torch.testing.assert_close(token_weights(MASK, "token"), MASK / 7)
+    torch.testing.assert_close(token_weights(MASK, "constant", 10), MASK / 30)
+
+
+def test_rows_without_tokens_count_as_no_answer_and_an_empty_step_is_no_nan():
+    mask = torch.cat([MASK, torch.zeros(2, 4).bool()])
+    for agg in ("sequence", "token", "constant"):
+        torch.testing.assert_close(token_weights(mask, agg, 10)[:3], token_weights(MASK, agg, 10))
+        assert (token_weights(torch.zeros(2, 4).bool(), agg, 10) == 0).all()
+
+
+# ---------------------------------------------------------------- loss
+
+
+def random_inputs(N=6, T=5, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    logp, old, ref = (-torch.rand(N, T, generator=g, dtype=F) * 3 for _ in range(3))
+    mask = torch.arange(T) < torch.randint(1, T + 1, (N, 1), generator=g)
+    return logp.requires_grad_(), old, ref, torch.randn(N, generator=g, dtype=F), token_weights(mask).to(F)
+
+
+def slow_loss(logp, old, ref, A, w, low, high, dual, beta, kl):
+    """Token by token, with math and if."""
+    total = 0.0
+    for i in range(logp.shape[0]):
+        for t in range(logp.shape[1]):
+            if w[i, t] == 0:
+                continue
+            rho, a = math.exp(logp[i, t] - old[i, t]), A[i].item()
+            gain = min(rho * a, min(max(rho, 1 - low), 1 + high) * a)
+            if dual and a < 0:
+                gain = max(gain, dual * a)
+            d = (logp[i, t] - ref[i, t]).item()
+            k = {"k1": d, "k2": d * d / 2, "k3": math.exp(-d) + d - 1}[kl]
+            total += w[i, t].item() * (-gain + beta * k)
+    return total
+
+
+@pytest.mark.parametrize("kl", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("low, high, dual", [(0.2, 0.2, 3.0), (0.2, 0.28, 0.0), (0.1, 0.3, 1.5)])
+def test_loss_equals_the_token_by_token_one(kl, low, high, dual):
+    inputs = random_inputs()
+    loss, stats = grpo_loss(*inputs, low, high, dual, 0.3, kl)
+    assert loss.item() == pytest.approx(slow_loss(*(x.detach() for x in inputs), low, high, dual, 0.3, kl), abs=1e-12)
+    assert all(not value.requires_grad for value in stats.values())
+
+
+def test_on_policy_gradient_is_that_of_reinforce():
+    logp, _, _, A, w = random_inputs()
+    loss, stats = grpo_loss(logp, logp.detach(), None, A, w)
+    loss.backward()
+    torch.testing.assert_close(logp.grad, -w * A[:, None])
+    assert stats["ratio_max"] == stats["ratio_min"] == 1 and stats["clip_frac"] == 0
+
+
+def test_clipping_stops_the_gradient_only_where_it_should():
+    logp = torch.log(torch.tensor([[1.5], [1.5], [0.5], [0.5], [5.0]], dtype=F)).requires_grad_()
+    A = torch.tensor([1.0, -1.0, 1.0, -1.0, -1.0], dtype=F)
+    weights = torch.ones(5, 1, dtype=F)
+    loss, stats = grpo_loss(logp, torch.zeros(5, 1, dtype=F), None, A, weights)
+    loss.backward()
+    # risen good: clipped; risen bad: pushed down; fallen good: pushed up; fallen bad: clipped; far risen bad: dual clip
+    assert [g != 0 for g in logp.grad[:, 0].tolist()] == [False, True, True, False, False]
+    assert stats["clip_frac"] == 2
+
+
+def test_kl_of_equal_policies_is_exactly_zero_and_k2_has_the_gradient_of_the_reverse_kl():
+    logits, ref_logits = torch.randn(1, 5, dtype=F).requires_grad_(), torch.randn(1, 5, dtype=F)
+    p, logp, ref = logits.softmax(-1).detach()[0], logits.log_softmax(-1)[0], ref_logits.log_softmax(-1)[0]
+    gradient = {}
+    for kl in ("k1", "k2", "k3"):
+        same, stats = grpo_loss(logp[None], logp.detach()[None], logp.detach()[None], torch.zeros(1, dtype=F),
+                                p[None], kl_coef=1.0, kl=kl)
+        assert stats["kl"] == 0
+        loss, _ = grpo_loss(logp[None], logp.detach()[None], ref[None], torch.zeros(1, dtype=F), p[None], kl_coef=1.0,
+                            kl=kl)                                          # the weight is the probability: an expectation
+        gradient[kl], = torch.autograd.grad(loss, logits, retain_graph=True)
+    exact, = torch.autograd.grad((logits.softmax(-1)[0] * (logp - ref)).sum(), logits, retain_graph=True)
+    torch.testing.assert_close(gradient["k2"], exact)
+    assert (gradient["k3"] - exact).abs().max() > 1e-3 and gradient["k1"].abs().max() < 1e-12
+
+
+def test_what_lies_outside_the_mask_cannot_poison_the_loss():
+    logp, old, ref, A, w = random_inputs()
+    dirty = logp.detach().clone()
+    dirty[w == 0] = -torch.inf
+    dirty.requires_grad_()
+    loss, _ = grpo_loss(dirty, old, ref, A, w)
+    loss.backward()
+    assert loss.item() == grpo_loss(logp, old, ref, A, w)[0].item() and dirty.grad.isfinite().all()
+
+
+def test_cutting_a_step_into_micro_batches_changes_neither_loss_nor_gradient():
+    logp, old, ref, A, w = random_inputs(N=8)
+    whole, stats = grpo_loss(logp, old, ref, A, w)
+    gradient, = torch.autograd.grad(whole, logp)
+    pieces, parts = 0.0, []
+    for rows in ([0], [1, 2, 3], [4, 5, 6, 7]):
+        piece = logp.detach()[rows].requires_grad_()
+        loss, s = grpo_loss(piece, old[rows], ref[rows], A[rows], w[rows])
+        parts.append(torch.autograd.grad(loss, piece)[0])
+        pieces += loss.item()
+        stats = {k: stats[k] - s[k] if k in ("kl", "clip_frac") else stats[k] for k in stats}
+    assert pieces == pytest.approx(whole.item(), abs=1e-12)
+    torch.testing.assert_close(torch.cat(parts), gradient)
+    assert stats["kl"].abs() < 1e-12 and stats["clip_frac"].abs() < 1e-12
+
+
+def test_truncated_answers_can_be_left_out(crm, prompts):
+    from run import Ranks
+    group = crm.sample(prompts[:1], 4, 6, seed=0)[0]
+    group.finished[:] = torch.tensor([True, False, True, False])
+    group.lengths[:] = torch.tensor([3, 6, 2, 6])
+    for masked in (False, True):
+        (w,) = step_weights([group], Config(max_new_tokens=6, mask_truncated=masked), Ranks())
+        assert w.shape == group.tokens.shape and w.sum().item() == pytest.approx(1)
+        assert (w[1].sum() == 0) == masked and w[0, 3:].sum() == 0
+
+
+# ---------------------------------------------------------------- what a run shares
+
+
+def test_prompts_of_a_step_are_a_pure_function_and_an_epoch_sees_everything_once():
+    seen = [i for step in range(5) for i in pick(20, 4, seed=1, step=step)]
+    assert sorted(seen) == list(range(20))
+    assert pick(20, 4, 1, 3) == seen[12:16] and pick(20, 4, 2, 3) != seen[12:16]
+    assert len(pick(3, 8, 0, 0)) == 8                                       # a step may span epochs
+
+
+def test_learning_rates_by_hand():
+    assert [learning_rate(s, 12, 1.0, 2, "linear") for s in (0, 1, 2, 7)] == [0.5, 1.0, 1.0, 0.5]
+    assert learning_rate(7, 12, 2.0, 2, "cosine") == pytest.approx(1.0)
+    assert learning_rate(999, 1000, 3.0, 0, "constant") == 3.0
+
+
+def test_bfloat16_weights_move_at_a_learning_rate_that_rounds_away_without_masters():
+    p = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    optimizer = Optimizer({"p": p}, weight_decay=0.0)
+    for _ in range(5000):
+        (p.float() * torch.tensor([1.0, -1.0, 1.0, -1.0])).sum().backward()
+        optimizer.step(1e-6, 1.0)
+    # 5000 steps of 1e-6: 0.995 and 1.005, on bfloat16's grid
+    assert p.tolist() == [0.99609375, 1.0078125, 0.99609375, 1.0078125]
+
+
+def test_master_weights_add_up_gradients_in_float32():
+    p = torch.nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+    optimizer = Optimizer({"p": p})
+    for scale in [1.0] + [2 ** -10] * 1024:                                 # in bfloat16, 1 + 2^-10 = 1
+        (p * scale).sum().backward()
+    assert optimizer.masters[0].grad.item() == pytest.approx(2.0)
+
+
+def test_paired_bootstrap_covers_at_its_nominal_rate():
+    g = torch.Generator().manual_seed(0)
+    hits = 0
+    for trial in range(200):
+        before = torch.randn(60, generator=g).numpy()
+        after = before + 0.3 + torch.randn(60, generator=g).numpy()
+        _, low, high = paired_bootstrap(before, after, draws=500, seed=trial)
+        hits += low <= 0.3 <= high
+    assert 180 <= hits <= 199                                               # 95 % of 200, three standard deviations
+
+
+def test_grpo_teaches_a_random_model_a_new_habit():
+    """The whole of it in ten lines: reward the share of one token among the answers; it must become the rule."""
+    crm = random_crm()
+    prompt, wanted = crm.encode(noise_image(56, 56), "x"), 300
+    optimizer, share = Optimizer(crm.trainable()), []
+    for step in range(40):
+        group, = crm.sample([prompt], 16, 8, seed=[(0, step)])
+        rewards = ((group.tokens == wanted) & (torch.arange(group.tokens.shape[1]) < group.lengths[:, None])).float().mean(1)
+        share.append(rewards.mean().item())
+        weights = token_weights(torch.arange(group.tokens.shape[1]) < group.lengths[:, None])
+        logp = crm.logp(group, range(16))
+        grpo_loss(logp, logp.detach(), None, group_advantages(rewards[None])[0], weights)[0].backward()
+        optimizer.step(3e-3, 1.0)
+    assert sum(share[:5]) / 5 < 0.1 and sum(share[-5:]) / 5 > 0.8

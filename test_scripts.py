@@ -1,0 +1,236 @@
+"""The scripts as a newcomer runs them:
+the README's commands, bad input, interruption, resuming, several processes."""
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import infer
+import train_grpo
+import train_sft
+from data import load_samples
+from run import ROOT, paired_bootstrap, parse_args
+
+BRAIN = "demo/images/brain_mr_axial.png"
+SMALL = "--prompts 4 --group 4 --minibatches 2 --max-new-tokens 110 --eval-every -1 --lr 1e-4 --trainable ''"
+
+
+def run(*command, check=0, **env):
+    """A script as a subprocess -> (stdout, stderr); its exit status must be `check`."""
+    args = [word for part in command for word in shlex.split(str(part))]
+    done = subprocess.run([sys.executable, "-W", "ignore", *args], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | env, timeout=400)
+    assert done.returncode == check, (args, done.returncode, done.stdout[-2000:], done.stderr[-3000:])
+    return done.stdout, done.stderr
+
+
+def rows(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def without_times(row):
+    return {k: v for k, v in row.items() if not k.startswith(("seconds", "peak", "tokens_per"))}
+
+
+# ---------------------------------------------------------------- infer.py
+
+
+@pytest.fixture(scope="module")
+def inferred(tmp_path_factory):
+    out = tmp_path_factory.mktemp("infer")
+    return out, run("infer.py --image", BRAIN,
+                    "--query 'What are the paired dark cavities?' --samples 4 --out", out)[0]
+
+
+def test_infer_writes_reasoning_box_points_and_a_mask_in_the_images_own_size(inferred):
+    out, said = inferred
+    result, (W, H) = json.loads((out / "result.json").read_text()), Image.open(ROOT / BRAIN).size
+    mask = np.asarray(Image.open(out / "mask.png"))
+    assert mask.shape == (H, W) and set(np.unique(mask)) <= {0, 255} \
+        and result["mask_pixels"] == (mask == 255).sum()
+    x1, y1, x2, y2 = result["bbox"]
+    assert -W < x1 < x2 < 2 * W and -H < y1 < y2 < 2 * H and len(result["points"]) == 2
+    assert result["reasoning"] and result["reasoning"].strip() in said and result["problem"] == ""
+    assert len(result["texts"]) == 4 and 0 <= result["agreement"] <= 1
+    assert Image.open(out / "overlay.png").size[0] >= W and str(out / "overlay.png") in said
+
+
+def refusal(capfd, module, *flags):
+    """What a script says, in this process, on its way out with status 2."""
+    argv = [word for part in flags for word in shlex.split(str(part))]
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as exit_:
+        module.main(parse_args(module.Config, "", "recipes/demo.args" if module is train_grpo else None, argv))
+    assert exit_.value.code == 2
+    return capfd.readouterr().err.strip().splitlines()
+
+
+@pytest.mark.parametrize("flags, says", [
+    ("--image {0}/none.png --query x", "none.png no such file"), ("--image {0} --query x", "directory"),
+    ("--image {0}/text.png --query x", "text.png is not an image"), ("--image {1} --query '  '", "--query is empty"),
+    ("--image {0}/one.png --query x", "one.png is 1x1"), ("--image {0}/huge.png --query x", "huge.png has more than"),
+    ("--image {1} --query x --crm {0}", "config.json"), ("--image {1} --query x --asm {0}/text.png", "text.png"),
+    ("--image {1} --query x --prompt nonsense", "--prompt nonsense"),
+    ("--image {1} --query x --resize square:5", "--resize square:5"),
+    ("--image {1} --query x --samples 0", "--samples 0")])
+def test_infer_refuses_bad_input_with_one_line_and_writes_nothing(tmp_path, capfd, flags, says):
+    (tmp_path / "text.png").write_text("not a picture")
+    Image.new("L", (1, 1)).save(tmp_path / "one.png")
+    Image.new("1", (12_000, 9_000)).save(tmp_path / "huge.png")
+    lines = refusal(capfd, infer, flags.format(tmp_path, ROOT / BRAIN), "--out", tmp_path / "out")
+    assert len(lines) == 1 and lines[0].startswith("error: ") and says in lines[0], lines
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_exit_status_of_the_program_itself_is_2(tmp_path):
+    _, error = run("infer.py --query x --image", tmp_path / "none.png", "--out", tmp_path / "out", check=2)
+    assert error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_infer_says_why_when_no_answer_is_usable(tmp_path):
+    _, error = run("infer.py --image", BRAIN, "--query x --max-new-tokens 3 --out", tmp_path, check=3)
+    assert "no answer block" in error
+    assert json.loads((tmp_path / "result.json").read_text())["problem"] == "no answer block"
+    assert not (tmp_path / "mask.png").exists()
+
+
+# ---------------------------------------------------------------- the command line
+
+
+@pytest.mark.parametrize("module", [train_grpo, train_sft, infer], ids=lambda module: module.__name__)
+def test_help_lists_every_flag_and_an_unknown_flag_is_refused(module, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        parse_args(module.Config, module.__doc__, argv=["--help"])
+    said = capsys.readouterr().out
+    assert exit_.value.code == 0
+    assert all("--" + name.replace("_", "-") in said for name in module.Config.__dataclass_fields__)
+    with pytest.raises(SystemExit) as exit_:
+        parse_args(module.Config, "", argv=["--no-such-flag", "1"] + ["--image", "x", "--query", "y"] * (module is infer))
+    assert exit_.value.code == 2 and "--no-such-flag" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("recipe", sorted(p.name for p in (ROOT / "recipes").glob("*.args")))
+def test_every_recipe_parses(recipe):
+    module = train_sft if recipe.startswith("sft") else train_grpo
+    config = parse_args(module.Config, "", argv=[f"@{ROOT / 'recipes' / recipe}"])
+    assert config.out.startswith("runs/") and config.lr > 0
+
+
+@pytest.mark.parametrize("flags, says", [
+    ("--group 1", "--group must be at least 2"),
+    ("--prompts 6 --minibatches 4", "multiple of ranks x --minibatches"),
+    ("--temperature 0", "--temperature must be positive"), ("--weights box_iou", "--weights box_iou"),
+    ("--weights nonsense=1", "nonsense"), ("--data nowhere", "nowhere"), ("--resume", "--resume"),
+    ("--crm ./nowhere", "nowhere")])
+def test_train_grpo_refuses_bad_flags_with_one_line_before_writing_anything(tmp_path, capfd, flags, says):
+    lines = refusal(capfd, train_grpo, "--out", tmp_path / "run", flags)
+    assert len(lines) == 1 and lines[0].startswith("error: ") and says in lines[0], lines
+    assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------- training
+
+
+def test_four_steps_equal_two_and_two_resumed_bit_for_bit(tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run("train_grpo.py", SMALL, "--steps 4 --save-every 2 --weights mask_dice=1 --out", whole)
+    run("train_grpo.py", SMALL, "--steps 2 --weights mask_dice=1 --out", cut)
+    run("train_grpo.py", SMALL, "--steps 4 --weights mask_dice=1 --resume --out", cut)
+    a, b = (load_file(folder / "step_000004/model.safetensors") for folder in (whole, cut))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert any(not torch.equal(a[k], v.to(a[k].dtype))
+               for k, v in load_file(ROOT / "demo/crm/model.safetensors").items())
+    assert [without_times(r) for r in rows(whole / "metrics.jsonl")] == \
+        [without_times(r) for r in rows(cut / "metrics.jsonl")]
+    for name in ("config.json", "curves.png", "samples.jsonl", "step_000004/trainer.pt"):
+        assert (cut / name).stat().st_size > 0
+    row = rows(whole / "metrics.jsonl")[0]
+    assert row["logp_gap"] < 1e-4 and 0 <= row["mask_dice"] <= 1 and row["seconds"] > 0 and row["entropy"] > 0
+    best = rows(whole / "samples.jsonl")[0]
+    assert best["best"]["reward"] >= best["worst"]["reward"] and "text" in best["best"]
+    _, error = run("train_grpo.py", SMALL, "--out", whole, check=2)             # never written over
+    assert "--resume" in error
+
+
+def test_every_switch_of_a_study_changes_the_run_and_none_breaks_it(tmp_path):
+    flags = ("--mode hard --norm none --agg constant --kl k2 --clip-high 0.28 --dual-clip 0 --resample 1 "
+             "--official --mask-truncated --freeze-vision --checkpointing --inner-epochs 2 --schedule cosine "
+             "--warmup 1 --pack-tokens 400 --prompt direct --temperature 0.8 --resize square:112")
+    run("train_grpo.py", SMALL, flags, "--steps 2 --out", tmp_path / "a")
+    run("train_grpo.py", SMALL, "--steps 1 --kl-coef 0 --norm batch --agg token --lora-rank 4 --out",
+        tmp_path / "b")
+    a, b = (rows(tmp_path / name / "metrics.jsonl")[-1] for name in "ab")
+    assert a["reward"] != b["reward"] and "kl" in a and "kl" not in b \
+        and a["grad_norm"] > 0 and b["grad_norm"] > 0
+    start, end = (load_file(folder / "model.safetensors")
+                  for folder in (ROOT / "demo/crm", tmp_path / "a/step_000002"))
+    moved = {k: not torch.equal(v.float(), end[k]) for k, v in start.items()}
+    assert any(moved.values()) and not any(v for k, v in moved.items() if "visual" in k)
+
+
+def test_ctrl_c_finishes_the_step_saves_and_exits_0(tmp_path):
+    process = subprocess.Popen([sys.executable, "-W", "ignore", "train_grpo.py", *shlex.split(SMALL),
+                                "--steps", "500", "--out", str(tmp_path / "run")],
+                               cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    deadline = time.time() + 120
+    while not (tmp_path / "run/metrics.jsonl").exists() and time.time() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 0, process.stdout.read()
+    last = rows(tmp_path / "run/metrics.jsonl")[-1]["step"]
+    assert last < 500 and (tmp_path / f"run/step_{last:06d}/model.safetensors").exists()
+
+
+def test_two_processes_do_the_work_of_one(tmp_path):
+    run("-m torch.distributed.run --nproc-per-node 1 train_grpo.py", SMALL, "--steps 2 --out",
+        tmp_path / "one")
+    run("-m torch.distributed.run --nproc-per-node 2 train_grpo.py", SMALL, "--steps 2 --out",
+        tmp_path / "two", OMP_NUM_THREADS="1")
+    for one, two in zip(*(rows(tmp_path / name / "metrics.jsonl") for name in ("one", "two")), strict=True):
+        for key in ("reward", "length", "parse_ok", "entropy", "loss", "grad_norm"):
+            assert two[key] == pytest.approx(one[key], rel=2e-3, abs=2e-5), key
+
+
+def test_sft_lowers_the_cross_entropy_and_resumes_exactly(tmp_path):
+    flags = ("--crm demo/crm --data demo/data --eval-every -1 --batch 8 --micro-batch 4 --lr 3e-4 "
+             "--schedule constant")
+    run("train_sft.py", flags, "--steps 6 --out", tmp_path / "whole")
+    run("train_sft.py", flags, "--steps 3 --out", tmp_path / "cut")
+    run("train_sft.py", flags, "--steps 6 --resume --out", tmp_path / "cut")
+    a, b = (load_file(tmp_path / name / "step_000006/model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    losses = [row["loss"] for row in rows(tmp_path / "whole/metrics.jsonl")]
+    assert all(0 < loss < 3 for loss in losses)
+
+
+def test_a_minute_of_grpo_beats_its_start_by_more_than_chance(tmp_path):
+    run("train_grpo.py @recipes/demo.args --crm demo/crm --data demo/data --steps 20 --eval-limit 120 --out",
+        tmp_path / "run")
+    scores = [row for row in rows(tmp_path / "run/held_out.jsonl") if row["kind"] == "sampled"]
+    before, after = ([row["reward"] for row in scores if row["step"] == step] for step in (0, 20))
+    assert len(before) == len(after) == min(120, len(load_samples("demo/data", "test")))
+    change, low, _ = paired_bootstrap(before, after)
+    assert change > 0.05 and low > 0                # the 95 % interval of the paired change excludes chance
+
+
+def test_the_readme_names_only_files_and_flags_that_exist():
+    text = (ROOT / "README.md").read_text()
+    for path in re.findall(r"`((?:[\w.-]+/)*[\w-]+\.(?:py|args|md|txt|png|json|parquet))`", text):
+        if not path.startswith(("runs/", "out/")) and "/" in path or path.endswith(".py"):
+            assert (ROOT / path).exists(), path
+    flags = set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", text)) \
+        - {"nproc-per-node", "nnodes", "no-deps", "no-build-isolation"}
+    known = {name.replace("_", "-") for module in (train_grpo, train_sft, infer)
+             for name in module.Config.__dataclass_fields__} | {"no-think", "help"}
+    assert flags <= known, flags - known

@@ -1,0 +1,375 @@
+"""Train the Clinical Reasoning Module with GRPO (arXiv 2402.03300), as MedReasoner does (arXiv 2508.08177).
+
+    python train_grpo.py                      # the embedded default: a tiny model, a small data set, one CPU
+    torchrun --nproc-per-node 8 train_grpo.py @recipes/lora_7b.args
+
+For each question, sample a group of answers and reward each for its format and for where it points. An answer
+is better or worse by how far it lies above its own group's mean, in standard deviations: its advantage. Raise
+the probability of the better, lower that of the worse, within a trust region and near where we started from:
+
+    A_i  = (r_i - mean(r)) / (std(r) + eps)                                          group_advantages
+    rho  = pi(token) / pi_old(token)                                                 one number a token
+    L    = - sum_t w_t min(rho A, clip(rho, 1-c, 1+c) A)  +  beta sum_t w_t KL_t     grpo_loss
+    KL_t = pi_ref/pi - log(pi_ref/pi) - 1                                            "k3"
+
+Defaults are the paper's; the sizes (prompts a step, group, tokens, steps) are the embedded default's.
+Differences from the paper, each a flag:
+  1. Rewards follow the formulas, not the released code's quirks (--official gives those).
+  2. Images keep their aspect ratio (--resize square:840 gives the release's canvas).
+  3. k3's value is unbiased, but its gradient is not that of the reverse KL; --kl k2 has that gradient.
+"""
+import math
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from asm import load_asm
+from crm import Group, load_crm
+from data import MAX_PIXELS, MIN_PIXELS, BadRow, Sample, fill_prompt, load_prompt, to_image, to_model
+from rewards import MODES, parse_answer, reward_terms, smooth_log, total_reward
+from run import (Optimizer, Ranks, Run, exit_on, flag, learning_rate, load_splits, parse_args, peak_memory,
+                 pick, say)
+
+
+@dataclass
+class Config:
+    # what
+    crm: str | None = flag(None, "Qwen2.5-VL folder or hub name")
+    data: str | None = flag(None, "folder or .parquet file, see data.py")
+    asm: str | None = flag(None, "segmenter, only loaded for the mask_dice reward")
+    out: str = flag("runs/grpo", "run folder")
+    resume: bool = flag(False, "go on from the last checkpoint in --out")
+    seed: int = flag(0, "of everything random")
+    dtype: str = flag("auto", "of the model: auto is bfloat16 on CUDA, float32 elsewhere",
+                      ("auto", "float32", "bfloat16"))
+    skip_bad_rows: bool = flag(False, "leave out rows that cannot be used, and count them")
+    # prompts and images
+    prompt: str = flag("reasoning", "reasoning, direct, or a text file with {query}")
+    resize: str = flag("aspect", "aspect, or square:SIDE")
+    min_pixels: int = flag(MIN_PIXELS, "smallest image, model frame")
+    max_pixels: int = flag(MAX_PIXELS, "largest image, model frame")
+    # sampling
+    steps: int = flag(100, "rollouts")
+    prompts: int = flag(8, "P, prompts a step over all ranks (paper: 128)")
+    group: int = flag(8, "G, answers to a prompt (paper: 16)")
+    max_new_tokens: int = flag(128, "an answer's limit (paper: 2048)")
+    temperature: float = flag(1.0, "samples and scores")
+    resample: int = flag(0, "times that groups whose rewards are all equal are replaced by other prompts")
+    # rewards
+    mode: str = flag("soft", "reward mode", tuple(MODES))
+    weights: str = flag("", "factors of terms, e.g. box_iou=2,mask_dice=1 (a term outside the mode is added)")
+    official: bool = flag(False, "rewards as the released code computes them")
+    # advantages and loss
+    norm: str = flag("group", "divides advantages: the std of the group, nothing, or the std of the batch",
+                     ("group", "none", "batch"))
+    agg: str = flag("sequence", "mean per answer, then of answers; mean of all tokens; sum / max_new_tokens",
+                    ("sequence", "token", "constant"))
+    clip_low: float = flag(0.2, "ratio's lower bound is 1 - this")
+    clip_high: float = flag(0.2, "ratio's upper bound is 1 + this")
+    dual_clip: float = flag(3.0, "bound on the loss of a bad answer's token (0: none)")
+    kl: str = flag("k3", "estimator of the KL to the reference", ("k1", "k2", "k3"))
+    kl_coef: float = flag(0.01, "beta (0: no reference policy is kept)")
+    mask_truncated: bool = flag(False, "answers cut at the limit do not train")
+    # updates
+    minibatches: int = flag(2, "optimizer updates a rollout and epoch")
+    inner_epochs: int = flag(1, "passes over a rollout")
+    lr: float = flag(1e-6, "peak learning rate")
+    warmup: int = flag(0, "steps of linear warm-up")
+    schedule: str = flag("constant", "after warm-up", ("constant", "linear", "cosine"))
+    weight_decay: float = flag(0.01, "AdamW's")
+    max_grad_norm: float = flag(1.0, "gradient clipping")
+    lora_rank: int = flag(0, "train LoRA matrices of this rank instead of the whole model")
+    freeze_vision: bool = flag(False, "leave the vision tower as it is")
+    trainable: str = flag("", "train only parameters whose name has a match of this regular expression")
+    checkpointing: bool = flag(False, "recompute activations in backward")
+    pack_tokens: int = flag(8192, "longest [prompt | answers] sequence; longer groups are cut")
+    # looking
+    eval_every: int = flag(50, "steps between held-out evaluations (0: only first and last; -1: none)")
+    eval_answers: int = flag(4, "sampled answers to a held-out question")
+    eval_limit: int = flag(0, "held-out samples used (0: all)")
+    save_every: int = flag(100, "steps between checkpoints (the last step is always saved)")
+
+
+# ---------------------------------------------------------------- the algorithm, on plain tensors
+
+def group_advantages(rewards: torch.Tensor, norm: str = "group", eps: float = 1e-6) -> torch.Tensor:
+    """Rewards (P, G) -> advantages (P, G): r minus its group's mean, divided by the group's unbiased std
+    (GRPO), by nothing (arXiv 2503.20783), or by the std of all. A group of equal rewards gets exactly 0."""
+    centred = rewards - rewards.mean(1, keepdim=True)
+    centred = torch.where(rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True), 0.0, centred)
+    if norm == "none":
+        return centred
+    return centred / ((rewards.std(1, keepdim=True) if norm == "group" else rewards.std()) + eps)
+
+
+def token_weights(mask: torch.Tensor, agg: str = "sequence", max_tokens: int | None = None) -> torch.Tensor:
+    """How much each token counts: mask (N, T) of an optimizer step's rows over all ranks -> weights (N, T).
+
+    sequence  mean over an answer's tokens, then over answers                  sums to 1
+    token     mean over all tokens of the step (arXiv 2503.14476)              sums to 1
+    constant  sum / (answers * max_tokens), no length bias (arXiv 2503.20783)  sums to the mean fill
+    So a micro-batch's loss is a plain weighted sum, and the gradient does not depend on how the step is cut.
+    Rows without tokens (mask_truncated) count as no answer."""
+    mask = mask.float()
+    answers = mask.any(1).sum().clamp(min=1)
+    if agg == "sequence":
+        return mask / mask.sum(1, keepdim=True).clamp(min=1) / answers
+    return mask / (mask.sum().clamp(min=1) if agg == "token" else answers * max_tokens)
+
+
+def grpo_loss(logp, old_logp, ref_logp, advantages, weights, clip_low=0.2, clip_high=0.2, dual_clip=3.0,
+              kl_coef=0.01, kl="k3"):
+    """logp, old_logp, ref_logp | None (N, T), advantages (N,), weights (N, T) -> loss (), stats.
+
+    Only logp carries a gradient. The stats are weighted as the loss is, so those of micro-batches add up
+    (ratio_max and ratio_min do not: they take the max and the min)."""
+    mask, A = weights > 0, advantages[:, None]
+    zero = torch.zeros_like(old_logp)                                       # before exp: inf * 0 is nan
+    ratio = torch.where(mask, logp - old_logp, zero).clamp(-20, 20).exp()   # rho
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    gain = torch.minimum(ratio * A, clipped * A)                            # PPO's pessimistic bound
+    if dual_clip:
+        gain = torch.where(A < 0, torch.maximum(gain, dual_clip * A), gain) # arXiv 1912.09729
+    loss = -(weights * gain).sum()
+    stats = {"clip_frac": (weights * (clipped * A < ratio * A)).sum(),
+             "ratio_max": ratio.max(), "ratio_min": ratio.min()}
+    if ref_logp is not None:
+        x = torch.where(mask, ref_logp - logp, zero).clamp(-20, 20)         # log pi_ref/pi
+        estimate = {"k1": -x, "k2": 0.5 * x ** 2, "k3": (x.exp() - x - 1).clamp(-10, 10)}[kl]
+        stats["kl"] = (weights * estimate).sum()
+        loss = loss + kl_coef * stats["kl"]
+    return loss, {key: value.detach() for key, value in stats.items()}
+
+
+# ---------------------------------------------------------------- one group, sampled and rewarded
+
+@dataclass
+class Rollout:
+    """One question, its G answers and what they earned."""
+    sample: Sample
+    group: Group
+    terms: list[dict[str, float]]               # a dict an answer
+    rewards: torch.Tensor                       # (G,)
+    old_logp: torch.Tensor | None = None        # (G, T) under the policy that sampled, as the scorer sees it
+    ref_logp: torch.Tensor | None = None        # (G, T) under the reference policy
+
+
+def parse_weights(text: str) -> dict[str, float]:
+    try:
+        pairs = [item.split("=") for item in text.split(",") if item]
+        weights = {name.strip(): float(value) for name, value in pairs}
+    except ValueError:
+        raise ValueError(f"--weights {text}: give term=number, separated by commas") from None
+    known = dict.fromkeys([*MODES["hard"], *MODES["base"], "mask_dice"], 0.0)
+    total_reward(known, "soft", weights)                    # a ValueError names the unknown term
+    return weights
+
+
+def reward(sample: Sample, group: Group, cfg: Config, weights: dict[str, float], asm) -> Rollout:
+    """Every term of every answer, in the model frame, and the totals."""
+    frame, terms = group.prompt.frame, []
+    gt_box, gt_points = to_model(sample.bbox, frame), to_model(sample.points, frame)
+    for text in group.texts:
+        terms.append(reward_terms(text, gt_box, gt_points, cfg.official))
+        if asm:
+            terms[-1]["mask_dice"] = mask_dice(asm, sample, parse_answer(text, cfg.official), frame)
+    totals = [total_reward(t, cfg.mode, weights) for t in terms]
+    if not all(map(math.isfinite, totals)):
+        raise RuntimeError(f"reward of sample {sample.id} is not finite: {totals}")
+    return Rollout(sample, group, terms, torch.tensor(totals))
+
+
+def mask_dice(asm, sample: Sample, answer, frame) -> float:
+    """S_log(Dice) of the frozen segmenter's mask for this answer; 0 without a box."""
+    if sample.mask is None:
+        raise BadRow(f"sample {sample.id}: no mask, which the mask_dice reward needs; drop it from --weights")
+    if not answer.bbox:
+        return 0.0
+    box = [to_image(answer.bbox, frame)]
+    points = [to_image(answer.points, frame)] if answer.points else None
+    mask, _ = asm.segment(np.asarray(sample.image), box, points)
+    return smooth_log(2 * (mask[0] & sample.mask).sum() / (mask[0].sum() + sample.mask.sum()))
+
+
+def step_weights(groups: list[Group], cfg: Config, ranks: Ranks) -> list[torch.Tensor]:
+    """token_weights of one optimizer step over all ranks; this rank's share, (G, T) a group."""
+    lengths = [n if ended or not cfg.mask_truncated else 0
+               for group in groups for n, ended in zip(group.lengths.tolist(), group.finished.tolist())]
+    everyone = torch.tensor(ranks.gather(lengths))
+    weights = token_weights(torch.arange(cfg.max_new_tokens) < everyone[:, None], cfg.agg, cfg.max_new_tokens)
+    mine = weights[ranks.rank * len(lengths):][:len(lengths)].view(len(groups), -1, cfg.max_new_tokens)
+    return [w[:, :group.tokens.shape[1]].to(group.tokens.device) for w, group in zip(mine, groups)]
+
+
+# ---------------------------------------------------------------- looking at a step
+
+PANELS = {"reward": ["reward"], "held-out box IoU": ["sampled/iou", "greedy/iou"],
+          "reward terms": ["think_format", "answer_format", "box_iou", "point_dice"],
+          "answer length (tokens)": ["length"], "entropy": ["entropy"], "KL to the reference": ["kl"]}
+EXTREMES = {"ratio_max": max, "ratio_min": min, "logp_gap": max}        # all other statistics add up
+
+
+def add_up(total: dict, new: dict) -> None:
+    for key, value in new.items():
+        value = float(value)
+        total[key] = EXTREMES[key](total[key], value) if key in total and key in EXTREMES else \
+            value if key in EXTREMES else total.get(key, 0.0) + value
+
+
+def answer_rows(r: Rollout) -> list[dict]:
+    """What is logged of each answer of a group: words for samples.jsonl, numbers for metrics.jsonl."""
+    texts, flat = r.group.texts, float(r.rewards.min() == r.rewards.max())
+    same = 1 - (len(set(texts)) - 1) / (len(texts) - 1)
+    return [{"id": r.sample.id, "query": r.sample.query, "text": text, "reward": float(total),
+             "reward_std": float(r.rewards.std()), "zero_std": flat, "identical": same, "length": int(length),
+             "parse_ok": float(not parse_answer(text).problem), "finished": float(ended), **terms}
+            for text, total, terms, length, ended
+            in zip(texts, r.rewards, r.terms, r.group.lengths, r.group.finished)]
+
+
+def means(answers: list[dict]) -> dict[str, float]:
+    keys = [key for key, value in answers[0].items() if not isinstance(value, str)]
+    return {key: sum(answer[key] for answer in answers) / len(answers) for key in keys}
+
+
+def check_first_step(stats: dict, rows: list[dict], dtype: torch.dtype) -> None:
+    """Before hours of compute: what must be true before the very first update."""
+    near = 1e-4 if dtype == torch.float32 else 0.5          # in bfloat16 two kernels round differently
+    for ok, problem in (
+            (all(row["length"] for row in rows), "an answer is empty"),
+            (not stats or math.isfinite(stats["loss"]), "the loss is not finite"),
+            (stats.get("logp_gap", 0) < near, f"sampled and scored log-probabilities differ: {stats}"),
+            (abs(stats.get("kl", 0)) < near, f"the KL to a fresh reference is not 0: {stats}"),
+            (abs(stats.get("ratio_max", 1) - 1) < 1e-5, f"the first ratio is not 1: {stats}")):
+        if not ok:
+            raise RuntimeError(f"sanity check of the first step: {problem}")
+
+
+# ---------------------------------------------------------------- the loop
+
+def main(cfg: Config) -> None:
+    ranks = Ranks.start()
+    with exit_on(ValueError, OSError):
+        factors, template = parse_weights(cfg.weights), load_prompt(cfg.prompt)
+        mine, rest = divmod(cfg.prompts, ranks.world)               # whole groups stay on one rank
+        if cfg.group < 2 or rest or mine % cfg.minibatches or not mine:
+            raise ValueError("--group must be at least 2 and --prompts a multiple of ranks x --minibatches "
+                             f"({ranks.world} x {cfg.minibatches}); got {cfg.group} and {cfg.prompts}")
+        if cfg.temperature <= 0:
+            raise ValueError("--temperature must be positive: equal answers leave nothing to compare")
+        run, dtype = Run(cfg, ranks), ranks.dtype(cfg.dtype)
+        train, tests = load_splits(cfg)
+        asm = load_asm(cfg.asm, ranks.device) if "mask_dice" in factors else None
+        crm = load_crm(cfg.crm, ranks.device, dtype, cfg.lora_rank, reference=cfg.kl_coef > 0,
+                       freeze_vision=cfg.freeze_vision, checkpointing=cfg.checkpointing, resize=cfg.resize,
+                       min_pixels=cfg.min_pixels, max_pixels=cfg.max_pixels)
+        optimizer = Optimizer(crm.trainable(cfg.trainable), cfg.weight_decay)
+        first = run.begin(optimizer)
+    ours, share = slice(ranks.rank * mine, (ranks.rank + 1) * mine), mine // cfg.minibatches
+    say(f"{optimizer.size:,} trainable parameters on {ranks.world} x {ranks.device}, {len(train)} "
+        f"training samples, {cfg.prompts} prompts x {cfg.group} answers a step -> {run.folder}")
+
+    def roll_out(indexes, step, attempt=0) -> list[Rollout]:
+        samples = [train[i] for i in indexes]
+        prompts = [crm.encode(s.image, fill_prompt(template, s.query)) for s in samples]
+        seeds = [(cfg.seed, 0, step, i, attempt) for i in indexes]  # the same answers on any number of ranks
+        groups = crm.sample(prompts, cfg.group, cfg.max_new_tokens, cfg.temperature, seeds)
+        return [reward(s, g, cfg, factors, asm) for s, g in zip(samples, groups)]
+
+    @torch.no_grad()
+    def logp_of(group) -> torch.Tensor:                             # (G, T)
+        packs = crm.packs(group, cfg.pack_tokens)
+        return torch.cat([crm.logp(group, rows, cfg.temperature) for rows in packs])
+
+    if first == 0 and tests:
+        run.log("metrics", {"step": 0, **run.evaluate(crm, tests, template, factors, 0, greedy=True)})
+    bar = tqdm(range(first, cfg.steps), initial=first, total=cfg.steps, disable=ranks.rank > 0, ncols=100)
+    for step in bar:
+        clock = [time.perf_counter()]
+
+        # 1. prompts, a pure function of seed and step; a group of answers to each, and what they earn
+        indexes = pick(len(train), cfg.prompts, cfg.seed, step)[ours]
+        batch = roll_out(indexes, step)
+        for attempt in range(1, cfg.resample + 1):                  # replace groups that teach nothing
+            dull = [p for p, r in enumerate(batch) if r.rewards.min() == r.rewards.max()]
+            fresh = pick(len(train), cfg.prompts, cfg.seed + 7919 * attempt, step)[ours]
+            for p, r in zip(dull, roll_out([fresh[p] for p in dull], step, attempt) if dull else []):
+                batch[p] = r
+        clock.append(time.perf_counter())
+
+        # 2. advantages, over the groups of all ranks
+        rewards = torch.stack(ranks.gather([r.rewards for r in batch]))             # (P, G)
+        advantages = group_advantages(rewards, cfg.norm)[ours].to(ranks.device)     # (mine, G)
+
+        # 3. log-probabilities under the reference, and under the policy that sampled. the first mini-batch is
+        # on-policy: its own forward gives them
+        for p, r in enumerate(batch):
+            if cfg.kl_coef:
+                with crm.reference():
+                    r.ref_logp = logp_of(r.group)
+            r.old_logp = torch.zeros_like(r.group.logp) if p < share else logp_of(r.group)
+        clock.append(time.perf_counter())
+
+        # 4. updates: the loss of each is one weighted sum over the tokens of all ranks
+        stats, grad_norms = {}, []
+        lr = learning_rate(step, cfg.steps, cfg.lr, cfg.warmup, cfg.schedule)
+        for update in range(cfg.inner_epochs * cfg.minibatches):
+            part = slice(update % cfg.minibatches * share, (update % cfg.minibatches + 1) * share)
+            weights = step_weights([r.group for r in batch[part]], cfg, ranks)
+            for r, A, weight in zip(batch[part], advantages[part], weights):
+                if not cfg.kl_coef and not A.any():
+                    continue                                        # its gradient is exactly 0
+                for rows in crm.packs(r.group, cfg.pack_tokens):
+                    (logp, entropy), = crm.score([(r.group, rows)], cfg.temperature)
+                    if update == 0:
+                        r.old_logp[rows] = logp.detach()            # the ratio is exactly 1
+                        gap = (logp.detach() - r.group.logp[rows]).abs().max()
+                        add_up(stats, {"logp_gap": gap})
+                    ref_logp = r.ref_logp[rows] if cfg.kl_coef else None
+                    loss, s = grpo_loss(logp, r.old_logp[rows], ref_logp, A[rows], weight[rows], cfg.clip_low,
+                                        cfg.clip_high, cfg.dual_clip, cfg.kl_coef, cfg.kl)
+                    loss.backward()
+                    add_up(stats, {**s, "loss": loss, "entropy": (weight[rows] * entropy).sum()})
+            if update == 0:
+                at_start = dict(stats)
+            grad_norms.append(optimizer.step(lr, cfg.max_grad_norm))
+        clock.append(time.perf_counter())
+
+        # 5. look: numbers over all ranks, the best and the worst answer, the held-out split, the pictures
+        answers = ranks.gather([row for r in batch for row in answer_rows(r)])
+        if step == 0:
+            check_first_step(at_start, answers, dtype)
+        done, total = step + 1, {}
+        for other in ranks.gather([stats]):
+            add_up(total, other)
+        phases = dict(zip(("sample", "reference", "update"), (b - a for a, b in zip(clock, clock[1:]))))
+        row = {"step": done, **means(answers),
+               **{key: value if key in EXTREMES else value / len(grad_norms) for key, value in total.items()},
+               "grad_norm": sum(grad_norms) / len(grad_norms), "lr": lr, "seconds": clock[-1] - clock[0],
+               **{f"seconds/{name}": value for name, value in phases.items()},
+               "tokens_per_second": sum(a["length"] for a in answers) / (clock[-1] - clock[0]),
+               "peak_memory_gb": peak_memory(ranks.device)}
+        ending = run.stop or done == cfg.steps
+        if tests and (done == cfg.steps or cfg.eval_every > 0 and done % cfg.eval_every == 0):
+            row |= run.evaluate(crm, tests, template, factors, done, greedy=done == cfg.steps)
+        run.log("metrics", row)
+        by_reward = sorted(answers, key=lambda answer: answer["reward"])
+        run.log("samples", {"step": done, "best": by_reward[-1], "worst": by_reward[0]})
+        bar.set_postfix(reward=f"{row['reward']:.2f}", iou=f"{row['box_iou']:.2f}", s=f"{row['seconds']:.1f}")
+        if ending or done % cfg.save_every == 0:
+            saved = run.save(done, crm, optimizer)
+            run.curves(PANELS)
+        if ending:
+            break
+    if tests and not run.stop:
+        run.report()
+    say(f"weights {saved}, numbers {run.folder / 'metrics.jsonl'}, picture {run.folder / 'curves.png'}")
+    ranks.stop()
+
+
+if __name__ == "__main__":
+    with exit_on(BadRow):
+        main(parse_args(Config, __doc__, "recipes/demo.args"))
