@@ -1,0 +1,37 @@
+# make demo · make test · make embedded
+
+PYTHON ?= python3
+VENV   := .venv
+RUN    := $(VENV)/bin/python
+SAM2   := $(shell grep -o 'sam2==[0-9.]*' requirements.txt | head -1)
+
+.PHONY: setup
+setup: $(VENV)/ready
+
+$(VENV)/ready: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet -r requirements.txt
+	SAM2_BUILD_CUDA=0 $(RUN) -m pip install --quiet --no-deps --no-build-isolation $(SAM2)
+	touch $@
+
+# GRPO on the embedded default, the held-out split before and after, then one real brain MR image
+.PHONY: demo
+demo: setup
+	rm -rf runs/demo out/demo
+	$(RUN) train_grpo.py
+	$(RUN) infer.py --crm "$$(ls -d runs/demo/step_* | tail -1)" --out out/demo --samples 8 --image demo/images/brain_mr_axial.png \
+	    --query "What could the paired dark cavities deep within the brain represent?"
+	@echo "the curve is runs/demo/curves.png, the overlay out/demo/overlay.png"
+
+.PHONY: test
+test: setup
+	$(RUN) -m pytest -q
+
+# what made demo/: the data (needs the nilearn wheel), the two tiny models; about an hour on two cores
+.PHONY: embedded
+embedded: setup
+	$(RUN) -m pip download --quiet --no-deps --dest build nilearn==0.14.1
+	$(RUN) -m demo.make_data
+	$(RUN) -m demo.make_crm
+	$(RUN) -m demo.make_asm
