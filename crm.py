@@ -105,6 +105,7 @@ class CRM:
                  max_pixels=MAX_PIXELS):
         self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
         self.resize, self.min_pixels, self.max_pixels = resize, min_pixels, max_pixels
+        model_size((56, 56), resize, min_pixels, max_pixels)                # a wrong --resize is said now
         self.freeze_vision, self.checkpointing = freeze_vision or lora_rank > 0, checkpointing
         self.frozen = copy.deepcopy(model).eval().requires_grad_(False) \
             if reference and not lora_rank else None
@@ -133,9 +134,13 @@ class CRM:
         return self.model.lm_head.weight.device
 
     def trainable(self, pattern: str = "") -> dict[str, torch.nn.Parameter]:
-        """The parameters that train, by name: of those not frozen, the ones whose name the pattern matches."""
+        """The parameters that train, by name: those not frozen whose name has a match."""
+        try:
+            matches = re.compile(pattern).search
+        except re.error as error:
+            raise ValueError(f"--trainable {pattern}: not a regular expression ({error})") from None
         for name, p in self.model.named_parameters():
-            if p.requires_grad and not re.search(pattern, name):
+            if p.requires_grad and not matches(name):
                 p.requires_grad_(False)
         chosen = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         if not chosen:

@@ -88,6 +88,13 @@ def to_image(xy, frame: Frame):
     return _scale(xy, frame.image[0] / frame.model[0], frame.image[1] / frame.model[1])
 
 
+def clip_to(size: tuple[int, int], xy):
+    """A model's coordinates, image frame, kept within one image size (width, height) around the image."""
+    if isinstance(xy[0], (int, float)):
+        return tuple(min(max(v, -size[i % 2]), 2.0 * size[i % 2]) for i, v in enumerate(xy))
+    return tuple(clip_to(size, item) for item in xy)
+
+
 def _scale(xy, sx: float, sy: float):
     if isinstance(xy[0], (int, float)):
         return tuple(v * (sy if i % 2 else sx) for i, v in enumerate(xy))   # x and y alternate in boxes, too
@@ -166,7 +173,9 @@ def fill_prompt(template: str, query: str) -> str:
 def target_text(sample: Sample, frame: Frame, with_think: bool = True) -> str:
     """The answer a perfect model writes, in the model frame: what supervised training imitates."""
     whole = lambda xy: [round(v) for v in to_model(xy, frame)]
-    answer = json.dumps({"bbox": whole(sample.bbox), "points_1": whole(sample.points[0]),
+    x1, y1, x2, y2 = whole(sample.bbox)
+    box = [x1, y1, max(x2, x1 + 1), max(y2, y1 + 1)]        # a target thinner than a pixel still has an area
+    answer = json.dumps({"bbox": box, "points_1": whole(sample.points[0]),
                          "points_2": whole(sample.points[1])})
     think = f"<think>{sample.think}</think>" if with_think and sample.think else ""
     return f"{think}<answer>{answer}</answer>"
@@ -285,6 +294,7 @@ def _sample(rows, i: int) -> Sample:
         need(mask.shape == (H, W), "mask", f"is {mask.shape[1]}x{mask.shape[0]}, its image {W}x{H}")
         need(mask.any(), "mask", "is empty")
     need(isinstance(row["query"], str) and row["query"].strip(), "query", "is empty")
+    need(max(W, H) <= 100 * min(W, H), "image", f"of {W}x{H} is too long and thin; crop it")
     need(mask is not None or (row["bbox"] and row["points"]), "bbox",
          "is missing, and so is a mask to take it from")
     bbox = row["bbox"] or box_from_mask(mask)

@@ -20,7 +20,7 @@ from PIL import Image
 
 from asm import load_asm, overlay
 from crm import load_crm
-from data import MAX_PIXELS, MIN_PIXELS, fill_prompt, load_image, load_prompt, to_image
+from data import MAX_PIXELS, MIN_PIXELS, clip_to, fill_prompt, load_image, load_prompt, to_image
 from rewards import Answer, box_iou, parse_answer
 from run import Ranks, exit_on, flag, parse_args
 
@@ -62,8 +62,6 @@ def main(cfg: Config) -> int:
     with exit_on(ValueError, OSError):
         if not cfg.query.strip():
             raise ValueError("--query is empty: ask a question about the image")
-        if cfg.samples < 1:
-            raise ValueError(f"--samples {cfg.samples}: at least 1")
         try:
             image = load_image(cfg.image)
         except ValueError as error:
@@ -92,8 +90,8 @@ def main(cfg: Config) -> int:
 
     # the anatomical segmentation module draws
     answer, W, H = answers[kept], *image.size
-    bbox = answer.bbox and to_image(answer.bbox, prompt.frame)
-    points = answer.points and to_image(answer.points, prompt.frame)
+    bbox = answer.bbox and clip_to(image.size, to_image(answer.bbox, prompt.frame))
+    points = answer.points and clip_to(image.size, to_image(answer.points, prompt.frame))
     masks, scores = asm.segment(np.asarray(image), bbox and [bbox], points and [points])
     Image.fromarray(np.uint8(masks[0]) * 255).save(out / "mask.png")
     overlay(image, masks[0], bbox, points).save(out / "overlay.png")

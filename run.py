@@ -10,7 +10,6 @@ import shlex
 import shutil
 import signal
 import sys
-import time
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
@@ -27,6 +26,10 @@ from rewards import box_iou, parse_answer, point_dice, reward_terms, total_rewar
 ROOT = Path(__file__).parent
 SCORES = ("iou", "pdice", "reward", "parse_ok")            # of a held-out answer
 EMBEDDED = {"crm": ROOT / "demo/crm", "asm": ROOT / "demo/asm", "data": ROOT / "demo/data"}
+
+
+AT_LEAST = {"seed": 0, "kl_coef": 0, "temperature": 0, "lora_rank": 0} | dict.fromkeys(
+    ("max_new_tokens", "minibatches", "micro_batch", "save_every", "inner_epochs", "eval_answers", "samples"), 1)
 
 
 # ---------------------------------------------------------------- command line
@@ -60,6 +63,9 @@ def parse_args(config_class, doc: str, recipe: str | None = None, argv: list[str
     if recipe and config.crm is None:
         config = parser.parse_args([f"@{ROOT / recipe}", *argv])
         say(f"no --crm given: the embedded tiny model, with {recipe} (flags given here win)")
+    for name, low in AT_LEAST.items():
+        if (value := getattr(config, name, None)) is not None and value < low:
+            parser.error(f"--{name.replace('_', '-')} {value}: at least {low}")
     for name, path in EMBEDDED.items():
         if getattr(config, name, "") is None:
             setattr(config, name, str(path))
@@ -74,13 +80,13 @@ def say(*words) -> None:
 
 
 @contextmanager
-def exit_on(*errors):
+def exit_on(*errors: type[Exception]):
     """Bad input ends the program with one line and status 2:
     ValueError (whose text says file, key and fix) and files that cannot be opened while setting up;
     only BadRow later, when any other error is a bug of ours."""
     try:
         yield
-    except (errors or (ValueError, OSError)) as error:
+    except errors as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
 
@@ -201,6 +207,8 @@ def load_splits(config):
     for split, path in (("train", config.data), ("test", getattr(config, "test_data", None) or config.data)):
         if split == "test" and config.eval_every < 0:
             return splits[0], []
+        if split == "test" and Path(path).is_file() and path == config.data:
+            raise ValueError(f"--data {path}: one file has no held-out split; give a folder or --eval-every -1")
         splits.append(samples := load_samples(path, split, config.skip_bad_rows))
         if samples.skipped:
             say(f"{path}, {split}: {len(samples.skipped)} bad rows left out, the first: {samples.skipped[0]}")
@@ -223,23 +231,35 @@ class Run:
         if config.resume and self.last is None:
             raise ValueError(f"--resume: no step_* checkpoint in {self.folder}")
 
-    def begin(self, optimizer: Optimizer) -> int:
+    def begin(self, optimizer: Optimizer, steps: int) -> int:
         """Make or resume the folder; the number of steps already done.
         Later lines of a resumed run are dropped."""
+        if self.last and (done := self._state()["step"]) >= steps:
+            raise ValueError(f"--steps {steps}: {self.folder} has {done} steps already; give more")
         for number in (signal.SIGINT, signal.SIGTERM):          # finish the step, save, leave
             signal.signal(number, self._stop)
         done = 0
         if self.last:
-            state = torch.load(self.last / "trainer.pt", map_location="cpu", weights_only=True)
+            state = self._state()
             optimizer.load(state["optimizer"])
             done = state["step"]
         if self.ranks.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
             for file in self.folder.glob("*.jsonl"):
-                lines = file.read_text().splitlines(keepends=True)
-                file.write_text("".join(line for line in lines if json.loads(line)["step"] <= done))
+                lines = file.read_text().splitlines(keepends=True)      # a kill may have torn the last
+                kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= done]
+                aside = file.with_suffix(".tmp")
+                aside.write_text("".join(kept))
+                aside.replace(file)
         return done
+
+    def _state(self) -> dict:
+        return torch.load(self.last / "trainer.pt", map_location="cpu", weights_only=True)
+
+    def stopped(self) -> bool:
+        """Whether any rank was asked to stop: all must leave after the same step."""
+        return any(self.ranks.gather([self.stop]))
 
     def _stop(self, *_):
         self.stop = True
@@ -276,7 +296,7 @@ class Run:
         c, row = self.config, {}
         for kind, answers, temperature in (("sampled", c.eval_answers, 1.0), ("greedy", 1, 0.0))[:1 + greedy]:
             scores = held_out(crm, tests, template, c.mode, weights, self.ranks, answers, temperature,
-                              c.max_new_tokens)
+                              c.max_new_tokens, official=getattr(c, "official", False))
             self.log("held_out", *({"step": step, "kind": kind, **score} for score in scores))
             row |= {f"{kind}/{key}": float(np.mean([score[key] for score in scores])) for key in SCORES}
         say(f"step {step}, held out: " + ", ".join(f"{key} {value:.3f}" for key, value in row.items()))
@@ -285,6 +305,8 @@ class Run:
     def report(self) -> None:
         """Print the held-out split before and after, each change with its interval over the samples,
         and the cost."""
+        if self.ranks.rank:
+            return
         rows, metrics = self.read("held_out"), [row for row in self.read("metrics") if "seconds" in row]
         steps = sorted({row["step"] for row in rows})
         say(f"\nheld-out split, step {steps[0]} -> {steps[-1]}, "
@@ -351,11 +373,11 @@ def peak_memory(device: torch.device) -> float:
 
 def held_out(crm, samples, template: str, mode: str, weights: dict | None, ranks: Ranks,
              answers: int = 4, temperature: float = 1.0, max_new_tokens: int = 512, batch: int = 16,
-             seed: int = 0) -> list[dict]:
+             seed: int = 0, official: bool = False) -> list[dict]:
     """Answers to every sample -> one row a sample, in the samples' order: id, and the mean over its answers
-    of the box IoU and true pDice (plain, image frame), the reward (model frame, as in training) and parse_ok.
+    of the box IoU and true pDice (plain, image frame), the reward (model frame, without mask_dice), parse_ok.
     An answer that cannot be parsed scores 0. temperature 0 needs one answer."""
-    rows = []
+    rows, weights = [], {name: w for name, w in (weights or {}).items() if name != "mask_dice"}
     for start in range(ranks.rank * batch, len(samples), ranks.world * batch):
         part = [samples[i] for i in range(start, min(start + batch, len(samples)))]
         prompts = [crm.encode(s.image, fill_prompt(template, s.query)) for s in part]
@@ -364,8 +386,9 @@ def held_out(crm, samples, template: str, mode: str, weights: dict | None, ranks
                 part, crm.sample(prompts, answers, max_new_tokens, temperature, seeds))):
             frame, scores = group.prompt.frame, []
             for text in group.texts:
-                answer = parse_answer(text)
-                terms = reward_terms(text, to_model(sample.bbox, frame), to_model(sample.points, frame))
+                answer = parse_answer(text, official)
+                truth = to_model(sample.bbox, frame), to_model(sample.points, frame)
+                terms = reward_terms(text, *truth, official)
                 scores.append((box_iou(to_image(answer.bbox, frame), sample.bbox) if answer.bbox else 0.0,
                                point_dice(to_image(answer.points, frame), sample.points)
                                if answer.points else 0.0,

@@ -82,8 +82,7 @@ def refusal(capfd, module, *flags):
     ("--image {0}/one.png --query x", "one.png is 1x1"), ("--image {0}/huge.png --query x", "huge.png has more than"),
     ("--image {1} --query x --crm {0}", "config.json"), ("--image {1} --query x --asm {0}/text.png", "text.png"),
     ("--image {1} --query x --prompt nonsense", "--prompt nonsense"),
-    ("--image {1} --query x --resize square:5", "--resize square:5"),
-    ("--image {1} --query x --samples 0", "--samples 0")])
+    ("--image {1} --query x --resize square:5", "--resize square:5")])
 def test_infer_refuses_bad_input_with_one_line_and_writes_nothing(tmp_path, capfd, flags, says):
     (tmp_path / "text.png").write_text("not a picture")
     Image.new("L", (1, 1)).save(tmp_path / "one.png")
@@ -106,6 +105,13 @@ def test_infer_says_why_when_no_answer_is_usable(tmp_path):
 
 
 # ---------------------------------------------------------------- the command line
+
+
+def test_numbers_out_of_range_are_refused(capsys):
+    for flags in ("--minibatches 0", "--save-every 0", "--seed -1", "--kl-coef -0.1", "--max-new-tokens 0"):
+        with pytest.raises(SystemExit) as exit_:
+            parse_args(train_grpo.Config, "", argv=shlex.split(flags))
+        assert exit_.value.code == 2 and f"{flags}: at least" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("module", [train_grpo, train_sft, infer], ids=lambda module: module.__name__)
@@ -131,7 +137,8 @@ def test_every_recipe_parses(recipe):
     ("--group 1", "--group must be at least 2"),
     ("--prompts 6 --minibatches 4", "multiple of ranks x --minibatches"),
     ("--temperature 0", "--temperature must be positive"), ("--weights box_iou", "--weights box_iou"),
-    ("--weights nonsense=1", "nonsense"), ("--data nowhere", "nowhere"), ("--resume", "--resume"),
+    ("--weights nonsense=1", "nonsense"), ("--resize 840", "--resize 840"), ("--trainable '*'", "--trainable *"),
+    ("--data demo/data/train.parquet", "one file has no held-out split"), ("--data nowhere", "nowhere"), ("--resume", "--resume"),
     ("--crm ./nowhere", "nowhere")])
 def test_train_grpo_refuses_bad_flags_with_one_line_before_writing_anything(tmp_path, capfd, flags, says):
     lines = refusal(capfd, train_grpo, "--out", tmp_path / "run", flags)
@@ -168,8 +175,8 @@ def test_every_switch_of_a_study_changes_the_run_and_none_breaks_it(tmp_path):
              "--official --mask-truncated --freeze-vision --checkpointing --inner-epochs 2 --schedule cosine "
              "--warmup 1 --pack-tokens 400 --prompt direct --temperature 0.8 --resize square:112")
     run("train_grpo.py", SMALL, flags, "--steps 2 --out", tmp_path / "a")
-    run("train_grpo.py", SMALL, "--steps 1 --kl-coef 0 --norm batch --agg token --lora-rank 4 --out",
-        tmp_path / "b")
+    run("train_grpo.py", SMALL, "--steps 1 --kl-coef 0 --norm batch --agg token --lora-rank 4 --eval-every 0",
+        "--eval-limit 2 --weights mask_dice=1 --out", tmp_path / "b")
     a, b = (rows(tmp_path / name / "metrics.jsonl")[-1] for name in "ab")
     assert a["reward"] != b["reward"] and "kl" in a and "kl" not in b \
         and a["grad_norm"] > 0 and b["grad_norm"] > 0
@@ -193,10 +200,10 @@ def test_ctrl_c_finishes_the_step_saves_and_exits_0(tmp_path):
 
 
 def test_two_processes_do_the_work_of_one(tmp_path):
-    run("-m torch.distributed.run --nproc-per-node 1 train_grpo.py", SMALL, "--steps 2 --out",
-        tmp_path / "one")
-    run("-m torch.distributed.run --nproc-per-node 2 train_grpo.py", SMALL, "--steps 2 --out",
-        tmp_path / "two", OMP_NUM_THREADS="1")
+    flags = "--lora-rank 4 --steps 2 --out"
+    run("-m torch.distributed.run --nproc-per-node 1 train_grpo.py", SMALL, flags, tmp_path / "one")
+    run("-m torch.distributed.run --nproc-per-node 2 train_grpo.py", SMALL, flags, tmp_path / "two",
+        OMP_NUM_THREADS="1")
     for one, two in zip(*(rows(tmp_path / name / "metrics.jsonl") for name in ("one", "two")), strict=True):
         for key in ("reward", "length", "parse_ok", "entropy", "loss", "grad_norm"):
             assert two[key] == pytest.approx(one[key], rel=2e-3, abs=2e-5), key

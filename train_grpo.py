@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from asm import load_asm
 from crm import Group, load_crm
-from data import MAX_PIXELS, MIN_PIXELS, BadRow, Sample, fill_prompt, load_prompt, to_image, to_model
+from data import MAX_PIXELS, MIN_PIXELS, BadRow, Sample, clip_to, fill_prompt, load_prompt, to_image, to_model
 from rewards import MODES, parse_answer, reward_terms, smooth_log, total_reward
 from run import (Optimizer, Ranks, Run, exit_on, flag, learning_rate, load_splits, parse_args, peak_memory,
                  pick, say)
@@ -188,8 +188,8 @@ def mask_dice(asm, sample: Sample, answer, frame) -> float:
         raise BadRow(f"sample {sample.id}: no mask, which the mask_dice reward needs; drop it from --weights")
     if not answer.bbox:
         return 0.0
-    box = [to_image(answer.bbox, frame)]
-    points = [to_image(answer.points, frame)] if answer.points else None
+    box = [clip_to(sample.image.size, to_image(answer.bbox, frame))]
+    points = answer.points and [clip_to(sample.image.size, to_image(answer.points, frame))]
     mask, _ = asm.segment(np.asarray(sample.image), box, points)
     return smooth_log(2 * (mask[0] & sample.mask).sum() / (mask[0].sum() + sample.mask.sum()))
 
@@ -236,12 +236,14 @@ def means(answers: list[dict]) -> dict[str, float]:
 
 
 def check_first_step(stats: dict, rows: list[dict], dtype: torch.dtype) -> None:
-    """Before hours of compute: what must be true before the very first update."""
-    near = 1e-4 if dtype == torch.float32 else 0.5          # in bfloat16 two kernels round differently
+    """Before hours of compute: what must have been true just before the very first update."""
+    exact = dtype == torch.float32                          # in bfloat16 two kernels differ: take the mean
+    gap = stats.get("logp_gap", 0) if exact else stats.get("gap_sum", 0) / max(stats.get("scored", 0), 1e-9)
+    near = 1e-4 if exact else 0.05
     for ok, problem in (
             (all(row["length"] for row in rows), "an answer is empty"),
             (not stats or math.isfinite(stats["loss"]), "the loss is not finite"),
-            (stats.get("logp_gap", 0) < near, f"sampled and scored log-probabilities differ: {stats}"),
+            (gap < near, f"sampled and scored log-probabilities differ: {stats}"),
             (abs(stats.get("kl", 0)) < near, f"the KL to a fresh reference is not 0: {stats}"),
             (abs(stats.get("ratio_max", 1) - 1) < 1e-5, f"the first ratio is not 1: {stats}")):
         if not ok:
@@ -263,11 +265,12 @@ def main(cfg: Config) -> None:
         run, dtype = Run(cfg, ranks), ranks.dtype(cfg.dtype)
         train, tests = load_splits(cfg)
         asm = load_asm(cfg.asm, ranks.device) if "mask_dice" in factors else None
+        torch.manual_seed(cfg.seed)                                 # LoRA's matrices: the same on every rank
         crm = load_crm(cfg.crm, ranks.device, dtype, cfg.lora_rank, reference=cfg.kl_coef > 0,
                        freeze_vision=cfg.freeze_vision, checkpointing=cfg.checkpointing, resize=cfg.resize,
                        min_pixels=cfg.min_pixels, max_pixels=cfg.max_pixels)
         optimizer = Optimizer(crm.trainable(cfg.trainable), cfg.weight_decay)
-        first = run.begin(optimizer)
+        first = run.begin(optimizer, cfg.steps)
     ours, share = slice(ranks.rank * mine, (ranks.rank + 1) * mine), mine // cfg.minibatches
     say(f"{optimizer.size:,} trainable parameters on {ranks.world} x {ranks.device}, {len(train)} "
         f"training samples, {cfg.prompts} prompts x {cfg.group} answers a step -> {run.folder}")
@@ -275,7 +278,8 @@ def main(cfg: Config) -> None:
     def roll_out(indexes, step, attempt=0) -> list[Rollout]:
         samples = [train[i] for i in indexes]
         prompts = [crm.encode(s.image, fill_prompt(template, s.query)) for s in samples]
-        seeds = [(cfg.seed, 0, step, i, attempt) for i in indexes]  # the same answers on any number of ranks
+        at = ranks.rank * mine                                      # the same answers on any number of ranks
+        seeds = [(cfg.seed, 0, step, at + p, i, attempt) for p, i in enumerate(indexes)]
         groups = crm.sample(prompts, cfg.group, cfg.max_new_tokens, cfg.temperature, seeds)
         return [reward(s, g, cfg, factors, asm) for s, g in zip(samples, groups)]
 
@@ -326,13 +330,14 @@ def main(cfg: Config) -> None:
                     (logp, entropy), = crm.score([(r.group, rows)], cfg.temperature)
                     if update == 0:
                         r.old_logp[rows] = logp.detach()            # the ratio is exactly 1
-                        gap = (logp.detach() - r.group.logp[rows]).abs().max()
-                        add_up(stats, {"logp_gap": gap})
+                        gap = (logp.detach() - r.group.logp[rows]).abs()
+                        add_up(stats, {"logp_gap": gap.max(), "gap_sum": (weight[rows] * gap).sum()})
                     ref_logp = r.ref_logp[rows] if cfg.kl_coef else None
                     loss, s = grpo_loss(logp, r.old_logp[rows], ref_logp, A[rows], weight[rows], cfg.clip_low,
                                         cfg.clip_high, cfg.dual_clip, cfg.kl_coef, cfg.kl)
                     loss.backward()
-                    add_up(stats, {**s, "loss": loss, "entropy": (weight[rows] * entropy).sum()})
+                    add_up(stats, {**s, "loss": loss, "entropy": (weight[rows] * entropy).sum(),
+                                   "scored": weight[rows].sum()})
             if update == 0:
                 at_start = dict(stats)
             grad_norms.append(optimizer.step(lr, cfg.max_grad_norm))
@@ -345,26 +350,28 @@ def main(cfg: Config) -> None:
         done, total = step + 1, {}
         for other in ranks.gather([stats]):
             add_up(total, other)
+        scored, _ = total.pop("scored", 1.0), total.pop("gap_sum", 0.0)
+        average = dict.fromkeys(("kl", "entropy", "clip_frac"), max(scored, 1e-9)) | {"loss": len(grad_norms)}
         phases = dict(zip(("sample", "reference", "update"), (b - a for a, b in zip(clock, clock[1:]))))
         row = {"step": done, **means(answers),
-               **{key: value if key in EXTREMES else value / len(grad_norms) for key, value in total.items()},
+               **{key: value / average.get(key, 1) for key, value in total.items()},
                "grad_norm": sum(grad_norms) / len(grad_norms), "lr": lr, "seconds": clock[-1] - clock[0],
                **{f"seconds/{name}": value for name, value in phases.items()},
                "tokens_per_second": sum(a["length"] for a in answers) / (clock[-1] - clock[0]),
                "peak_memory_gb": peak_memory(ranks.device)}
-        ending = run.stop or done == cfg.steps
+        stopped = run.stopped()
         if tests and (done == cfg.steps or cfg.eval_every > 0 and done % cfg.eval_every == 0):
             row |= run.evaluate(crm, tests, template, factors, done, greedy=done == cfg.steps)
         run.log("metrics", row)
         by_reward = sorted(answers, key=lambda answer: answer["reward"])
         run.log("samples", {"step": done, "best": by_reward[-1], "worst": by_reward[0]})
         bar.set_postfix(reward=f"{row['reward']:.2f}", iou=f"{row['box_iou']:.2f}", s=f"{row['seconds']:.1f}")
-        if ending or done % cfg.save_every == 0:
+        if stopped or done == cfg.steps or done % cfg.save_every == 0:
             saved = run.save(done, crm, optimizer)
             run.curves(PANELS)
-        if ending:
+        if stopped:
             break
-    if tests and not run.stop:
+    if tests and not stopped:
         run.report()
     say(f"weights {saved}, numbers {run.folder / 'metrics.jsonl'}, picture {run.folder / 'curves.png'}")
     ranks.stop()

@@ -14,6 +14,7 @@ embedded default. Difference from the paper: the trace is learned, too (--no-thi
 import time
 from dataclasses import dataclass
 
+import torch
 from tqdm import tqdm
 
 from crm import load_crm
@@ -74,12 +75,13 @@ def main(cfg: Config) -> None:
             raise ValueError(f"--batch must be a multiple of the {ranks.world} ranks; got {cfg.batch}")
         run = Run(cfg, ranks)
         train, tests = load_splits(cfg)
+        torch.manual_seed(cfg.seed)                 # LoRA's matrices: the same on every rank
         crm = load_crm(cfg.crm, ranks.device, ranks.dtype(cfg.dtype), cfg.lora_rank,
                        freeze_vision=cfg.freeze_vision, checkpointing=cfg.checkpointing, resize=cfg.resize,
                        min_pixels=cfg.min_pixels, max_pixels=cfg.max_pixels)
         optimizer = Optimizer(crm.trainable(), cfg.weight_decay)
-        first = run.begin(optimizer)
-    steps = cfg.steps or max(1, round(cfg.epochs * len(train) / cfg.batch))
+        steps = cfg.steps or max(1, round(cfg.epochs * len(train) / cfg.batch))
+        first = run.begin(optimizer, steps)
     say(f"{optimizer.size:,} trainable parameters on {ranks.world} x "
         f"{ranks.device}, {len(train)} training samples, {steps} steps of {cfg.batch} -> {run.folder}")
 
@@ -113,17 +115,17 @@ def main(cfg: Config) -> None:
         row = {"step": done, "loss": sum(ranks.gather([loss])), "grad_norm": grad_norm, "lr": lr,
                "seconds": seconds, "tokens_per_second": tokens / seconds,
                "peak_memory_gb": peak_memory(ranks.device)}
-        ending = run.stop or done == steps
+        stopped = run.stopped()
         if tests and (done == steps or cfg.eval_every > 0 and done % cfg.eval_every == 0):
             row |= run.evaluate(crm, tests, template, {}, done, greedy=done == steps)
         run.log("metrics", row)
         bar.set_postfix(loss=f"{row['loss']:.3f}", s=f"{seconds:.1f}")
-        if ending or done % cfg.save_every == 0:
+        if stopped or done == steps or done % cfg.save_every == 0:
             saved = run.save(done, crm, optimizer)
             run.curves(PANELS)
-        if ending:
+        if stopped:
             break
-    if tests and not run.stop:
+    if tests and not stopped:
         run.report()
     say(f"weights {saved}, numbers {run.folder / 'metrics.jsonl'}, picture {run.folder / 'curves.png'}")
     ranks.stop()
