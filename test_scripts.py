@@ -23,14 +23,15 @@ from data import load_samples
 from run import ROOT, paired_bootstrap, parse_args
 
 BRAIN = "demo/images/brain_mr_axial.png"
-SMALL = "--prompts 4 --group 4 --minibatches 2 --max-new-tokens 110 --eval-every -1 --lr 1e-4 --trainable ''"
+SMALL = ("--prompts 4 --group 4 --minibatches 2 --max-new-tokens 110 --eval-every -1 "
+         "--lr 1e-4 --schedule constant --trainable '' ")
 
 
 def run(*command, check=0, **env):
     """A script as a subprocess -> (stdout, stderr); its exit status must be `check`."""
     args = [word for part in command for word in shlex.split(str(part))]
     done = subprocess.run([sys.executable, "-W", "ignore", *args], cwd=ROOT, capture_output=True, text=True,
-                          env=os.environ | env, timeout=400)
+                          env=os.environ | {"OMP_NUM_THREADS": "1"} | env, timeout=400)
     assert done.returncode == check, (args, done.returncode, done.stdout[-2000:], done.stderr[-3000:])
     return done.stdout, done.stderr
 
