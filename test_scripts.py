@@ -201,7 +201,7 @@ def test_ctrl_c_finishes_the_step_saves_and_exits_0(tmp_path):
 
 
 def test_two_processes_do_the_work_of_one(tmp_path):
-    flags = "--lora-rank 4 --steps 2 --out"
+    flags = "--lora-rank 4 --minibatches 1 --steps 2 --out"     # ranks cut a rollout into other mini-batches
     run("-m torch.distributed.run --nproc-per-node 1 train_grpo.py", SMALL, flags, tmp_path / "one")
     run("-m torch.distributed.run --nproc-per-node 2 train_grpo.py", SMALL, flags, tmp_path / "two",
         OMP_NUM_THREADS="1")
