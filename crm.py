@@ -104,7 +104,8 @@ class CRM:
                  freeze_vision=False, checkpointing=False, resize="aspect", min_pixels=MIN_PIXELS,
                  max_pixels=MAX_PIXELS):
         self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
-        self.resize, self.min_pixels, self.max_pixels = resize, min_pixels, max_pixels
+        self.resize, self.min_pixels = resize, min_pixels
+        self.max_pixels = min(max_pixels, image_processor.size["longest_edge"])     # what the checkpoint was made for
         model_size((56, 56), resize, min_pixels, max_pixels)                # a wrong --resize is said now
         self.freeze_vision, self.checkpointing = freeze_vision or lora_rank > 0, checkpointing
         self.frozen = copy.deepcopy(model).eval().requires_grad_(False) \

@@ -208,7 +208,8 @@ def load_splits(config):
         if split == "test" and config.eval_every < 0:
             return splits[0], []
         if split == "test" and Path(path).is_file() and path == config.data:
-            raise ValueError(f"--data {path}: one file has no held-out split; give a folder or --eval-every -1")
+            raise ValueError(f"--data {path}: one file has no held-out split; give a folder, or "
+                             "--eval-every -1")
         splits.append(samples := load_samples(path, split, config.skip_bad_rows))
         if samples.skipped:
             say(f"{path}, {split}: {len(samples.skipped)} bad rows left out, the first: {samples.skipped[0]}")
@@ -342,11 +343,11 @@ class Run:
                 x, y = np.array(points, dtype=float).T
                 sparse = len(x) < 0.5 * len(rows)
                 line, = axis.plot(x, y, "o-" if sparse else "-", alpha=1 if sparse else 0.25,
-                                  lw=1.5 if sparse else 1, label=key.split("/")[-1] if sparse else None)
+                                  lw=1.5 if sparse else 1, label=key if sparse else None)
                 if not sparse:                                  # a mean over the last tenth of the run
                     width = max(1, len(y) // 10)
                     mean = [y[max(0, i - width + 1):i + 1].mean() for i in range(len(y))]
-                    axis.plot(x, mean, color=line.get_color(), lw=2, label=key.split("/")[-1])
+                    axis.plot(x, mean, color=line.get_color(), lw=2, label=key)
             axis.set_title(title, loc="left", fontsize=11)
             axis.grid(alpha=0.25)
             axis.spines[["top", "right"]].set_visible(False)

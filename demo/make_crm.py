@@ -50,7 +50,7 @@ def tiny_crm(texts, vocab_size=2048, hidden=192, layers=4, heads=6, kv_heads=2, 
         vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"])
     model = Qwen2_5_VLForConditionalGeneration(config)
     model.generation_config.eos_token_id = [ids[token] for token in END]
-    return CRM(model, tokenizer, Qwen2VLImageProcessorPil(), **options)
+    return CRM(model, tokenizer, Qwen2VLImageProcessorPil(max_pixels=224 * 224), **options)      # the data's largest
 
 
 def corpus(samples) -> list[str]:
