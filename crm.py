@@ -29,12 +29,14 @@ import numpy as np
 import torch
 from einops import rearrange, repeat
 from PIL import Image
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoTokenizer, DynamicCache, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from attention import KINDS, Cache, Tree
 from data import MAX_PIXELS, MIN_PIXELS, Frame, model_size
 
 # the chat format the checkpoints were trained on, around the image and the user's text
@@ -43,7 +45,9 @@ CHAT = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|
 END = ("<|im_end|>", "<|endoftext|>")                                   # either one ends an answer
 BANNED = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")   # in sampler and scorer
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-LOGIT_BUDGET = 2 ** 26                                                  # float32 logits alive at once: 256 MB
+BANNED_LOGIT = torch.finfo(torch.float32).min
+LOGITS_KEPT = 2 ** 26                       # float32 logits kept for backward: 256 MB
+LOGITS_CHUNK = {"cpu": 2 ** 21, "cuda": 2 ** 26}        # and made at once: on a CPU, what its cache holds
 
 
 @dataclass
@@ -55,6 +59,7 @@ class Prompt:
     positions: torch.Tensor         # (3, L) M-RoPE positions in time, height, width
     frame: Frame                    # the image's size in both frames
     image_at: int                   # index of the first image token in ids
+    features: torch.Tensor | None = None    # (image tokens, D), kept when the vision tower is frozen
 
 
 @dataclass
@@ -71,13 +76,13 @@ class Group:
 def load_crm(path: str | Path, device="cpu", dtype=torch.float32, lora_rank: int = 0,
              lora_alpha: float | None = None, reference: bool = False, freeze_vision: bool = False,
              checkpointing: bool = False, resize: str = "aspect", min_pixels: int = MIN_PIXELS,
-             max_pixels: int = MAX_PIXELS) -> "CRM":
+             max_pixels: int = MAX_PIXELS, **tricks) -> "CRM":
     """A CRM from a folder or a hub name.
 
     lora_rank > 0 trains LoRA matrices (arXiv 2106.09685) on the language model's linear layers and nothing
     else; the reference policy is then the model with the adapter off. Otherwise `reference` keeps a frozen
     copy for it. freeze_vision leaves the vision tower and its merger as they are. resize, min_pixels,
-    max_pixels: data.model_size.
+    max_pixels: data.model_size. tricks: those of the class.
     ValueError in one line when the checkpoint is not there or is not a Qwen2.5-VL."""
     if str(path).startswith((".", "/", "~")) or str(path).count("/") > 1 or Path(path).exists():
         if not (Path(path) / "config.json").is_file():      # not a hub name: say so before asking the hub
@@ -93,19 +98,27 @@ def load_crm(path: str | Path, device="cpu", dtype=torch.float32, lora_rank: int
     except OSError as error:
         raise ValueError(f"--crm {path}: cannot be loaded ({str(error).splitlines()[0]})") from None
     return CRM(model.to(device), tokenizer, processor, lora_rank, lora_alpha, reference, freeze_vision,
-               checkpointing, resize, min_pixels, max_pixels)
+               checkpointing, resize, min_pixels, max_pixels, **tricks)
 
 
 class CRM:
     """Model, tokenizer and image processor of one Qwen2.5-VL, and what a policy must do:
-    encode, sample, score, save."""
+    encode, sample, score, save.
+
+    Each trick has an off position, the slow and obvious way to the same numbers: attention "dense"
+    (attention.py), share_vision and drop_finished False."""
 
     def __init__(self, model, tokenizer, image_processor, lora_rank=0, lora_alpha=None, reference=False,
                  freeze_vision=False, checkpointing=False, resize="aspect", min_pixels=MIN_PIXELS,
-                 max_pixels=MAX_PIXELS):
+                 max_pixels=MAX_PIXELS, attention="rows", share_vision=True, drop_finished=True):
+        if attention not in KINDS:
+            raise ValueError(f"attention {attention}: one of {', '.join(KINDS)}")
         self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
+        self.attention, self.share_vision, self.drop_finished = attention, share_vision, drop_finished
+        model.model.language_model.set_attn_implementation("tree")
         self.resize, self.min_pixels = resize, min_pixels
-        self.max_pixels = min(max_pixels, image_processor.size["longest_edge"])     # what the checkpoint was made for
+        # no larger than what the checkpoint was made for
+        self.max_pixels = min(max_pixels, image_processor.size["longest_edge"])
         model_size((56, 56), resize, min_pixels, max_pixels)                # a wrong --resize is said now
         self.freeze_vision, self.checkpointing = freeze_vision or lora_rank > 0, checkpointing
         self.frozen = copy.deepcopy(model).eval().requires_grad_(False) \
@@ -144,6 +157,7 @@ class CRM:
             if p.requires_grad and not matches(name):
                 p.requires_grad_(False)
         chosen = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.freeze_vision = not any(p.requires_grad for p in self.model.model.visual.parameters())
         if not chosen:
             raise ValueError(f"--trainable {pattern}: no parameter has such a name")
         return chosen
@@ -176,19 +190,40 @@ class CRM:
         return Group(prompt, tokens, lengths, torch.zeros(tokens.shape, device=self.device), lengths > 0,
                      list(texts))
 
-    def _embed(self, prompts: list[Prompt], tokens: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Input embeddings of [prompt | tokens], one (L + n, D) a prompt. Only a prompt's own image span
-        takes image features, so an image token that somehow got into an answer is a word like any other."""
-        with torch.no_grad() if self.freeze_vision else nullcontext():
-            features = self.model.model.get_image_features(
-                torch.cat([p.pixel_values for p in prompts]),
-                torch.cat([p.grid_thw for p in prompts])).pooler_output
-        rows, words = [], self.model.get_input_embeddings()
-        for prompt, more, image in zip(prompts, tokens, features):
-            x = words(torch.cat([prompt.ids, more]))
+    def _features(self, prompts: Sequence[Prompt]) -> list[torch.Tensor]:
+        """Image features, (n, D) a prompt. Of a frozen vision tower they are computed once and kept with
+        the prompt: sampler, reference and policy share them."""
+        missing = [p for p in prompts if p.features is None]
+        if not self.freeze_vision or not self.share_vision:
+            missing = prompts
+        if missing:
+            with torch.no_grad() if self.freeze_vision else nullcontext():
+                fresh = self.model.model.get_image_features(
+                    torch.cat([p.pixel_values for p in missing]),
+                    torch.cat([p.grid_thw for p in missing])).pooler_output
+            if missing is prompts:
+                return fresh
+            for prompt, features in zip(missing, fresh):
+                prompt.features = features
+        return [p.features for p in prompts]
+
+    def _stream(self, prompts: Sequence[Prompt], answers: Sequence[list[torch.Tensor]], keep: bool = False):
+        """[prompt | answer 1 | … | answer g] of each prompt, end to end, through the language model
+        -> hidden states (S, D), the tree. Only a prompt's own image span takes image features, so an image
+        token that somehow got into an answer is a word like any other."""
+        words, rows, positions = self.model.get_input_embeddings(), [], []
+        for prompt, own, image in zip(prompts, answers, self._features(prompts)):
+            x = words(torch.cat([prompt.ids, *own]))
             a, b = prompt.image_at, prompt.image_at + len(image)
-            rows.append(torch.cat([x[:a], image.to(x.dtype), x[b:]]))
-        return rows
+            rows += x[:a], image.to(x.dtype), x[b:]
+            after = [torch.arange(len(tokens), device=self.device) for tokens in own]
+            positions += [prompt.positions, *((prompt.positions.max() + 1 + j).expand(3, -1) for j in after)]
+        tree = Tree([(len(p.ids), [len(tokens) for tokens in own]) for p, own in zip(prompts, answers)],
+                    self.attention, self.device, keep)
+        mask = dict.fromkeys(self.model.config.text_config.layer_types, tree)
+        out = self.model.model.language_model(inputs_embeds=torch.cat(rows)[None], attention_mask=mask,
+                                              position_ids=torch.cat(positions, 1)[:, None], use_cache=False)
+        return out.last_hidden_state[0], tree
 
     # ------------------------------------------------------------ sample
 
@@ -205,21 +240,26 @@ class CRM:
         seeds = [(seed, i) for i in range(P)] if isinstance(seed, int) else seed
         uniform = np.stack([np.random.default_rng([*s, g]).random(T) for s in seeds for g in range(G)])
         uniform = torch.from_numpy(uniform).to(device)                          # (N, T) float64
-        logits, position, cache = self._prefill(prompts, G, T)
-        logits = repeat(logits, "p v -> (p g) v", g=G)
+        hidden, cache = self._prefill(prompts, G, T)                            # (P, D)
+        hidden = repeat(hidden, "p d -> (p g) d", g=G)
         tokens = torch.full((P * G, T), self.end_ids[-1], device=device)
         logp = torch.zeros(P * G, T, device=device)
         lengths = torch.zeros(P * G, dtype=torch.long, device=device)
         done = lengths > 0
+        rows = torch.arange(P * G, device=device)                               # those still in the batch
+        look = 1 if device.type == "cpu" else 8                                 # tokens between host syncs
         for t in range(T):
-            token, token_logp = self._draw(logits, uniform[:, t], temperature)
-            tokens[:, t] = torch.where(done, tokens[:, t], token)
-            logp[:, t] = torch.where(done, 0.0, token_logp)
+            token, token_logp = self._draw(hidden, uniform[rows, t], temperature)
+            tokens[rows, t] = torch.where(done[rows], tokens[rows, t], token)
+            logp[rows, t] = torch.where(done[rows], 0.0, token_logp)
             lengths += ~done
-            done = done | torch.isin(token, self.end)
-            if t + 1 == T or done.all():
+            done[rows] |= torch.isin(token, self.end)
+            if t + 1 == T or t % look == 0 and done.all():
                 break
-            logits = self._decode(token, repeat(position + t, "p -> (p g)", g=G), cache, t)
+            if t % look == 0 and self.drop_finished:
+                stay = cache.compact(done[rows], t)
+                rows, token = rows[stay], token[stay]
+            hidden = self._decode(token, cache, t)
         groups = []
         for prompt, *rows in zip(prompts, *(rearrange(x, "(p g) ... -> p g ...", g=G)
                                             for x in (tokens, lengths, logp, done))):
@@ -229,10 +269,10 @@ class CRM:
             groups.append(Group(prompt, toks[:, :width], lens, lps[:, :width], ended, texts))
         return groups
 
-    def _draw(self, logits, uniform, temperature):
+    def _draw(self, hidden, uniform, temperature):
         """One token a row by inverting the distribution function, and its log-probability.
-        logits (N, V), uniform (N,)."""
-        logp = self._log_probs(logits, temperature)
+        hidden (n, D), uniform (n,) -> (n,), (n,)."""
+        logp = self._logits(hidden, temperature).log_softmax(-1)
         if temperature == 0:
             token = logp.argmax(-1)
         else:
@@ -241,62 +281,41 @@ class CRM:
             token = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True)[:, 0]
         return token, logp.gather(1, token[:, None])[:, 0]
 
-    def _log_probs(self, logits, temperature):
-        """log softmax(logits / T) in float32 without the banned tokens. (n, V) -> (n, V)."""
-        logits = logits.float() / (temperature or 1.0)
-        return logits.masked_fill(~self.allowed, torch.finfo(torch.float32).min).log_softmax(-1)
+    def _logits(self, hidden, temperature):
+        """Logits / T in float32, those of the banned tokens so low that their probability is 0.
+        (n, D) -> (n, V)."""
+        logits = self.model.lm_head(hidden).float() / (temperature or 1.0)
+        return logits.masked_fill(~self.allowed, BANNED_LOGIT)
 
     def _prefill(self, prompts, G, T):
-        """Each prompt once through the model
-        -> logits (P, V) of the first answer token, its position (P,), the cache.
-
-        cache: for each layer, prompt keys and values (P, k, L, d), stored once a prompt, and empty ones of
-        the answers (P, k, G, T, d); a bias (P, 1, 1, L) hides the padding of shorter prompts."""
-        model, stacks, last = self.model.model.language_model, [], []
-        for prompt in prompts:
-            kv = DynamicCache(config=self.model.config.text_config)
-            x, = self._embed([prompt], [prompt.ids[:0]])
-            hidden = model(inputs_embeds=x[None], position_ids=prompt.positions[:, None], past_key_values=kv,
-                           use_cache=True).last_hidden_state
-            last.append(hidden[0, -1])
-            stacks.append([(layer.keys[0], layer.values[0]) for layer in kv.layers])
+        """Each prompt once through the model -> its last hidden state (P, D), the cache."""
+        hidden, tree = self._stream(prompts, [[]] * len(prompts), keep=True)
         lengths = torch.tensor([len(p.ids) for p in prompts], device=self.device)
-        L, cache = int(lengths.max()), []
-        for layer in zip(*stacks):
-            keys, values = (torch.stack([torch.nn.functional.pad(x, (0, 0, 0, L - x.shape[1])) for x in side])
-                            for side in zip(*layer))
-            own = (len(prompts), keys.shape[1], G, T, keys.shape[-1])
-            cache.append((keys, values, keys.new_zeros(own), keys.new_zeros(own)))
-        hide = torch.arange(L, device=self.device) >= lengths[:, None]
-        bias = torch.zeros(hide.shape, device=self.device, dtype=last[0].dtype).masked_fill(hide, -torch.inf)
         position = torch.stack([p.positions.max() + 1 for p in prompts])
-        return self.model.lm_head(torch.stack(last)), position, (cache, bias[:, None, None])
+        config = self.model.config.text_config
+        r = config.num_attention_heads // config.num_key_value_heads
+        return hidden[lengths.cumsum(0) - 1], Cache(tree.kept, lengths, position, G, T, r)
 
-    def _decode(self, token, position, cache, t):
+    def _decode(self, token, cache, t):
         """One token a row through the model's own modules.
-        token, position (N,); t answer tokens came before -> (N, V)."""
-        layers, bias = cache
-        model = self.model.model.language_model
-        x = model.embed_tokens(token)                                                           # (N, D)
-        cos, sin = (c[:, 0] for c in model.rotary_emb(x, position.expand(3, -1)[..., None]))    # (N, d)
-        for layer, (prompt_k, prompt_v, own_k, own_v) in zip(model.layers, layers):
-            P, k, G, _, d = own_k.shape
-            attention, h = layer.self_attn, layer.input_layernorm(x)
+        token (n,); t answer tokens came before -> (n, D)."""
+        model, (P, G) = self.model.model.language_model, cache.shape
+        x = model.embed_tokens(token)                                                           # (n, D)
+        position = repeat(cache.position + t, "p -> three (p g) 1", three=3, g=G)
+        cos, sin = (c[:, 0] for c in model.rotary_emb(x, position))                             # (n, d)
+        start, stop = cache.L + t * G, cache.L + (t + 1) * G
+        for layer, (keys, values) in zip(model.layers, cache.layers):
+            attention, h, d = layer.self_attn, layer.input_layernorm(x), keys.shape[-1]
             q, key = apply_rotary_pos_emb(rearrange(attention.q_proj(h), "n (h d) -> n h d", d=d),
                                           rearrange(attention.k_proj(h), "n (k d) -> n k d", d=d), cos, sin)
-            own_k[:, :, :, t] = rearrange(key, "(p g) k d -> p k g d", p=P)
-            own_v[:, :, :, t] = rearrange(attention.v_proj(h), "(p g) (k d) -> p k g d", p=P, d=d)
-            q = rearrange(q, "(p g) (k r) d -> p k g r d", p=P, k=k) * attention.scaling
-            to_prompt = rearrange(q, "p k g r d -> p k (g r) d") @ prompt_k.mT + bias   # prompt keys, once
-            to_own = q @ own_k[:, :, :, :t + 1].mT                                      # (P, k, G, r, t+1)
-            scores = torch.cat([rearrange(to_prompt, "p k (g r) l -> p k g r l", g=G), to_own], -1)
-            a, b = scores.softmax(-1, dtype=torch.float32).to(q.dtype).split([prompt_k.shape[2], t + 1], -1)
-            out = rearrange(rearrange(a, "p k g r l -> p k (g r) l") @ prompt_v,
-                            "p k (g r) d -> p k g r d", g=G)
-            out = out + b @ own_v[:, :, :, :t + 1]
-            x = x + attention.o_proj(rearrange(out, "p k g r d -> (p g) (k r d)"))
+            keys[:, :, start:stop] = rearrange(key, "(p g) k d -> p k g d", p=P)
+            values[:, :, start:stop] = rearrange(attention.v_proj(h), "(p g) (k d) -> p k g d", p=P, d=d)
+            q = rearrange(q, "(p g) (k r) d -> p k (g r) d", p=P, k=keys.shape[1])
+            out = sdpa(q, keys[:, :, :stop], values[:, :, :stop], cache.bias[..., :stop],
+                       scale=attention.scaling)
+            x = x + attention.o_proj(rearrange(out, "p k (g r) d -> (p g) (k r d)", g=G))
             x = x + layer.mlp(layer.post_attention_layernorm(x))
-        return self.model.lm_head(model.norm(x))
+        return model.norm(x)
 
     # ------------------------------------------------------------ score
 
@@ -305,66 +324,62 @@ class CRM:
         zero past each length; differentiable."""
         return self.score([(group, rows)], temperature)[0][0]
 
-    def packs(self, group: Group, budget: int) -> list[list[int]]:
-        """The rows of a group, cut so that [prompt | rows] has at most `budget` tokens
-        (or one row, if that is more)."""
-        packs, used = [], None
-        for row, length in enumerate(group.lengths.tolist()):
-            if used is None or used + length > budget:
-                packs, used = packs + [[]], len(group.prompt.ids)
-            packs[-1].append(row)
-            used += length
-        return packs
+    def packs(self, groups: Sequence[Group], budget: int) -> list[list[tuple[int, list[int]]]]:
+        """All rows of some groups as streams of at most `budget` tokens: of each its [(group's index, rows)].
+        A group that does not fit into what is left begins a new stream; only one that fits into none is cut,
+        and its prompt repeated. A single row is never cut."""
+        streams, used = [[]], 0
+        for i, group in enumerate(groups):
+            lengths, prompt = group.lengths.tolist(), len(group.prompt.ids)
+            fresh = used + prompt + sum(lengths) > budget
+            for row, length in enumerate(lengths):
+                if streams[-1] and (fresh if row == 0 else used + length > budget):
+                    streams.append([])
+                if row == 0 or not streams[-1]:
+                    used = prompt + (used if streams[-1] else 0)
+                    streams[-1].append((i, []))
+                streams[-1][-1][1].append(row)
+                used += length
+        return [stream for stream in streams if stream]
 
     def score(self, packs: Sequence[tuple[Group, Sequence[int]]], temperature: float = 1.0):
-        """[(logp (g, T), entropy (g, T))] of a batch of packs,
-        each some rows of one group in one sequence of S tokens.
+        """[(logp (g, T), entropy (g, T))] of some packs, each some rows of one group, in one stream.
 
-        Entropy is that of the whole distribution, sum of -p log p, without gradient. Padding on the right, up
-        to the longest pack, is seen by nothing."""
+        Entropy is that of the whole distribution, sum of -p log p, without gradient."""
         # transformers checkpoints in train mode only
         self.model.train(self.checkpointing and torch.is_grad_enabled())
-        device, streams, segments, positions, sources, keeps = self.device, [], [], [], [], []
+        answers, sources, keeps, at = [], [], [], 0
         for group, rows in packs:
-            rows, L = torch.as_tensor(list(rows), device=device), len(group.prompt.ids)
-            keep = torch.arange(group.tokens.shape[1], device=device) < group.lengths[rows][:, None]  # (g, T)
-            row, j = keep.nonzero(as_tuple=True)                      # of each answer token, in packing order
-            streams.append(group.tokens[rows][keep])
-            segments.append(torch.cat([row.new_zeros(L), row + 1]))   # 0 the prompt, 1.. the answers
-            after = (group.prompt.positions.max() + 1 + j).expand(3, -1)
-            positions.append(torch.cat([group.prompt.positions, after], 1))
-            # who predicts it
-            sources.append(torch.where(j == 0, L - 1, L - 1 + torch.arange(len(j), device=device)))
+            rows, L = torch.as_tensor(list(rows), device=self.device), len(group.prompt.ids)
+            lengths = group.lengths[rows]
+            keep = torch.arange(group.tokens.shape[1], device=self.device) < lengths[:, None]       # (g, T)
+            answers.append([tokens[:n] for tokens, n in zip(group.tokens[rows], lengths.tolist())])
+            j = keep.nonzero()[:, 1]                                    # place in its answer, in stream order
+            before = at + L - 1 + torch.arange(len(j), device=self.device)
+            sources.append(torch.where(j == 0, at + L - 1, before))     # who predicts it
             keeps.append(keep)
-        x = pad_sequence(self._embed([group.prompt for group, _ in packs], streams),
-                         batch_first=True)                                      # (B, S, D)
-        segment = pad_sequence(segments, batch_first=True, padding_value=-1)
-        position = rearrange(pad_sequence([p.T for p in positions], batch_first=True),
-                             "b s three -> three b s")
-        # the tree, (B, 1, S, S)
-        seen = (segment[:, None] == 0) | (segment[:, None] == segment[:, :, None])
-        seen = (seen & torch.ones(seen.shape[1:], dtype=torch.bool, device=device).tril())[:, None]
-        hidden = self.model.model.language_model(
-            inputs_embeds=x, position_ids=position, use_cache=False,
-            attention_mask=dict.fromkeys(self.model.config.text_config.layer_types, seen)).last_hidden_state
-        hidden = torch.cat([h[source] for h, source in zip(hidden, sources)])   # answers only
-        logp, entropy = self._token_logp(hidden, torch.cat(streams), temperature)
-        sizes = [len(s) for s in streams]
-        return [tuple(torch.zeros(keep.shape, device=device).masked_scatter(keep, values) for values in pair)
+            at += L + len(j)
+        hidden, _ = self._stream([group.prompt for group, _ in packs], answers)
+        logp, entropy = self._token_logp(hidden[torch.cat(sources)], torch.cat(sum(answers, [])), temperature)
+        sizes = [len(source) for source in sources]
+        return [tuple(torch.zeros(keep.shape, device=self.device).masked_scatter(keep, x) for x in pair)
                 for keep, *pair in zip(keeps, logp.split(sizes), entropy.split(sizes))]
 
     def _token_logp(self, hidden, targets, temperature):
         """Log-probability of each target and entropy of its distribution. hidden (n, D), targets (n,)
-        -> (n,), (n,). In chunks, recomputed in backward: n x V float32 logits never exist at once."""
+        -> (n,), (n,). In chunks; recomputed in backward where n x V float32 logits are too many to keep."""
         def chunk(h, target):
-            logp = self._log_probs(self.model.lm_head(h), temperature)
-            with torch.no_grad():
-                entropy = -(logp.exp() * logp).sum(-1)
-            return logp.gather(1, target[:, None])[:, 0], entropy
+            logits = self._logits(h, temperature)
+            total = logits.logsumexp(-1)
+            with torch.no_grad():                                       # sum of -p log p, log p = logit - total
+                p = (logits - total[:, None]).exp()
+                entropy = total - torch.einsum("nv,nv->n", p, logits)
+            return logits.gather(1, target[:, None])[:, 0] - total, entropy
 
-        size = max(1, LOGIT_BUDGET // len(self.allowed))
-        parts = [checkpoint(chunk, h, target, use_reentrant=False) if torch.is_grad_enabled() else
-                 chunk(h, target) for h, target in zip(hidden.split(size), targets.split(size))]
+        size = max(1, LOGITS_CHUNK[self.device.type] // len(self.allowed))
+        again = torch.is_grad_enabled() and hidden.shape[0] * len(self.allowed) > LOGITS_KEPT
+        parts = [checkpoint(chunk, h, target, use_reentrant=False) if again else chunk(h, target)
+                 for h, target in zip(hidden.split(size), targets.split(size))]
         logp, entropy = (torch.cat(side) for side in zip(*parts))
         return logp, entropy
 

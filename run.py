@@ -29,7 +29,8 @@ EMBEDDED = {"crm": ROOT / "demo/crm", "asm": ROOT / "demo/asm", "data": ROOT / "
 
 
 AT_LEAST = {"seed": 0, "kl_coef": 0, "temperature": 0, "lora_rank": 0} | dict.fromkeys(
-    ("max_new_tokens", "minibatches", "micro_batch", "save_every", "inner_epochs", "eval_answers", "samples"), 1)
+    ("max_new_tokens", "minibatches", "micro_batch", "save_every", "inner_epochs", "eval_answers", "samples",
+     "pack_tokens"), 1)
 
 
 # ---------------------------------------------------------------- command line

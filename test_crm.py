@@ -1,5 +1,7 @@
 """The sampler and the shared-prefix scorer against the slow, obvious version:
 transformers' own forward, row by row."""
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -51,13 +53,96 @@ def test_every_gradient_of_the_packed_loss_equals_the_naive_one(prompts, checkpo
                                    rtol=1e-3)
 
 
+SWITCHES = [dict(attention=attention, share_vision=share, drop_finished=drop)
+            for attention in ("rows", "dense") for share in (True, False) for drop in (True, False)]
+
+
+@pytest.mark.parametrize("freeze_vision", [True, False])
+@pytest.mark.parametrize("switches", SWITCHES, ids=lambda s: "-".join(map(str, s.values())))
+def test_no_trick_changes_a_number(prompts, switches, freeze_vision):
+    """Each combination of switches against transformers' forward, row by row: tokens, log-probs, all gradients."""
+    crm = random_crm(freeze_vision=freeze_vision, reference=True, **switches)
+    fresh = [replace(p, features=None) for p in prompts]
+    groups = crm.sample(fresh, 3, 16, seed=2)
+    for group, other in zip(groups, random_crm().sample(prompts, 3, 16, seed=2)):
+        assert torch.equal(group.tokens, other.tokens) and torch.equal(group.lengths, other.lengths)
+    weights = [torch.randn(g.logp.shape, generator=torch.Generator().manual_seed(i)) for i, g in enumerate(groups)]
+    sum((naive_logp(crm, g, 1.0) * w).sum() for g, w in zip(groups, weights)).backward()
+    naive = {name: p.grad.clone() for name, p in crm.model.named_parameters() if p.grad is not None}
+    crm.model.zero_grad()
+    with crm.reference():
+        reference = [logp for (logp, _) in crm.score([(g, range(3)) for g in groups])]
+    for budget in (10_000, 240, 1):                                     # one stream, several, a row each
+        for stream in crm.packs(groups, budget):
+            for (i, rows), (logp, _) in zip(stream, crm.score([(groups[i], rows) for i, rows in stream])):
+                torch.testing.assert_close(logp, naive_logp(crm, groups[i], 1.0)[rows], atol=1e-5, rtol=0)
+                torch.testing.assert_close(reference[i][rows], logp, atol=1e-5, rtol=0)
+                (logp * weights[i][rows]).sum().backward(retain_graph=True)
+        for name, p in crm.model.named_parameters():
+            assert (p.grad is None) == (freeze_vision and "visual" in name), name
+            if p.grad is not None:
+                torch.testing.assert_close(p.grad, naive[name], rtol=1e-3,
+                                           atol=1e-5 * naive[name].abs().max().item() + 1e-6)
+        crm.model.zero_grad()
+
+
+@pytest.mark.parametrize("drop_finished", [True, False])
+def test_the_sampler_draws_what_a_loop_without_a_cache_draws(prompts, drop_finished):
+    crm, seed = random_crm(drop_finished=drop_finished), 3
+    crm.end = torch.arange(40, 100)                                     # so that rows end at different times
+    groups = crm.sample(prompts, 6, 14, seed=seed)
+    assert len({int(n) for g in groups for n in g.lengths}) > 3
+    for i, (prompt, group) in enumerate(zip(prompts, groups)):
+        for g in range(6):
+            uniform, ids = np.random.default_rng([seed, i, g]).random(14), prompt.ids
+            for t in range(14):
+                logits = crm.model(
+                    input_ids=ids[None], pixel_values=prompt.pixel_values, image_grid_thw=prompt.grid_thw,
+                    mm_token_type_ids=(ids[None] == crm.image_id).int()).logits[0, -1]
+                cdf = logits.masked_fill(~crm.allowed, -torch.inf).softmax(-1).cumsum(0, dtype=torch.float64)
+                token = int((cdf <= uniform[t] * cdf[-1]).sum())
+                assert token == group.tokens[g, t]
+                ids = torch.cat([ids, torch.tensor([token])])
+                if token in crm.end:
+                    break
+            assert group.lengths[g] == t + 1 and group.finished[g] == (token in crm.end)
+
+
+def test_a_frozen_vision_tower_runs_once_for_sampler_reference_and_policy(prompts, monkeypatch):
+    for share, calls in ((True, 1), (False, 3)):
+        crm, seen = random_crm(freeze_vision=True, reference=True, share_vision=share), []
+        for model in (crm.model, crm.frozen):
+            whole = model.model.get_image_features
+            monkeypatch.setattr(model.model, "get_image_features",
+                                lambda *a, whole=whole: seen.append(1) or whole(*a))
+        group, = crm.sample([replace(prompts[0], features=None)], 2, 5)
+        with crm.reference():
+            crm.logp(group, [0, 1])
+        crm.logp(group, [0, 1]).sum().backward()
+        assert len(seen) == calls
+
+
+def test_streams_hold_whole_groups_under_a_budget_and_cut_only_what_is_too_long(crm, prompts):
+    groups = crm.sample(prompts, 4, 12, seed=1)
+    size = [len(g.prompt.ids) + int(g.lengths.sum()) for g in groups]
+    assert crm.packs(groups, sum(size)) == [[(0, [0, 1, 2, 3]), (1, [0, 1, 2, 3]), (2, [0, 1, 2, 3])]]
+    assert [[i for i, _ in stream] for stream in crm.packs(groups, size[0] + size[1])] == [[0, 1], [2]]
+    for budget in range(max(len(p.ids) for p in prompts) + 12, sum(size), 17):
+        streams = crm.packs(groups, budget)
+        assert sorted((i, row) for stream in streams for i, rows in stream for row in rows) == \
+            [(i, row) for i in range(3) for row in range(4)]
+        assert all(sum(len(groups[i].prompt.ids) + int(groups[i].lengths[rows].sum()) for i, rows in stream) <= budget
+                   for stream in streams)
+    assert crm.packs([], 100) == []
+
+
 def test_a_group_cut_into_packs_scores_and_learns_as_a_whole_one(crm, prompts):
     group = crm.sample(prompts[:1], 6, 20, seed=3)[0]
     budget = len(group.prompt.ids) + 45
-    packs = crm.packs(group, budget)
+    packs = [rows for stream in crm.packs([group], budget) for _, rows in stream]
     assert len(packs) > 1 and sum(packs, []) == list(range(6))
     assert all(len(group.prompt.ids) + group.lengths[rows].sum() <= budget for rows in packs)
-    assert crm.packs(group, 1) == [[i] for i in range(6)]           # never drops a row
+    assert crm.packs([group], 1) == [[(0, [i])] for i in range(6)]           # never drops a row
     whole = crm.logp(group, range(6))
     torch.testing.assert_close(torch.cat([crm.logp(group, rows) for rows in packs]), whole, atol=1e-5, rtol=0)
 
@@ -128,8 +213,8 @@ def test_temperature_zero_takes_the_likeliest_token(crm, prompts):
 @pytest.mark.parametrize("end", END)
 def test_either_end_token_ends_an_answer_and_is_its_last_token(crm, prompts, end, monkeypatch):
     end_id = crm.tokenizer.convert_tokens_to_ids(end)
-    monkeypatch.setattr(crm, "_draw", lambda logits, uniform, temperature:
-                        (torch.tensor([end_id, 300]), torch.full((2,), -1.0)))
+    monkeypatch.setattr(crm, "_draw", lambda hidden, uniform, temperature:
+                        (torch.tensor([end_id, 300])[-len(hidden):], torch.full((len(hidden),), -1.0)))
     group = crm.sample(prompts[:1], 2, 5)[0]
     assert group.lengths.tolist() == [1, 5] and group.finished.tolist() == [True, False]
     assert group.tokens[0, 0] == end_id and group.logp[0].tolist() == [-1, 0, 0, 0, 0]

@@ -187,6 +187,16 @@ def test_every_switch_of_a_study_changes_the_run_and_none_breaks_it(tmp_path):
     assert any(moved.values()) and not any(v for k, v in moved.items() if "visual" in k)
 
 
+def test_a_run_without_any_trick_gives_the_same_numbers(tmp_path):
+    flags = "--freeze-vision --minibatches 2 --steps 2 --norm none --out"
+    run("train_grpo.py", SMALL, flags, tmp_path / "fast")
+    run("train_grpo.py", SMALL, "--attention dense --no-share-vision --no-drop-finished --pack-tokens 1",
+        flags, tmp_path / "slow")
+    for fast, slow in zip(*(rows(tmp_path / name / "metrics.jsonl") for name in ("fast", "slow")), strict=True):
+        for key in ("reward", "length", "entropy", "kl", "loss", "grad_norm"):
+            assert fast.get(key) == pytest.approx(slow.get(key), rel=1e-3, abs=1e-6), key
+
+
 def test_ctrl_c_finishes_the_step_saves_and_exits_0(tmp_path):
     process = subprocess.Popen([sys.executable, "-W", "ignore", "train_grpo.py", *shlex.split(SMALL),
                                 "--steps", "500", "--out", str(tmp_path / "run")],

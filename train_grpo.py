@@ -27,6 +27,7 @@ import torch
 from tqdm import tqdm
 
 from asm import load_asm
+from attention import KINDS
 from crm import Group, load_crm
 from data import MAX_PIXELS, MIN_PIXELS, BadRow, Sample, clip_to, fill_prompt, load_prompt, to_image, to_model
 from rewards import MODES, parse_answer, reward_terms, smooth_log, total_reward
@@ -85,7 +86,11 @@ class Config:
     freeze_vision: bool = flag(False, "leave the vision tower as it is")
     trainable: str = flag("", "train only parameters whose name has a match of this regular expression")
     checkpointing: bool = flag(False, "recompute activations in backward")
-    pack_tokens: int = flag(8192, "longest [prompt | answers] sequence; longer groups are cut")
+    # speed: the same numbers, only sooner (off: dense, no-share-vision, no-drop-finished, pack-tokens 1)
+    attention: str = flag("rows", "how answers that share a prompt attend, see attention.py", KINDS)
+    share_vision: bool = flag(True, "features of a frozen vision tower are computed once a step")
+    drop_finished: bool = flag(True, "answers that ended leave the sampler's batch")
+    pack_tokens: int = flag(8192, "most tokens scored at once; groups share a stream, longer ones are cut")
     # looking
     eval_every: int = flag(50, "steps between held-out evaluations (0: only first and last; -1: none)")
     eval_answers: int = flag(4, "sampled answers to a held-out question")
@@ -153,6 +158,8 @@ class Rollout:
     group: Group
     terms: list[dict[str, float]]               # a dict an answer
     rewards: torch.Tensor                       # (G,)
+    advantages: torch.Tensor | None = None      # (G,)
+    weights: torch.Tensor | None = None         # (G, T) how much each token counts in its optimizer step
     old_logp: torch.Tensor | None = None        # (G, T) under the policy that sampled, as the scorer sees it
     ref_logp: torch.Tensor | None = None        # (G, T) under the reference policy
 
@@ -268,7 +275,8 @@ def main(cfg: Config) -> None:
         torch.manual_seed(cfg.seed)                                 # LoRA's matrices: the same on every rank
         crm = load_crm(cfg.crm, ranks.device, dtype, cfg.lora_rank, reference=cfg.kl_coef > 0,
                        freeze_vision=cfg.freeze_vision, checkpointing=cfg.checkpointing, resize=cfg.resize,
-                       min_pixels=cfg.min_pixels, max_pixels=cfg.max_pixels)
+                       min_pixels=cfg.min_pixels, max_pixels=cfg.max_pixels, attention=cfg.attention,
+                       share_vision=cfg.share_vision, drop_finished=cfg.drop_finished)
         optimizer = Optimizer(crm.trainable(cfg.trainable), cfg.weight_decay)
         first = run.begin(optimizer, cfg.steps)
     ours, share = slice(ranks.rank * mine, (ranks.rank + 1) * mine), mine // cfg.minibatches
@@ -284,9 +292,14 @@ def main(cfg: Config) -> None:
         return [reward(s, g, cfg, factors, asm) for s, g in zip(samples, groups)]
 
     @torch.no_grad()
-    def logp_of(group) -> torch.Tensor:                             # (G, T)
-        packs = crm.packs(group, cfg.pack_tokens)
-        return torch.cat([crm.logp(group, rows, cfg.temperature) for rows in packs])
+    @torch.no_grad()
+    def logp_of(groups) -> list[torch.Tensor]:                      # (G, T) each
+        filled = [torch.zeros_like(group.logp) for group in groups]
+        for stream in crm.packs(groups, cfg.pack_tokens):
+            scored = crm.score([(groups[i], rows) for i, rows in stream], cfg.temperature)
+            for (i, rows), (logp, _) in zip(stream, scored):
+                filled[i][rows] = logp
+        return filled
 
     if first == 0 and tests:
         run.log("metrics", {"step": 0, **run.evaluate(crm, tests, template, factors, 0, greedy=True)})
@@ -305,39 +318,46 @@ def main(cfg: Config) -> None:
         clock.append(time.perf_counter())
 
         # 2. advantages, over the groups of all ranks
-        rewards = torch.stack(ranks.gather([r.rewards for r in batch]))             # (P, G)
-        advantages = group_advantages(rewards, cfg.norm)[ours].to(ranks.device)     # (mine, G)
+        rewards = torch.stack(ranks.gather([r.rewards for r in batch]))         # (P, G)
+        for r, A in zip(batch, group_advantages(rewards, cfg.norm)[ours].to(ranks.device)):
+            r.advantages = A
 
         # 3. log-probabilities under the reference, and under the policy that sampled. the first mini-batch is
         # on-policy: its own forward gives them
-        for p, r in enumerate(batch):
-            if cfg.kl_coef:
-                with crm.reference():
-                    r.ref_logp = logp_of(r.group)
-            r.old_logp = torch.zeros_like(r.group.logp) if p < share else logp_of(r.group)
+        if cfg.kl_coef:
+            with crm.reference():
+                for r, logp in zip(batch, logp_of([r.group for r in batch])):
+                    r.ref_logp = logp
+        for r, logp in zip(batch[share:], logp_of([r.group for r in batch[share:]])):
+            r.old_logp = logp
+        for r in batch[:share]:
+            r.old_logp = torch.zeros_like(r.group.logp)
         clock.append(time.perf_counter())
 
         # 4. updates: the loss of each is one weighted sum over the tokens of all ranks
         stats, grad_norms = {}, []
         lr = learning_rate(step, cfg.steps, cfg.lr, cfg.warmup, cfg.schedule)
         for update in range(cfg.inner_epochs * cfg.minibatches):
-            part = slice(update % cfg.minibatches * share, (update % cfg.minibatches + 1) * share)
-            weights = step_weights([r.group for r in batch[part]], cfg, ranks)
-            for r, A, weight in zip(batch[part], advantages[part], weights):
-                if not cfg.kl_coef and not A.any():
-                    continue                                        # its gradient is exactly 0
-                for rows in crm.packs(r.group, cfg.pack_tokens):
-                    (logp, entropy), = crm.score([(r.group, rows)], cfg.temperature)
+            part = batch[update % cfg.minibatches * share:][:share]
+            for r, weights in zip(part, step_weights([r.group for r in part], cfg, ranks)):
+                r.weights = weights
+            live = [r for r in part if cfg.kl_coef or r.advantages.any()]   # else the gradient is exactly 0
+            for stream in crm.packs([r.group for r in live], cfg.pack_tokens):
+                scored = crm.score([(live[i].group, rows) for i, rows in stream], cfg.temperature)
+                losses = []
+                for (i, rows), (logp, entropy) in zip(stream, scored):
+                    r, weight = live[i], live[i].weights[rows]
                     if update == 0:
-                        r.old_logp[rows] = logp.detach()            # the ratio is exactly 1
+                        r.old_logp[rows] = logp.detach()                # the ratio is exactly 1
                         gap = (logp.detach() - r.group.logp[rows]).abs()
-                        add_up(stats, {"logp_gap": gap.max(), "gap_sum": (weight[rows] * gap).sum()})
-                    ref_logp = r.ref_logp[rows] if cfg.kl_coef else None
-                    loss, s = grpo_loss(logp, r.old_logp[rows], ref_logp, A[rows], weight[rows], cfg.clip_low,
-                                        cfg.clip_high, cfg.dual_clip, cfg.kl_coef, cfg.kl)
-                    loss.backward()
-                    add_up(stats, {**s, "loss": loss, "entropy": (weight[rows] * entropy).sum(),
-                                   "scored": weight[rows].sum()})
+                        add_up(stats, {"logp_gap": gap.max(), "gap_sum": (weight * gap).sum()})
+                    loss, s = grpo_loss(logp, r.old_logp[rows], r.ref_logp[rows] if cfg.kl_coef else None,
+                                        r.advantages[rows], weight, cfg.clip_low, cfg.clip_high, cfg.dual_clip,
+                                        cfg.kl_coef, cfg.kl)
+                    losses.append(loss)
+                    add_up(stats, {**s, "loss": loss, "entropy": (weight * entropy).sum(),
+                                   "scored": weight.sum()})
+                sum(losses).backward()
             if update == 0:
                 at_start = dict(stats)
             grad_norms.append(optimizer.step(lr, cfg.max_grad_norm))

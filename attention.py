@@ -1,0 +1,170 @@
+"""Attention in a tree: many answers to one prompt, computed together.
+
+Scoring runs over a stream: packs laid end to end, each [prompt | answer 1 | … | answer g]. An answer's token
+sees its prompt and the earlier tokens of its own answer; a prompt sees itself; packs do not see each other.
+Three ways to compute the same numbers, picked by name:
+
+    dense   one S x S mask over the whole stream: slow, obvious, the oracle in the tests
+    rows    prompts attend causally, then every answer to [its prompt | itself]: little more than is needed
+    flex    FlexAttention with a block mask, compiled: for CUDA, not yet measured
+
+Sampling keeps the same tree as a cache: a prompt's keys and values once, its answers' beside them.
+
+Shapes: S tokens in the stream, B packs, L longest prompt, N answers, T longest answer, P prompts, G answers
+each, h query heads, k key heads, r = h / k, d head size.
+"""
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from einops import rearrange, repeat
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+KINDS = ("rows", "dense", "flex")
+
+
+class Tree:
+    """Who sees whom in a stream.
+
+    packs: for each pack the length of its prompt and of its answers. keep: collect the prompts' keys and
+    values of every layer, (B, L, k, d) each, in self.kept."""
+
+    def __init__(self, packs: Sequence[tuple[int, Sequence[int]]], kind: str, device, keep: bool = False):
+        prompts, answers, owner, at = [], [], [], 0
+        for b, (length, others) in enumerate(packs):
+            prompts.append(torch.arange(at, at := at + length))
+            for n in others:
+                answers.append(torch.arange(at, at := at + n))
+                owner.append(b)
+        self.size, self.kind, self.kept = at, kind, [] if keep else None
+        if kind == "rows" or keep:
+            self._rows(prompts, answers, owner, device)
+        if kind != "rows":
+            self.pack, self.segment = torch.zeros(2, at, dtype=torch.long)  # segment 0 is the prompt
+            for b, where in [*enumerate(prompts), *zip(owner, answers)]:
+                self.pack[where] = b
+            for i, where in enumerate(answers):
+                self.segment[where] = i + 1
+            self.pack, self.segment = self.pack.to(device), self.segment.to(device)
+            i = torch.arange(at, device=device)
+            self.mask = self._see(None, None, i[:, None], i) if kind == "dense" else \
+                _block_mask(self._see, at, device)
+
+    def _see(self, _, __, query, key):
+        same = (self.segment[key] == 0) | (self.segment[key] == self.segment[query])
+        return same & (self.pack[key] == self.pack[query]) & (key <= query)
+
+    def _rows(self, prompts, answers, owner, device):
+        """Where in the stream each prompt (B, L) and answer (N, T) is, padded with 0; whom an answer sees."""
+        L = max(len(p) for p in prompts)
+        T = max((len(a) for a in answers), default=0)
+        width = torch.tensor([len(p) for p in prompts])[owner]
+        none = torch.zeros(0, T, dtype=torch.long)
+        P, A = pad_sequence(prompts, True), pad_sequence(answers, True) if answers else none
+        j = torch.arange(L + T)
+        seen = (j < width[:, None, None]) | (j >= L) & (j - L <= torch.arange(T)[:, None])  # (N, T, L + T)
+        place = torch.cat([b * L + torch.arange(len(p)) for b, p in enumerate(prompts)]
+                          + [len(prompts) * L + n * T + torch.arange(len(a)) for n, a in enumerate(answers)])
+        back = torch.empty_like(place)
+        back[torch.cat(prompts + answers)] = place                  # stream -> (B L + N T): undoes the gather
+        self.prompts, self.answers, self.seen, self.back, self.owner = \
+            (x.to(device) for x in (P, A, seen[:, None], back, torch.tensor(owner, dtype=torch.long)))
+
+    def attend(self, q, k, v, scale: float):
+        """q (1, h, S, d), k and v (1, k, S, d), rotated -> (1, S, h, d)."""
+        if self.kept is not None:
+            self.kept.append(tuple(x[0].transpose(0, 1)[self.prompts] for x in (k, v)))
+        if self.kind == "flex":
+            return _flex()(q, k, v, block_mask=self.mask, scale=scale, enable_gqa=True).transpose(1, 2)
+        r = q.shape[1] // k.shape[1]
+        if self.kind == "dense":
+            k, v = (x.repeat_interleave(r, 1) for x in (k, v))
+            return sdpa(q, k, v, attn_mask=self.mask, scale=scale).transpose(1, 2)
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))                                 # (S, heads, d)
+        q_prompt, k_prompt, v_prompt = q[self.prompts], k[self.prompts], v[self.prompts]    # (B, L, heads, d)
+        heads_first = "b l k d -> b k l d"
+        out = sdpa(rearrange(q_prompt, heads_first), repeat(k_prompt, "b l k d -> b (k r) l d", r=r),
+                   repeat(v_prompt, "b l k d -> b (k r) l d", r=r), is_causal=True, scale=scale)
+        out = rearrange(out, "b h l d -> (b l) h d")            # padding sits on the right: causal is enough
+        if len(self.answers):
+            keys, values = (rearrange(torch.cat([prompt[self.owner], x[self.answers]], 1), heads_first)
+                            for prompt, x in ((k_prompt, k), (v_prompt, v)))                # (N, k, L + T, d)
+            own = sdpa(rearrange(q[self.answers], "n t (k r) d -> n k (r t) d", r=r), keys, values,
+                       attn_mask=self.seen.repeat(1, 1, r, 1), scale=scale)     # key heads not copied r times
+            out = torch.cat([out, rearrange(own, "n k (r t) d -> (n t) (k r) d", r=r)])
+        return out[self.back][None]
+
+
+class Cache:
+    """Keys and values while sampling G answers to each of P prompts.
+
+    For each layer (P, k, L + T G, d): the prompt's, stored once, then for every answer token a block of G,
+    one a row. All G rows of a prompt attend in one product; a bias hides the padding of shorter prompts and
+    the other rows' tokens: G times the arithmetic on the own tokens, no more memory traffic than needed."""
+
+    def __init__(self, kept, lengths, position, G: int, T: int, r: int):
+        """kept: each layer's prompt keys and values (P, L, k, d);
+        lengths and next position of the prompts (P,); r query heads share a key head."""
+        self.shape, self.L, self.r = (len(lengths), G), kept[0][0].shape[1], r
+        self.lengths, self.position = lengths, position
+        self.layers = [[torch.cat([rearrange(x, "p l k d -> p k l d"),
+                                   x.new_zeros(len(x), x.shape[2], T * G, x.shape[3])], 2) for x in pair]
+                       for pair in kept]
+        self._see(T)
+
+    def _see(self, T):
+        """The bias, (P, 1, G r, L + T G)."""
+        (P, G), like = self.shape, self.layers[0][0]
+        far = torch.arange(self.L, device=like.device) >= self.lengths[:, None]
+        other = ~torch.eye(G, dtype=torch.bool, device=like.device)
+        hidden = torch.cat([repeat(far, "p l -> p 1 n l", n=G * self.r),
+                            repeat(other, "g h -> p 1 (g r) (t h)", p=P, r=self.r, t=T)], 3)
+        self.bias = like.new_zeros(hidden.shape).masked_fill(hidden, -torch.inf)
+
+    def compact(self, done, t: int):
+        """Let finished rows go, as far as prompts with equally many rows allow, when that is a quarter of
+        them. done (P G,), with t tokens in the cache -> the rows that stay, as indices."""
+        (P, G), L, live = self.shape, self.L, ~done.view(self.shape)
+        prompts, width = live.any(1).nonzero()[:, 0], int(live.sum(1).max())
+        if len(prompts) * width > 0.75 * P * G:
+            return torch.arange(P * G, device=done.device)
+        columns = live[prompts].sort(dim=1, descending=True, stable=True).indices[:, :width]    # (p, w)
+        self.shape, self.lengths, self.position = \
+            (len(prompts), width), self.lengths[prompts], self.position[prompts]
+        T = (self.layers[0][0].shape[2] - L) // G
+
+        def move(x):
+            own = rearrange(x[prompts, :, L:L + t * G], "p k (t g) d -> p k t g d", g=G)
+            own = own.take_along_dim(columns[:, None, None, :, None], 3)
+            room = x.new_zeros(len(prompts), x.shape[1], (T - t) * width, x.shape[3])
+            return torch.cat([x[prompts, :, :L], own.flatten(2, 3), room], 2)
+
+        self.layers = [[move(x) for x in pair] for pair in self.layers]
+        self._see(T)
+        return (prompts[:, None] * G + columns).flatten()
+
+
+@lru_cache(1)
+def _flex():
+    from torch.nn.attention.flex_attention import flex_attention
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def _block_mask(see, size, device):
+    from torch.nn.attention.flex_attention import create_block_mask
+    return create_block_mask(see, None, None, size, size, device=device)
+
+
+def tree_attention(module, query, key, value, attention_mask, scaling=None, **options):
+    """What transformers calls in every attention layer; attention_mask is a Tree, or what sdpa takes."""
+    if isinstance(attention_mask, Tree):
+        return attention_mask.attend(query, key, value, scaling), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
+
+
+AttentionInterface.register("tree", tree_attention)
+AttentionMaskInterface.register("tree", sdpa_mask)
