@@ -85,10 +85,12 @@ def _checked_prompts(name, value, shape):
 
 
 class ASM:
-    """A frozen SAM 2 and the configuration that built it. Remembers nothing between images."""
+    """A frozen SAM 2 and the configuration that built it. Keeps the features of the last image: a question's
+    answers, and its box and points apart, are drawn on the same one."""
 
     def __init__(self, model, config, multimask=False):
         self.model, self.config, self.multimask = model.eval().requires_grad_(False), config, multimask
+        self.last = None, None              # image, its features
 
     @torch.no_grad()
     def logits(self, image, boxes=None, points=None):
@@ -105,7 +107,9 @@ class ASM:
             raise ValueError(f"{len(boxes)} boxes but {len(points)} pairs of points: one of each per mask")
         model, size, device = self.model, self.model.image_size, self.model.device
         coords, labels = (x.to(device) for x in prompt_tokens(boxes, points, image.shape[:2], size))
-        embedding, finer = image_features(model, pixels_from_image(image, size)[None].to(device))
+        if not np.array_equal(image, self.last[0]):
+            self.last = image.copy(), image_features(model, pixels_from_image(image, size)[None].to(device))
+        embedding, finer = self.last[1]
         sparse, dense = model.sam_prompt_encoder(points=(coords, labels), boxes=None, masks=None)
         logits, scores, _, _ = model.sam_mask_decoder(  # (n, m, S/4, S/4), (n, m); m: 1 or, with multimask, 3
             image_embeddings=embedding, image_pe=model.sam_prompt_encoder.get_dense_pe(), repeat_image=True,

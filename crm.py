@@ -371,7 +371,7 @@ class CRM:
         def chunk(h, target):
             logits = self._logits(h, temperature)
             total = logits.logsumexp(-1)
-            with torch.no_grad():                                       # sum of -p log p, log p = logit - total
+            with torch.no_grad():                                   # sum of -p log p, log p = logit - total
                 p = (logits - total[:, None]).exp()
                 entropy = total - torch.einsum("nv,nv->n", p, logits)
             return logits.gather(1, target[:, None])[:, 0] - total, entropy

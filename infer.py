@@ -21,8 +21,8 @@ from PIL import Image
 from asm import load_asm, overlay
 from crm import load_crm
 from data import MAX_PIXELS, MIN_PIXELS, clip_to, fill_prompt, load_image, load_prompt, to_image
-from rewards import Answer, box_iou, parse_answer
-from run import Ranks, exit_on, flag, parse_args
+from rewards import parse_answer
+from run import Ranks, exit_on, flag, medoid, parse_args
 
 
 @dataclass
@@ -44,18 +44,6 @@ class Config:
                       ("auto", "float32", "bfloat16"))
     multimask: bool = flag(False, "ask the segmenter for three masks and keep the best, "
                                   "as the released code does")
-
-
-def medoid(answers: list[Answer]) -> tuple[int | None, float | None]:
-    """(index of the answer to keep, mean IoU of its box with the other boxes).
-    A box beats points alone; None if nothing can be used, and no agreement with fewer than two boxes."""
-    boxed = [i for i, answer in enumerate(answers) if answer.bbox]
-    if not boxed:
-        return next((i for i, answer in enumerate(answers) if answer.points), None), None
-    agreement = {i: np.mean([box_iou(answers[i].bbox, answers[j].bbox) for j in boxed if j != i] or [0])
-                 for i in boxed}
-    best = max(boxed, key=agreement.get)
-    return best, float(agreement[best]) if len(boxed) > 1 else None
 
 
 def main(cfg: Config) -> int:

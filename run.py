@@ -21,7 +21,7 @@ import torch.distributed as dist
 import transformers
 
 from data import fill_prompt, load_samples, to_image, to_model
-from rewards import box_iou, parse_answer, point_dice, reward_terms, total_reward
+from rewards import Answer, box_iou, parse_answer, point_dice, reward_terms, total_reward
 
 ROOT = Path(__file__).parent
 SCORES = ("iou", "pdice", "reward", "parse_ok")            # of a held-out answer
@@ -30,7 +30,7 @@ EMBEDDED = {"crm": ROOT / "demo/crm", "asm": ROOT / "demo/asm", "data": ROOT / "
 
 AT_LEAST = {"seed": 0, "kl_coef": 0, "temperature": 0, "lora_rank": 0} | dict.fromkeys(
     ("max_new_tokens", "minibatches", "micro_batch", "save_every", "inner_epochs", "eval_answers", "samples",
-     "pack_tokens"), 1)
+     "pack_tokens", "batch"), 1)
 
 
 # ---------------------------------------------------------------- command line
@@ -40,21 +40,24 @@ def flag(default, help: str, choices=None):
     return field(default=default, metadata={"help": help, "choices": choices})
 
 
-def parse_args(config_class, doc: str, recipe: str | None = None, argv: list[str] | None = None):
+def parse_args(config_class, doc: str, recipe: str | None = None, argv: list[str] | None = None,
+               embedded=lambda config: EMBEDDED):
     """A Config from the command line: one --flag a field,
     `@FILE` for a file of flags (one a line, # comments).
 
     An unknown flag, a wrong value or an unknown choice ends the program with status 2.
     Where --crm, --asm or --data are fields and not given, the embedded default is taken,
-    its recipe's flags with it, and that is said."""
+    its recipe's flags with it, and that is said. embedded: which of them a parsed Config needs."""
     parser = argparse.ArgumentParser(description=doc, fromfile_prefix_chars="@", allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
     for f in fields(config_class):
         kind = next(iter(get_args(f.type)), f.type)                          # float | None -> float
+        several = get_args(kind)                                             # tuple[str, str] -> two of str
+        kind = several[0] if several else kind
         required = f.default is MISSING or f.default == "required"
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else \
-              {"type": kind, "choices": f.metadata["choices"],
+              {"type": kind, "choices": f.metadata["choices"], "nargs": len(several) or None,
                "metavar": None if f.metadata["choices"] else kind.__name__}
         parser.add_argument(
             "--" + f.name.replace("_", "-"), default=None if required else f.default, required=required,
@@ -67,8 +70,9 @@ def parse_args(config_class, doc: str, recipe: str | None = None, argv: list[str
     for name, low in AT_LEAST.items():
         if (value := getattr(config, name, None)) is not None and value < low:
             parser.error(f"--{name.replace('_', '-')} {value}: at least {low}")
-    for name, path in EMBEDDED.items():
+    for name in embedded(config):
         if getattr(config, name, "") is None:
+            path = EMBEDDED[name]
             setattr(config, name, str(path))
             say(f"no --{name} given: the embedded {path.relative_to(ROOT)}")
     return config_class(**vars(config))
@@ -398,6 +402,18 @@ def held_out(crm, samples, template: str, mode: str, weights: dict | None, ranks
             means = np.mean(scores, 0).tolist()
             rows.append({"index": start + offset, "id": sample.id, **dict(zip(SCORES, means))})
     return sorted(ranks.gather(rows), key=lambda row: row["index"])
+
+
+def medoid(answers: list[Answer]) -> tuple[int | None, float | None]:
+    """(index of the answer to keep, mean IoU of its box with the other boxes).
+    A box beats points alone; None if nothing can be used, and no agreement with fewer than two boxes."""
+    boxed = [i for i, answer in enumerate(answers) if answer.bbox]
+    if not boxed:
+        return next((i for i, answer in enumerate(answers) if answer.points), None), None
+    agreement = {i: np.mean([box_iou(answers[i].bbox, answers[j].bbox) for j in boxed if j != i] or [0])
+                 for i in boxed}
+    best = max(boxed, key=agreement.get)
+    return best, float(agreement[best]) if len(boxed) > 1 else None
 
 
 def paired_bootstrap(before, after, draws: int = 10_000, seed: int = 0) -> tuple[float, float, float]:

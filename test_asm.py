@@ -196,13 +196,17 @@ def test_masks_have_the_images_own_size(tiny, size):
     assert scores.shape == (1,) and scores.dtype == np.float32
 
 
-@pytest.mark.parametrize("n", [1, 3])
-def test_the_image_is_encoded_once_a_call(tiny, n):
-    calls = []
+def test_an_image_is_encoded_once_for_all_that_is_asked_of_it(tiny):
+    calls, image = [], 255 - noise_image()
     handle = tiny.model.image_encoder.register_forward_hook(lambda *_: calls.append(1))
-    tiny.segment(noise_image(), BOXES[:n], POINTS[:n])
+    first, _ = tiny.segment(image, BOXES, POINTS)
+    again, _ = tiny.segment(image.copy(), BOXES, POINTS)
+    tiny.segment(image, BOXES[:1])
+    assert len(calls) == 1 and np.array_equal(first, again)
+    image[0, 0] ^= 255                                      # another image, even if it is the same array
+    tiny.segment(image, BOXES, POINTS)
     handle.remove()
-    assert len(calls) == 1
+    assert len(calls) == 2
 
 
 def test_nothing_is_remembered_between_images(tiny):

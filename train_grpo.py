@@ -352,8 +352,8 @@ def main(cfg: Config) -> None:
                         gap = (logp.detach() - r.group.logp[rows]).abs()
                         add_up(stats, {"logp_gap": gap.max(), "gap_sum": (weight * gap).sum()})
                     loss, s = grpo_loss(logp, r.old_logp[rows], r.ref_logp[rows] if cfg.kl_coef else None,
-                                        r.advantages[rows], weight, cfg.clip_low, cfg.clip_high, cfg.dual_clip,
-                                        cfg.kl_coef, cfg.kl)
+                                        r.advantages[rows], weight, cfg.clip_low, cfg.clip_high,
+                                        cfg.dual_clip, cfg.kl_coef, cfg.kl)
                     losses.append(loss)
                     add_up(stats, {**s, "loss": loss, "entropy": (weight * entropy).sum(),
                                    "scored": weight.sum()})

@@ -1,0 +1,146 @@
+"""How long a step of GRPO takes, by phase, switch and size, and beside TRL's GRPOTrainer.
+
+    python -m bench                    # phases of a step, and each trick switched off (make bench)
+    python -m bench --peer             # the same work by TRL, alternately, in build/trl (make bench-trl)
+    python -m bench --growth --peer    # step time over group size and prompt length, a picture
+
+Every measurement is a process of its own: a few steps of train_grpo.py (or of bench/peer_trl.py) on the embedded
+model, all weights trained, KL 0.01 to a reference, one update a step; the first step is warm-up. In a comparison the
+two take turns, so that what else the machine does falls on both. Results go to bench/results/*.json with the command,
+the machine and the date.
+"""
+import argparse
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from crm import load_crm
+from data import PROMPTS
+
+RESULTS = Path(__file__).parent / "results"
+OURS = ("--trainable '' --lr 1e-6 --minibatches 1 --kl-coef 0.01 --warmup 0 --eval-every -1 --data demo/data")
+OFF = {"attention dense": "--attention dense", "vision features not shared": "--no-share-vision",
+       "finished answers stay": "--no-drop-finished", "one group a stream": "--pack-tokens 900",
+       "no answer shares its prompt when scored": "--pack-tokens 1",
+       "all off": "--attention dense --no-share-vision --no-drop-finished --pack-tokens 1"}
+
+
+def ours(flags: str, args) -> dict:
+    """A few steps of train_grpo.py -> medians over all but the first: seconds, phases; peak memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "train_grpo.py", "@recipes/demo.args", "--crm", args.crm, *shlex.split(OURS),
+                   "--steps", str(args.steps), "--out", f"{folder}/run", *shlex.split(flags)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        rows = [json.loads(line) for line in open(f"{folder}/run/metrics.jsonl")][1:]
+    keys = ["seconds", *(k for k in rows[0] if k.startswith("seconds/")), "length", "tokens_per_second"]
+    return {key: median(row[key] for row in rows) for key in keys} | \
+        {"peak_memory_gb": max(row["peak_memory_gb"] for row in rows)}
+
+
+def trl(flags: str, args) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([args.peer_python, "-m", "bench.peer_trl", "--crm", args.crm, "--steps", str(args.steps),
+                        "--out", f"{folder}/peer.json", "--micro", str(args.micro), *shlex.split(flags)], check=True,
+                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        row = json.loads(Path(f"{folder}/peer.json").read_text())
+    return {"seconds": median(row["seconds"][1:]), "length": median(row["length"][1:]),
+            "peak_memory_gb": row["peak_memory_gb"], "trl": row["trl"]}
+
+
+def record(name: str, result) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    about = {"command": "python -m bench " + shlex.join(sys.argv[1:]), "date": time.strftime("%Y-%m-%d"),
+             "machine": f"{os.cpu_count()} x {platform.machine()}, " + (
+                 torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"), "torch": torch.__version__}
+    (RESULTS / f"{name}.json").write_text(json.dumps({**about, "result": result}, indent=1) + "\n")
+    print(f"-> {RESULTS / name}.json")
+
+
+def switches(args) -> None:
+    table = {"all on": ours("", args)}
+    for name, flags in OFF.items():
+        table[name] = ours(flags, args)
+    print(f"{'':40} step s  sample  reference  update  tokens/s  GB")
+    for name, r in table.items():
+        print(f"{name:40} {r['seconds']:6.2f}  {r['seconds/sample']:6.2f}  {r['seconds/reference']:9.2f}  "
+              f"{r['seconds/update']:6.2f}  {r['tokens_per_second']:8.0f}  {r['peak_memory_gb']:.2f}")
+    record("switches", table)
+
+
+def pairs(args) -> None:
+    rows = []
+    for i in range(args.pairs):
+        a, b = ours("", args), trl("", args)
+        rows.append({"ours": a, "trl": b, "speed": b["seconds"] / a["seconds"],
+                     "memory": a["peak_memory_gb"] / b["peak_memory_gb"]})
+        print(f"pair {i + 1}: ours {a['seconds']:.2f} s {a['peak_memory_gb']:.2f} GB, TRL {b['trl']} {b['seconds']:.2f} s "
+              f"{b['peak_memory_gb']:.2f} GB: {rows[-1]['speed']:.2f} x the speed, {rows[-1]['memory']:.2f} x the memory",
+              flush=True)
+    speed, memory = (sorted(row[key] for row in rows) for key in ("speed", "memory"))
+    print(f"median of {len(rows)}: {median(speed):.2f} x the speed [{speed[0]:.2f}, {speed[-1]:.2f}], "
+          f"{median(memory):.2f} x the memory [{memory[0]:.2f}, {memory[-1]:.2f}]")
+    record("trl", rows)
+
+
+def prompt_file(length: int, folder: str, args) -> str:
+    """The reasoning prompt with filler, so that prompt and image together have about this many tokens."""
+    tokenizer, text = load_crm(args.crm).tokenizer, PROMPTS["reasoning"]
+    while len(tokenizer(text).input_ids) + 90 < length:
+        text += " The image may be of any modality."
+    path = Path(folder) / f"{length}.txt"
+    path.write_text(text)
+    return str(path)
+
+
+def growth(args) -> None:
+    result = {"group": {}, "prompt": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        work = [("group", G, f"--group {G}") for G in (4, 8, 16, 32)] + \
+               [("prompt", L, f"--prompt {prompt_file(L, folder, args)}") for L in (150, 500, 1000, 2000)]
+        for axis, x, flags in work:
+            result[axis][x] = {"ours": ours(flags, args)}
+            if args.peer:
+                micro = "" if axis == "prompt" else f" --micro {8 * x}"
+                result[axis][x]["trl"] = trl(flags + micro, args)
+            print(axis, x, {who: round(r["seconds"], 2) for who, r in result[axis][x].items()}, flush=True)
+    record("growth", result)
+    import matplotlib
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6))
+    for axis, (name, label) in zip(axes, (("group", "answers to a prompt, G"), ("prompt", "prompt tokens, about"))):
+        for who in ("ours", "trl"):
+            points = [(x, r[who]["seconds"]) for x, r in result[name].items() if who in r]
+            if points:
+                axis.plot(*zip(*points), "o-", label={"ours": "this project", "trl": "TRL"}[who])
+        axis.set_xlabel(label)
+        axis.set_ylabel("seconds a step")
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(RESULTS / "growth.png", dpi=110)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--crm", default="demo/crm")
+    parser.add_argument("--steps", type=int, default=3, help="of a measurement; the first is not counted")
+    parser.add_argument("--peer", action="store_true", help="TRL's GRPOTrainer beside ours")
+    parser.add_argument("--peer-python", default="build/trl/bin/python")
+    parser.add_argument("--micro", type=int, default=64, help="TRL's per-device batch; the rest is accumulated")
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--growth", action="store_true", help="over group size and prompt length")
+    args = parser.parse_args()
+    if args.peer and not Path(args.peer_python).exists():
+        sys.exit(f"--peer-python {args.peer_python}: not there; make bench-trl makes it")
+    (growth if args.growth else pairs if args.peer else switches)(args)
