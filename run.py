@@ -13,12 +13,14 @@ import sys
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import get_args
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
+from safetensors import SafetensorError
 
 from data import fill_prompt, load_samples, to_image, to_model
 from rewards import Answer, box_iou, parse_answer, point_dice, reward_terms, total_reward
@@ -35,9 +37,10 @@ AT_LEAST = {"seed": 0, "kl_coef": 0, "temperature": 0, "lora_rank": 0} | dict.fr
 
 # ---------------------------------------------------------------- command line
 
-def flag(default, help: str, choices=None):
-    """One field of a Config: its default, what --help says, and the values it may have."""
-    return field(default=default, metadata={"help": help, "choices": choices})
+def flag(default, help: str, choices=None, bare=None):
+    """One field of a Config: its default, what --help says, the values it may have, and the one that the bare
+    flag stands for, if it may stand bare."""
+    return field(default=default, metadata={"help": help, "choices": choices, "bare": bare})
 
 
 def parse_args(config_class, doc: str, recipe: str | None = None, argv: list[str] | None = None,
@@ -57,7 +60,8 @@ def parse_args(config_class, doc: str, recipe: str | None = None, argv: list[str
         kind = several[0] if several else kind
         required = f.default is MISSING or f.default == "required"
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else \
-              {"type": kind, "choices": f.metadata["choices"], "nargs": len(several) or None,
+              {"type": kind, "choices": f.metadata["choices"], "const": f.metadata["bare"],
+               "nargs": "?" if f.metadata["bare"] else len(several) or None,
                "metavar": None if f.metadata["choices"] else kind.__name__}
         parser.add_argument(
             "--" + f.name.replace("_", "-"), default=None if required else f.default, required=required,
@@ -163,7 +167,8 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, lr: float, max_norm: float) -> float:
-        """One update with the gradients added up since the last; their norm before clipping."""
+        """One update with the gradients added up since the last; their norm before clipping.
+        Where that is not finite, on any rank, nothing moves."""
         for p in self.masters:
             if dist.is_initialized():               # a sum, not a mean: token_weights already spans all ranks
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
@@ -171,7 +176,8 @@ class Optimizer:
         norm = torch.nn.utils.clip_grad_norm_(self.masters, max_norm).item()
         for group in self.adamw.param_groups:
             group["lr"] = lr
-        self.adamw.step()
+        if math.isfinite(norm):
+            self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
         for p, master in zip(self.models, self.masters):
             if master is not p:
@@ -230,25 +236,33 @@ class Run:
 
     def __init__(self, config, ranks: Ranks):
         self.folder, self.config, self.ranks, self.stop = Path(config.out), config, ranks, False
-        if not config.resume and (self.folder / "metrics.jsonl").exists():
+        if config.resume == "no" and (self.folder / "metrics.jsonl").exists():
             raise ValueError(f"--out {self.folder}: a run is in there already; --resume goes on with it, "
                              "another --out begins a new one")
-        self.last = max(self.folder.glob("step_*[0-9]"), default=None) if config.resume else None
-        if config.resume and self.last is None:
-            raise ValueError(f"--resume: no step_* checkpoint in {self.folder}")
+        self.state = self._last_good() if config.resume != "no" else None
+        if config.resume == "yes" and self.state is None:
+            raise ValueError(f"--resume: no step_* checkpoint in {self.folder}; --resume auto begins there")
+
+    def _last_good(self) -> dict | None:
+        """The trainer's state in the newest checkpoint that can be read; the others are named."""
+        for folder in sorted(self.folder.glob("step_*[0-9]"), reverse=True):
+            try:
+                return torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
+            except (OSError, EOFError, RuntimeError, UnpicklingError) as error:
+                say(f"{folder}: cannot be read ({str(error).splitlines()[0]}), so the one before it is taken")
+        return None
 
     def begin(self, optimizer: Optimizer, steps: int) -> int:
         """Make or resume the folder; the number of steps already done.
         Later lines of a resumed run are dropped."""
-        if self.last and (done := self._state()["step"]) >= steps:
+        state, self.state = self.state, None
+        done = state["step"] if state else 0
+        if done >= steps:
             raise ValueError(f"--steps {steps}: {self.folder} has {done} steps already; give more")
         for number in (signal.SIGINT, signal.SIGTERM):          # finish the step, save, leave
             signal.signal(number, self._stop)
-        done = 0
-        if self.last:
-            state = self._state()
+        if state:
             optimizer.load(state["optimizer"])
-            done = state["step"]
         if self.ranks.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
@@ -256,12 +270,9 @@ class Run:
                 lines = file.read_text().splitlines(keepends=True)      # a kill may have torn the last
                 kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= done]
                 aside = file.with_suffix(".tmp")
-                aside.write_text("".join(kept))
+                aside.write_text("".join(kept if state else []))
                 aside.replace(file)
         return done
-
-    def _state(self) -> dict:
-        return torch.load(self.last / "trainer.pt", map_location="cpu", weights_only=True)
 
     def stopped(self) -> bool:
         """Whether any rank was asked to stop: all must leave after the same step."""
@@ -273,28 +284,47 @@ class Run:
 
     def log(self, name: str, *rows: dict) -> None:
         if self.ranks.rank == 0:
-            with open(self.folder / f"{name}.jsonl", "a") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
+            try:
+                with open(self.folder / f"{name}.jsonl", "a") as file:
+                    file.writelines(json.dumps(row) + "\n" for row in rows)
+            except OSError as error:
+                self._cannot_write(self.folder / f"{name}.jsonl", error)
 
     def read(self, name: str) -> list[dict]:
         path = self.folder / f"{name}.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def save(self, step: int, crm, optimizer: Optimizer) -> Path:
-        """step_000100/: what from_pretrained loads, and trainer.pt to go on from.
-        Written aside, then renamed."""
+        """step_000100/: what from_pretrained loads, and trainer.pt to go on from. Written aside, then
+        renamed, so that a kill at any moment leaves the last one whole. --keep of them and the best stay."""
         folder = self.folder / f"step_{step:06d}"
         if self.ranks.rank == 0:
             aside = folder.with_suffix(".tmp")
-            shutil.rmtree(aside, ignore_errors=True)
-            crm.save(aside)
-            torch.save({"step": step, "optimizer": optimizer.state()}, aside / "trainer.pt")
-            for file in aside.iterdir():
-                with open(file, "rb") as f:
-                    os.fsync(f.fileno())
-            shutil.rmtree(folder, ignore_errors=True)
-            aside.rename(folder)
+            try:
+                shutil.rmtree(aside, ignore_errors=True)
+                crm.save(aside)
+                torch.save({"step": step, "optimizer": optimizer.state()}, aside / "trainer.pt")
+                for path in [*aside.iterdir(), aside]:
+                    _fsync(path)
+                shutil.rmtree(folder, ignore_errors=True)
+                aside.rename(folder)
+                _fsync(self.folder)
+            except (OSError, RuntimeError, SafetensorError) as error:   # torch: RuntimeError on a full disk
+                shutil.rmtree(aside, ignore_errors=True)
+                self._cannot_write(folder, error)
+            if self.config.keep:
+                evaluated = [row for row in self.read("metrics") if "sampled/iou" in row]
+                best = max(evaluated, key=lambda row: row["sampled/iou"], default={"step": -1})["step"]
+                for old in sorted(self.folder.glob("step_*[0-9]"))[:-self.config.keep]:
+                    if old.name != f"step_{best:06d}":
+                        shutil.rmtree(old)
         return folder
+
+    def _cannot_write(self, path: Path, error: Exception):
+        last = max(self.folder.glob("step_*[0-9]"), default="no checkpoint")
+        print(f"error: {path} cannot be written ({str(error).splitlines()[0]}); {last} is whole, and "
+              "--resume auto goes on from there", file=sys.stderr, flush=True)
+        raise SystemExit(1) from None
 
     def evaluate(self, crm, tests, template: str, weights: dict, step: int, greedy: bool) -> dict:
         """The held-out split, sampled as in training and, at both ends of a run, greedy;
@@ -365,6 +395,14 @@ class Run:
         figure.tight_layout()
         figure.savefig(self.folder / "curves.png", dpi=110)
         plt.close(figure)
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def peak_memory(device: torch.device) -> float:

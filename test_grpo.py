@@ -1,12 +1,13 @@
 """The algorithm on plain tensors: numbers by hand, slow oracles, and that cutting a step changes nothing."""
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from conftest import noise_image, random_crm
 from run import Optimizer, learning_rate, paired_bootstrap, pick
-from train_grpo import Config, group_advantages, grpo_loss, step_weights, token_weights
+from train_grpo import Config, group_advantages, grpo_loss, step_weights, token_weights, worries
 
 F = torch.float64
 
@@ -222,3 +223,24 @@ def test_grpo_teaches_a_random_model_a_new_habit():
         grpo_loss(logp, logp.detach(), None, group_advantages(rewards[None])[0], weights)[0].backward()
         optimizer.step(3e-3, 1.0)
     assert sum(share[:5]) / 5 < 0.1 and sum(share[-5:]) / 5 > 0.8
+
+
+def test_a_gradient_that_is_not_finite_moves_nothing():
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = Optimizer({"w": weight})
+    for bad in (float("nan"), float("inf")):
+        (weight.sum() * bad).backward()
+        assert not np.isfinite(optimizer.step(0.1, 1.0)) and torch.equal(weight, torch.ones(3)) and weight.grad is None
+    weight.sum().backward()
+    assert optimizer.step(0.1, 1.0) == pytest.approx(3 ** 0.5) and (weight < 1).all() and weight.isfinite().all()
+
+
+def test_worries_name_what_is_wrong_and_are_silent_when_nothing_is():
+    fine = {"skipped": 0, "parse_ok": 0.9, "finished": 1.0, "zero_std": 0.1, "entropy": 0.5, "length": 80, "kl": 0.01,
+            "logp_gap": 1e-5}
+    assert worries(fine, fine) == []
+    for key, value, flag in (("skipped", 1, "--lr"), ("parse_ok", 0.0, "train_sft.py"), ("finished", 0.2, "--max-new"),
+                             ("zero_std", 0.95, "--temperature"), ("entropy", 0.01, "--kl-coef"),
+                             ("length", 200, "--agg"), ("kl", 3.0, "--kl-coef"), ("logp_gap", 9.0, "--dtype")):
+        said, = worries(fine | {key: value}, fine)
+        assert flag in said

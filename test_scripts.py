@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import evaluate
 import infer
 import train_grpo
 import train_sft
@@ -115,7 +116,7 @@ def test_numbers_out_of_range_are_refused(capsys):
         assert exit_.value.code == 2 and f"{flags}: at least" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("module", [train_grpo, train_sft, infer], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [train_grpo, train_sft, infer, evaluate], ids=lambda module: module.__name__)
 def test_help_lists_every_flag_and_an_unknown_flag_is_refused(module, capsys):
     with pytest.raises(SystemExit) as exit_:
         parse_args(module.Config, module.__doc__, argv=["--help"])
@@ -129,9 +130,9 @@ def test_help_lists_every_flag_and_an_unknown_flag_is_refused(module, capsys):
 
 @pytest.mark.parametrize("recipe", sorted(p.name for p in (ROOT / "recipes").glob("*.args")))
 def test_every_recipe_parses(recipe):
-    module = train_sft if recipe.startswith("sft") else train_grpo
+    module = {"sft": train_sft, "eval": evaluate}.get(recipe.partition("_")[0], train_grpo)
     config = parse_args(module.Config, "", argv=[f"@{ROOT / 'recipes' / recipe}"])
-    assert config.out.startswith("runs/") and config.lr > 0
+    assert config.out.startswith("eval/") if module is evaluate else config.out.startswith("runs/") and config.lr > 0
 
 
 @pytest.mark.parametrize("flags, says", [
@@ -197,6 +198,26 @@ def test_a_run_without_any_trick_gives_the_same_numbers(tmp_path):
             assert fast.get(key) == pytest.approx(slow.get(key), rel=1e-3, abs=1e-6), key
 
 
+def test_bad_gradients_are_skipped_and_a_run_of_them_ends_the_run(tmp_path, monkeypatch, capfd):
+    loss, calls = train_grpo.grpo_loss, []
+
+    def spoiled(*args, **options):                              # from the third step on
+        calls.append(1)
+        value, stats = loss(*args, **options)
+        return value * (float("nan") if len(calls) > 8 else 1.0), stats
+
+    monkeypatch.setattr(train_grpo, "grpo_loss", spoiled)
+    config = parse_args(train_grpo.Config, "", "recipes/demo.args", shlex.split(SMALL) + [
+        "--steps", "9", "--save-every", "2", "--max-skipped", "2", "--out", str(tmp_path / "run")])
+    with pytest.raises(RuntimeError, match="2 steps in a row without a finite gradient"):
+        train_grpo.main(config)
+    metrics = rows(tmp_path / "run/metrics.jsonl")
+    assert [row["skipped"] for row in metrics] == [0, 0, 2, 2]
+    good, last = (load_file(tmp_path / f"run/step_00000{n}/model.safetensors") for n in (2, 4))
+    assert all(torch.equal(good[name], last[name]) for name in good)
+    assert capfd.readouterr().out.count("update was skipped: lower --lr") == 1
+
+
 def test_ctrl_c_finishes_the_step_saves_and_exits_0(tmp_path):
     process = subprocess.Popen([sys.executable, "-W", "ignore", "train_grpo.py", *shlex.split(SMALL),
                                 "--steps", "500", "--out", str(tmp_path / "run")],
@@ -211,7 +232,7 @@ def test_ctrl_c_finishes_the_step_saves_and_exits_0(tmp_path):
 
 
 def test_two_processes_do_the_work_of_one(tmp_path):
-    flags = "--lora-rank 4 --minibatches 1 --steps 2 --out"     # ranks cut a rollout into other mini-batches
+    flags = "--lora-rank 4 --minibatches 2 --steps 2 --out"
     run("-m torch.distributed.run --nproc-per-node 1 train_grpo.py", SMALL, flags, tmp_path / "one")
     run("-m torch.distributed.run --nproc-per-node 2 train_grpo.py", SMALL, flags, tmp_path / "two",
         OMP_NUM_THREADS="1")

@@ -42,7 +42,8 @@ class Config:
     data: str | None = flag(None, "folder or .parquet file, see data.py")
     asm: str | None = flag(None, "segmenter, only loaded for the mask_dice reward")
     out: str = flag("runs/grpo", "run folder")
-    resume: bool = flag(False, "go on from the last checkpoint in --out")
+    resume: str = flag("no", "go on from the last checkpoint in --out; auto: if there is one",
+                       ("no", "yes", "auto"), bare="yes")
     seed: int = flag(0, "of everything random")
     dtype: str = flag("auto", "of the model: auto is bfloat16 on CUDA, float32 elsewhere",
                       ("auto", "float32", "bfloat16"))
@@ -82,6 +83,7 @@ class Config:
     schedule: str = flag("constant", "after warm-up", ("constant", "linear", "cosine"))
     weight_decay: float = flag(0.01, "AdamW's")
     max_grad_norm: float = flag(1.0, "gradient clipping")
+    max_skipped: int = flag(3, "steps in a row without a finite gradient after which to give up")
     lora_rank: int = flag(0, "train LoRA matrices of this rank instead of the whole model")
     freeze_vision: bool = flag(False, "leave the vision tower as it is")
     trainable: str = flag("", "train only parameters whose name has a match of this regular expression")
@@ -96,6 +98,7 @@ class Config:
     eval_answers: int = flag(4, "sampled answers to a held-out question")
     eval_limit: int = flag(0, "held-out samples used (0: all)")
     save_every: int = flag(100, "steps between checkpoints (the last step is always saved)")
+    keep: int = flag(0, "newest checkpoints kept, beside the best evaluated (0: all)")
 
 
 # ---------------------------------------------------------------- the algorithm, on plain tensors
@@ -242,6 +245,36 @@ def means(answers: list[dict]) -> dict[str, float]:
     return {key: sum(answer[key] for answer in answers) / len(answers) for key in keys}
 
 
+def step_row(answers, stats, grad_norms, lr, clock, device) -> dict[str, float]:
+    """A line of metrics.jsonl: means over all answers, statistics of the loss, seconds by phase."""
+    scored, _ = stats.pop("scored", 1.0), stats.pop("gap_sum", 0.0)
+    share = dict.fromkeys(("kl", "entropy", "clip_frac"), max(scored, 1e-9)) | {"loss": len(grad_norms)}
+    finite = [norm for norm in grad_norms if math.isfinite(norm)]
+    seconds = {name: b - a for name, a, b in zip(("sample", "reference", "update"), clock, clock[1:])}
+    total = clock[-1] - clock[0]
+    return {**means(answers), **{key: value / share.get(key, 1) for key, value in stats.items()},
+            "grad_norm": sum(finite) / max(1, len(finite)), "skipped": len(grad_norms) - len(finite),
+            "lr": lr, "seconds": total, **{f"seconds/{name}": value for name, value in seconds.items()},
+            "tokens_per_second": sum(answer["length"] for answer in answers) / total,
+            "peak_memory_gb": peak_memory(device)}
+
+
+def worries(row: dict, first: dict) -> list[str]:
+    """What in a step's numbers will not mend itself, and the flag that helps.
+    first: the numbers of the run's first step."""
+    longer = row["length"] > 2 * first["length"] + 16
+    surer = row.get("entropy", 1) < 0.1 * first.get("entropy", 0)
+    signs = ((row["skipped"], "a gradient is not finite and its update was skipped: lower --lr"),
+             (row["parse_ok"] < 0.05, "almost no answer parses: warm up with train_sft.py"),
+             (row["finished"] < 0.5, "most answers are cut: raise --max-new-tokens or give --mask-truncated"),
+             (row["zero_std"] > 0.8, "most groups have equal rewards: raise --temperature or --group"),
+             (surer, "entropy has collapsed: lower --lr or raise --kl-coef"),
+             (longer, "answers grow and grow, so length pays: try --agg constant"),
+             (row.get("kl", 0) > 1, "the policy has left the reference: lower --lr or raise --kl-coef"),
+             (row.get("logp_gap", 0) > 5, "sampled and scored log-probabilities differ: try --dtype float32"))
+    return [sentence for seen, sentence in signs if seen]
+
+
 def check_first_step(stats: dict, rows: list[dict], dtype: torch.dtype) -> None:
     """Before hours of compute: what must have been true just before the very first update."""
     exact = dtype == torch.float32                          # in bfloat16 two kernels differ: take the mean
@@ -279,15 +312,15 @@ def main(cfg: Config) -> None:
                        share_vision=cfg.share_vision, drop_finished=cfg.drop_finished)
         optimizer = Optimizer(crm.trainable(cfg.trainable), cfg.weight_decay)
         first = run.begin(optimizer, cfg.steps)
-    ours, share = slice(ranks.rank * mine, (ranks.rank + 1) * mine), mine // cfg.minibatches
+    # prompts are dealt out in turn, so that a mini-batch holds the same ones on any number of ranks
+    ours, share = slice(ranks.rank, None, ranks.world), mine // cfg.minibatches
     say(f"{optimizer.size:,} trainable parameters on {ranks.world} x {ranks.device}, {len(train)} "
         f"training samples, {cfg.prompts} prompts x {cfg.group} answers a step -> {run.folder}")
 
-    def roll_out(indexes, step, attempt=0) -> list[Rollout]:
+    def roll_out(places, indexes, step, attempt=0) -> list[Rollout]:
         samples = [train[i] for i in indexes]
         prompts = [crm.encode(s.image, fill_prompt(template, s.query)) for s in samples]
-        at = ranks.rank * mine                                      # the same answers on any number of ranks
-        seeds = [(cfg.seed, 0, step, at + p, i, attempt) for p, i in enumerate(indexes)]
+        seeds = [(cfg.seed, 0, step, p, i, attempt) for p, i in zip(places, indexes)]  # not of the rank
         groups = crm.sample(prompts, cfg.group, cfg.max_new_tokens, cfg.temperature, seeds)
         return [reward(s, g, cfg, factors, asm) for s, g in zip(samples, groups)]
 
@@ -304,22 +337,26 @@ def main(cfg: Config) -> None:
     if first == 0 and tests:
         run.log("metrics", {"step": 0, **run.evaluate(crm, tests, template, factors, 0, greedy=True)})
     bar = tqdm(range(first, cfg.steps), initial=first, total=cfg.steps, disable=ranks.rank > 0, ncols=100)
+    start, said, skipped = None, set(), 0       # the first step's numbers, warnings given, bad steps in a row
     for step in bar:
         clock = [time.perf_counter()]
 
         # 1. prompts, a pure function of seed and step; a group of answers to each, and what they earn
         indexes = pick(len(train), cfg.prompts, cfg.seed, step)[ours]
-        batch = roll_out(indexes, step)
+        places = range(cfg.prompts)[ours]
+        batch = roll_out(places, indexes, step)
         for attempt in range(1, cfg.resample + 1):                  # replace groups that teach nothing
             dull = [p for p, r in enumerate(batch) if r.rewards.min() == r.rewards.max()]
             fresh = pick(len(train), cfg.prompts, cfg.seed + 7919 * attempt, step)[ours]
-            for p, r in zip(dull, roll_out([fresh[p] for p in dull], step, attempt) if dull else []):
+            again = [places[p] for p in dull], [fresh[p] for p in dull]
+            for p, r in zip(dull, roll_out(*again, step, attempt) if dull else []):
                 batch[p] = r
         clock.append(time.perf_counter())
 
         # 2. advantages, over the groups of all ranks
-        rewards = torch.stack(ranks.gather([r.rewards for r in batch]))         # (P, G)
-        for r, A in zip(batch, group_advantages(rewards, cfg.norm)[ours].to(ranks.device)):
+        rewards = torch.stack(ranks.gather([r.rewards for r in batch]))     # (P, G), rank after rank
+        advantages = group_advantages(rewards, cfg.norm).to(ranks.device)
+        for r, A in zip(batch, advantages.split(mine)[ranks.rank]):
             r.advantages = A
 
         # 3. log-probabilities under the reference, and under the policy that sampled. the first mini-batch is
@@ -355,7 +392,7 @@ def main(cfg: Config) -> None:
                                         r.advantages[rows], weight, cfg.clip_low, cfg.clip_high,
                                         cfg.dual_clip, cfg.kl_coef, cfg.kl)
                     losses.append(loss)
-                    add_up(stats, {**s, "loss": loss, "entropy": (weight * entropy).sum(),
+                    add_up(stats, {**s, "loss": loss.detach(), "entropy": (weight * entropy).sum(),
                                    "scored": weight.sum()})
                 sum(losses).backward()
             if update == 0:
@@ -370,15 +407,13 @@ def main(cfg: Config) -> None:
         done, total = step + 1, {}
         for other in ranks.gather([stats]):
             add_up(total, other)
-        scored, _ = total.pop("scored", 1.0), total.pop("gap_sum", 0.0)
-        average = dict.fromkeys(("kl", "entropy", "clip_frac"), max(scored, 1e-9)) | {"loss": len(grad_norms)}
-        phases = dict(zip(("sample", "reference", "update"), (b - a for a, b in zip(clock, clock[1:]))))
-        row = {"step": done, **means(answers),
-               **{key: value / average.get(key, 1) for key, value in total.items()},
-               "grad_norm": sum(grad_norms) / len(grad_norms), "lr": lr, "seconds": clock[-1] - clock[0],
-               **{f"seconds/{name}": value for name, value in phases.items()},
-               "tokens_per_second": sum(a["length"] for a in answers) / (clock[-1] - clock[0]),
-               "peak_memory_gb": peak_memory(ranks.device)}
+        row = {"step": done, **step_row(answers, total, grad_norms, lr, clock, ranks.device)}
+        start = start or row
+        for worry in worries(row, start):
+            if worry not in said:
+                said.add(worry)
+                say(f"\nstep {done}: {worry}")
+        skipped = skipped + 1 if row["skipped"] else 0
         stopped = run.stopped()
         if tests and (done == cfg.steps or cfg.eval_every > 0 and done % cfg.eval_every == 0):
             row |= run.evaluate(crm, tests, template, factors, done, greedy=done == cfg.steps)
@@ -389,6 +424,9 @@ def main(cfg: Config) -> None:
         if stopped or done == cfg.steps or done % cfg.save_every == 0:
             saved = run.save(done, crm, optimizer)
             run.curves(PANELS)
+        if skipped == cfg.max_skipped:
+            raise RuntimeError(f"{skipped} steps in a row without a finite gradient; --resume goes on from "
+                               "the last checkpoint, with a lower --lr, say")
         if stopped:
             break
     if tests and not stopped:

@@ -31,7 +31,8 @@ class Config:
     data: str | None = flag(None, "folder or .parquet file, see data.py")
     test_data: str | None = flag(None, "where the held-out split is, if not in --data")
     out: str = flag("runs/sft", "run folder")
-    resume: bool = flag(False, "go on from the last checkpoint in --out")
+    resume: str = flag("no", "go on from the last checkpoint in --out; auto: if there is one",
+                       ("no", "yes", "auto"), bare="yes")
     seed: int = flag(0, "of everything random")
     dtype: str = flag("auto", "of the model: auto is bfloat16 on CUDA, float32 elsewhere",
                       ("auto", "float32", "bfloat16"))
@@ -62,6 +63,7 @@ class Config:
     eval_answers: int = flag(4, "sampled answers to a held-out question")
     eval_limit: int = flag(0, "held-out samples used (0: all)")
     save_every: int = flag(500, "steps between checkpoints (the last step is always saved)")
+    keep: int = flag(0, "newest checkpoints kept, beside the best evaluated (0: all)")
 
 
 PANELS = {"cross-entropy (nats a token)": ["loss"], "held-out box IoU": ["sampled/iou", "greedy/iou"]}
