@@ -1,4 +1,4 @@
-# make demo · make test · make embedded
+# make demo · make test · make faults · make bench · make bench-trl · make embedded
 
 PYTHON ?= python3
 VENV   := .venv
@@ -27,6 +27,27 @@ demo: setup
 .PHONY: test
 test: setup
 	$(RUN) -m pytest -q
+
+# kills, signals and full disks, a hundred of them; about half an hour on two cores
+.PHONY: faults
+faults: setup
+	$(RUN) test_faults.py
+
+# seconds a step by phase, and with each trick switched off
+.PHONY: bench
+bench: setup
+	$(RUN) -m bench
+
+# beside TRL's GRPOTrainer, in an environment of its own
+.PHONY: bench-trl
+bench-trl: setup build/trl/ready
+	$(RUN) -m bench --peer
+	$(RUN) -m bench --peer --growth
+
+build/trl/ready: requirements.txt
+	$(PYTHON) -m venv build/trl
+	build/trl/bin/python -m pip install --quiet -r requirements.txt trl==1.16.0 torchvision==0.28.0 accelerate==1.15.0 datasets==5.2.0
+	touch $@
 
 # what made demo/: the data (needs the nilearn wheel), the two tiny models; about an hour on two cores
 .PHONY: embedded

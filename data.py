@@ -18,6 +18,7 @@ Differences from the paper (arXiv 2508.08177):
 import io
 import json
 import math
+import re
 import warnings
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -272,6 +273,17 @@ class Samples(Sequence):
             view.keep = self.keep[i]
             return view
         return _sample(self.rows, self.keep[i])
+
+    def only(self, pattern: str) -> "Samples":
+        """A view of those whose super-category has a match of a regular expression; ValueError if none."""
+        try:
+            matches, view = re.compile(pattern).search, copy(self)
+        except re.error as error:
+            raise ValueError(f"--only {pattern}: not a regular expression ({error})") from None
+        view.keep = [i for i in self.keep if matches(self.rows.row(i, lambda *_: None)["supercategory"])]
+        if not view.keep:
+            raise ValueError(f"--only {pattern}: no sample has such a super-category")
+        return view
 
 
 def _sample(rows, i: int) -> Sample:

@@ -214,17 +214,21 @@ def pick(count: int, n: int, seed: int, step: int) -> list[int]:
 
 def load_splits(config):
     """(training samples, held-out samples) of a Config; what --skip-bad-rows left out is said."""
-    splits = []
-    for split, path in (("train", config.data), ("test", getattr(config, "test_data", None) or config.data)):
-        if split == "test" and config.eval_every < 0:
-            return splits[0], []
-        if split == "test" and Path(path).is_file() and path == config.data:
-            raise ValueError(f"--data {path}: one file has no held-out split; give a folder, or "
-                             "--eval-every -1")
-        splits.append(samples := load_samples(path, split, config.skip_bad_rows))
+    def load(split, path):
+        samples = load_samples(path, split, config.skip_bad_rows)
         if samples.skipped:
             say(f"{path}, {split}: {len(samples.skipped)} bad rows left out, the first: {samples.skipped[0]}")
-    return splits[0], splits[1][:config.eval_limit or None]
+        return samples
+
+    train = load("train", config.data)
+    train = train.only(config.only) if config.only else train
+    if config.eval_every < 0:
+        return train, []
+    held_out_at = getattr(config, "test_data", None) or config.data
+    if Path(held_out_at).is_file() and held_out_at == config.data:
+        raise ValueError(f"--data {config.data}: one file has no held-out split; give a folder, or "
+                         "--eval-every -1")
+    return train, load("test", held_out_at)[:config.eval_limit or None]
 
 
 # ---------------------------------------------------------------- the run folder

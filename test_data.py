@@ -316,3 +316,13 @@ def test_the_embedded_data_is_what_the_readme_says():
         assert len(wordings) >= 8 and len(unseen) >= 2, category
     for row in rows["train"] + rows["test"]:
         assert row["category"].lower() not in row["query"].lower()
+
+
+def test_only_keeps_the_super_categories_asked_for_and_refuses_what_matches_none():
+    samples = load_samples("demo/data", "test")
+    some = samples.only("Brain|Lung")
+    assert {s.supercategory for s in some} == {"Brain", "Lung"}
+    assert len(some) + len(samples.only("^(?!Brain|Lung)")) == len(samples)
+    for pattern in ("Nowhere", "*"):
+        with pytest.raises(ValueError, match="--only"):
+            samples.only(pattern)

@@ -47,6 +47,7 @@ class Config:
     seed: int = flag(0, "of everything random")
     dtype: str = flag("auto", "of the model: auto is bfloat16 on CUDA, float32 elsewhere",
                       ("auto", "float32", "bfloat16"))
+    only: str = flag("", "train only on super-categories whose name has a match of this regular expression")
     skip_bad_rows: bool = flag(False, "leave out rows that cannot be used, and count them")
     # prompts and images
     prompt: str = flag("reasoning", "reasoning, direct, or a text file with {query}")

@@ -1,0 +1,243 @@
+"""The paper's experiments, each a row of a table, at the embedded scale or any other.
+
+    python -m paper                 # all runs, three seeds each; skips what is done (make paper)
+    python -m paper --quick         # one seed, fewer steps and questions: does everything work?
+    python -m paper --only sft,soft # some runs
+    python -m paper --report        # only RESULTS.md, from paper/results/*.json
+    python -m paper --list          # the exact commands
+
+A run trains with train_grpo.py or train_sft.py from the same warm start and is scored by evaluate.py: four sampled
+answers to every held-out question. paper/results/NAME-SEED.json keeps its summary, the score of every question, its
+commands and its time. Larger scale: --crm, --data, --asm, --flags "@recipes/lora_7b.args", --torchrun "--nproc-per-node 8".
+"""
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from evaluate import read_predictions, scores
+from run import paired_bootstrap
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+SEEN = "Abdomen|Brain|Heart|Lung|Vessel|Neoplasm"           # super-categories trained on in the OOD experiment
+
+
+@dataclass
+class Experiment:
+    """One row: how it is trained (None: not at all) and how it is asked."""
+    script: str | None
+    flags: str = ""
+    ask: str = ""                                           # flags of evaluate.py
+
+
+GRPO, SFT = "train_grpo.py", "train_sft.py"
+RUNS = {
+    "start": Experiment(None),
+    "start-direct": Experiment(None, ask="--prompt direct"),
+    # Table 3: reward modes, and what the paper did not run: terms left out, weights halved and doubled
+    **{mode: Experiment(GRPO, f"--mode {mode}") for mode in ("soft", "hard", "base", "iou", "pdice")},
+    **{f"no-{term}": Experiment(GRPO, f"--weights {term}=0")
+       for term in ("think_format", "answer_format", "box_iou", "point_dice")},
+    **{f"{term}-x{factor}": Experiment(GRPO, f"--weights {term}={factor}")
+       for term in ("box_iou", "point_dice") for factor in (0.5, 2)},
+    "mask_dice": Experiment(GRPO, "--weights mask_dice=1"),
+    # variants of the algorithm
+    "norm-none": Experiment(GRPO, "--norm none"),
+    "agg-token": Experiment(GRPO, "--agg token"),
+    "agg-constant": Experiment(GRPO, "--agg constant"),
+    "no-kl": Experiment(GRPO, "--kl-coef 0"),
+    # SFT against RL on the same questions, in and out of distribution (Table 6)
+    "sft": Experiment(SFT),
+    "soft-ood": Experiment(GRPO, f"--only '{SEEN}'"),
+    "sft-ood": Experiment(SFT, f"--only '{SEEN}'"),
+    # Table 5: the short prompt
+    "soft-direct": Experiment(GRPO, "--prompt direct", "--prompt direct"),
+}
+TABLES = {
+    "Does training help, and which kind (Table 3)": ("start", "sft", "soft", "hard", "base", "iou", "pdice", "mask_dice"),
+    "What each term is worth": ("soft", "no-think_format", "no-answer_format", "no-box_iou", "no-point_dice"),
+    "Sensitivity to weights": ("soft", "box_iou-x0.5", "box_iou-x2", "point_dice-x0.5", "point_dice-x2"),
+    "Variants of GRPO": ("soft", "norm-none", "agg-token", "agg-constant", "no-kl"),
+    "Prompts (Table 5)": ("start", "start-direct", "soft", "soft-direct"),
+}
+METRICS = {"iou": "IoU", "pdice": "pDice", "dice_points": "Dice, points", "dice_box": "Dice, box",
+           "dice_both": "Dice, both", "refused": "refusals"}
+
+
+# ---------------------------------------------------------------- running
+
+def commands(name: str, seed: int, args) -> list[list[str]]:
+    """The exact commands of a run: training, if any, and the evaluation."""
+    run, folder = RUNS[name], Path(args.work) / f"{name}-{seed}"
+    launch = ["torchrun", *shlex.split(args.torchrun)] if args.torchrun else [sys.executable]
+    models = ["--crm", args.crm, "--data", args.data]
+    asm, limit = ["--asm", args.asm], ["--limit", str(args.limit)]
+    todo, crm = [], args.crm
+    if run.script:
+        flags = shlex.split(args.flags if run.script == GRPO else args.sft_flags)
+        todo.append([*launch, run.script, *flags, *models, *(asm if run.script == GRPO else []), "--seed", str(seed),
+                     "--steps", str(args.steps), "--eval-every", "-1", "--out", str(folder), "--resume", "auto",
+                     *shlex.split(run.flags)])
+        crm = str(folder / f"step_{args.steps:06d}")
+    todo.append([*launch, "evaluate.py", "--crm", crm, "--data", args.data, *asm, *limit, "--samples", "4", "--seed",
+                 str(seed), "--max-new-tokens", str(args.max_new_tokens), "--out", f"{folder}-eval",
+                 *shlex.split(run.ask)])
+    return todo
+
+
+def execute(name: str, seed: int, args) -> None:
+    """Train, evaluate, keep the result; a training that is done is not repeated."""
+    todo, seconds = commands(name, seed, args), []
+    for command in todo:
+        start = time.perf_counter()
+        weights = Path(command[command.index("--out") + 1]) / f"step_{int(command[command.index('--steps') + 1]):06d}" \
+            if "--steps" in command else None
+        if weights is None or not weights.exists():
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        seconds.append(round(time.perf_counter() - start, 1))
+    folder = Path(todo[-1][todo[-1].index("--out") + 1])
+    rows = [{"id": row["id"], "supercategory": row["supercategory"], "wording": row["wording"],
+             **{key: value if value is None else round(value, 4) for key, value in scores(row).items()}}
+            for row in read_predictions(folder)]
+    result = {"name": name, "seed": seed, "date": time.strftime("%Y-%m-%d"), "seconds": seconds,
+              "commands": ["python " + shlex.join(c[1:]) if c[0] == sys.executable else shlex.join(c) for c in todo],
+              "questions": rows}
+    aside = args.results / f"{name}-{seed}.tmp"
+    aside.write_text(json.dumps(result) + "\n")
+    aside.replace(args.results / f"{name}-{seed}.json")
+    print(f"{name}, seed {seed}: IoU {100 * np.mean([row['iou'] for row in rows]):.1f}, {sum(seconds):.0f} s", flush=True)
+
+
+# ---------------------------------------------------------------- reporting
+
+class Result:
+    """The seeds of one run: for each metric a value a question, the mean over the seeds."""
+
+    def __init__(self, files: list[Path]):
+        self.seeds = [json.loads(path.read_text()) for path in files]
+        self.questions = [{row["id"]: row for row in seed["questions"]} for seed in self.seeds]
+
+    def values(self, key: str, chosen=lambda row: True) -> dict[str, float]:
+        first = self.questions[0]
+        return {q: float(np.mean([seed[q][key] for seed in self.questions])) for q in sorted(first)
+                if chosen(first[q]) and first[q][key] is not None}
+
+    def spread(self, key: str) -> list[float]:
+        """The mean over questions, a number a seed."""
+        return [100 * np.mean([row[key] for row in seed.values()]) for seed in self.questions]
+
+
+def difference(a: "Result", b: "Result", key: str, chosen=lambda row: True) -> str:
+    one, two = a.values(key, chosen), b.values(key, chosen)
+    common = sorted(one.keys() & two.keys())
+    if not common:
+        return "–"
+    change, low, high = (100 * v for v in paired_bootstrap([one[q] for q in common], [two[q] for q in common]))
+    return f"{change:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def report(args) -> str:
+    found = {name: sorted(args.results.glob(f"{name}-[0-9].json")) for name in RUNS}
+    results = {name: Result(files) for name, files in found.items() if files}
+    if "start" not in results:
+        sys.exit(f"{args.results}: no start-0.json yet; python -m paper makes it")
+    start, lines = results["start"], []
+    count, dates = len(start.questions[0]), sorted({s["date"] for r in results.values() for s in r.seeds})
+    minutes = sum(sum(seed["seconds"]) for r in results.values() for seed in r.seeds) / 60
+    lines += ["# The paper's experiments, rerun", "",
+              f"{len(results)} of {len(RUNS)} runs, {sum(len(r.seeds) for r in results.values())} trainings and evaluations, "
+              f"{minutes:.0f} minutes in all, {dates[0]} to {dates[-1]}; {count} held-out questions, four sampled answers "
+              "each. Percent. In brackets: 95 % paired bootstrap intervals over the questions (answers and seeds "
+              "averaged first); the seeds' own means stand beside. Made by `python -m paper`; the exact commands are at "
+              "the end.", ""]
+    for title, names in TABLES.items():
+        names = [name for name in names if name in results]
+        if len(names) < 2:
+            continue
+        base = results[names[0]]
+        lines += [f"## {title}", "", "| run | seeds | " + " | ".join(METRICS.values())
+                  + f" | IoU against {names[0]} | IoU by seed |", "|---" * (len(METRICS) + 4) + "|"]
+        for name in names:
+            r = results[name]
+            cells = [f"{100 * np.mean(list(v)):.1f}" if (v := r.values(key).values()) else "–" for key in METRICS]
+            lines.append(f"| {name} | {len(r.seeds)} | " + " | ".join(cells) + " | "
+                         + ("" if r is base else difference(base, r, "iou")) + " | "
+                         + ", ".join(f"{v:.1f}" for v in r.spread("iou")) + " |")
+        lines.append("")
+    trained = lambda row: row["supercategory"] in SEEN.split("|")
+    ood = [name for name in ("sft", "sft-ood", "soft", "soft-ood") if name in results]
+    if len(ood) > 1:
+        lines += ["## Out of distribution (Table 6)", "", f"-ood: trained on {SEEN.replace('|', ', ')} only. IoU against the "
+                  "start, on questions of these super-categories and of the others.", "", "| run | trained on | held out |",
+                  "|---|---|---|"]
+        lines += [f"| {name} | {difference(start, results[name], 'iou', trained)} | "
+                  f"{difference(start, results[name], 'iou', lambda row: not trained(row))} |" for name in ood] + [""]
+    lines += ["## Unseen wordings", "", "IoU on questions worded as in training and otherwise, and what training adds to each.",
+              "", "| run | seen | unseen | gain, seen | gain, unseen |", "|---|---|---|---|---|"]
+    for name in [n for n in ("start", "sft", "soft") if n in results]:
+        cells = []
+        for wording in ("seen", "unseen"):
+            values = list(results[name].values("iou", lambda row: row["wording"] == wording).values())
+            cells.append(f"{100 * np.mean(values):.1f} (n {len(values)})" if values else "–")
+        gains = ["" if name == "start" else difference(start, results[name], "iou", lambda row: row["wording"] == wording)
+                 for wording in ("seen", "unseen")]
+        lines.append(f"| {name} | " + " | ".join(cells + gains) + " |")
+    lines += ["", "## What the segmenter is given", "", "Dice of the voted answer's mask.", "",
+              "| run | points | box | both | both against box |", "|---|---|---|---|---|"]
+    for name in [n for n in ("start", "sft", "soft") if n in results]:
+        r = results[name]
+        pairs = [(row["dice_box"], row["dice_both"]) for row in r.questions[0].values() if row["dice_box"] is not None]
+        if pairs:
+            change, low, high = (100 * v for v in paired_bootstrap(*zip(*pairs)))
+            means = [f"{100 * np.mean(list(r.values(key).values())):.1f}" for key in ("dice_points", "dice_box", "dice_both")]
+            lines.append(f"| {name} | " + " | ".join(means) + f" | {change:+.1f} [{low:+.1f}, {high:+.1f}] |")
+    lines += ["", "## Commands", "", "Of each run's first seed, with the seconds each took.", "", "```sh"]
+    for r in results.values():
+        lines += [f"{command}    # {seconds:.0f} s" for command, seconds in zip(r.seeds[0]["commands"], r.seeds[0]["seconds"])]
+    return "\n".join([*lines, "```", ""])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m paper", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--crm", default="demo/crm")
+    parser.add_argument("--asm", default="demo/asm")
+    parser.add_argument("--data", default="demo/data")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=40, help="of GRPO and of SFT, on the same questions")
+    parser.add_argument("--flags", default="@recipes/demo.args", help="of every GRPO run")
+    parser.add_argument("--sft-flags", default="--batch 8 --lr 1e-4", help="of every SFT run")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--limit", type=int, default=0, help="held-out questions (0: all)")
+    parser.add_argument("--torchrun", default="", help="torchrun's flags; empty: one plain process")
+    parser.add_argument("--work", default="runs/paper", help="folder of the runs themselves")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--only", default="", help="runs, separated by commas")
+    parser.add_argument("--quick", action="store_true", help="one seed, 8 steps, 48 questions, into runs/paper-quick")
+    parser.add_argument("--report", action="store_true", help="only write RESULTS.md")
+    parser.add_argument("--list", action="store_true", help="only print the commands")
+    args = parser.parse_args()
+    if args.quick:
+        args.seeds, args.steps, args.limit, args.work = 1, 8, 48, "runs/paper-quick"
+        args.results = Path(args.work) / "results"
+    names = args.only.split(",") if args.only else list(RUNS)
+    if unknown := [name for name in names if name not in RUNS]:
+        sys.exit(f"--only {unknown[0]}: not one of {', '.join(RUNS)}")
+    todo = [(name, seed) for seed in range(args.seeds) for name in names]
+    if args.list:
+        print("\n".join(shlex.join(command) for name, seed in todo for command in commands(name, seed, args)))
+        sys.exit()
+    args.results.mkdir(parents=True, exist_ok=True)
+    for name, seed in [] if args.report else todo:
+        if not (args.results / f"{name}-{seed}.json").exists():
+            execute(name, seed, args)
+    path = (HERE if args.results == RESULTS else args.results) / "RESULTS.md"
+    path.write_text(report(args))
+    print(f"-> {path}")
