@@ -51,10 +51,9 @@ class Tree:
                 self.segment[where] = i + 1
             self.pack, self.segment = self.pack.to(device), self.segment.to(device)
             i = torch.arange(at, device=device)
-            self.mask = self._see(None, None, i[:, None], i) if kind == "dense" else \
-                _block_mask(self._see, at, device)
+            self.mask = self._see(i[:, None], i) if kind == "dense" else _block_mask(self._see, at, device)
 
-    def _see(self, _, __, query, key):
+    def _see(self, query, key):
         same = (self.segment[key] == 0) | (self.segment[key] == self.segment[query])
         return same & (self.pack[key] == self.pack[query]) & (key <= query)
 
@@ -156,7 +155,7 @@ def _flex():
 
 def _block_mask(see, size, device):
     from torch.nn.attention.flex_attention import create_block_mask
-    return create_block_mask(see, None, None, size, size, device=device)
+    return create_block_mask(lambda _, __, query, key: see(query, key), None, None, size, size, device=device)
 
 
 def tree_attention(module, query, key, value, attention_mask, scaling=None, **options):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
+import attention
 from conftest import noise_image, random_crm
 from crm import BANNED, END, load_crm
 from data import PROMPTS
@@ -320,3 +321,17 @@ def test_a_folder_that_is_no_qwen2_5_vl_is_named(tmp_path, make, says):
 
 def test_prompts_have_a_place_for_the_question():
     assert all("{query}" in text for text in PROMPTS.values())
+
+
+@pytest.mark.filterwarnings("ignore")                                   # it would rather be compiled, on CUDA
+def test_flex_attention_sees_what_the_dense_mask_sees(prompts, monkeypatch):
+    from torch.nn.attention.flex_attention import flex_attention
+    monkeypatch.setattr(attention, "_flex", lambda: flex_attention)
+    groups = random_crm().sample(prompts, 3, 10, seed=1)
+    with torch.no_grad():
+        flex, dense = ([x for pair in random_crm(attention=kind).score([(g, range(3)) for g in groups]) for x in pair]
+                       for kind in ("flex", "dense"))
+        sampled = random_crm(attention="flex").sample(prompts, 3, 10, seed=1)
+    for a, b in zip(flex, dense):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+    assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(groups, sampled))
