@@ -1,4 +1,5 @@
-# make demo · make test · make faults · make bench · make bench-trl · make embedded
+# make demo · make test · make faults · make bench · make bench-trl · make memory · make paper ·
+# make embedded
 
 PYTHON ?= python3
 VENV   := .venv
@@ -48,6 +49,16 @@ build/trl/ready: requirements.txt
 	$(PYTHON) -m venv build/trl
 	build/trl/bin/python -m pip install --quiet -r requirements.txt trl==1.16.0 torchvision==0.28.0 accelerate==1.15.0 datasets==5.2.0
 	touch $@
+
+# where the memory of a run goes, for the real sizes
+.PHONY: memory
+memory: setup
+	$(RUN) -m bench.memory
+
+# the paper's experiments at the embedded scale, three seeds each; goes on where it stopped
+.PHONY: paper
+paper: setup
+	$(RUN) -m paper
 
 # what made demo/: the data (needs the nilearn wheel), the two tiny models; about an hour on two cores
 .PHONY: embedded

@@ -6,9 +6,10 @@
     python -m paper --report        # only RESULTS.md, from paper/results/*.json
     python -m paper --list          # the exact commands
 
-A run trains with train_grpo.py or train_sft.py from the same warm start and is scored by evaluate.py: four sampled
-answers to every held-out question. paper/results/NAME-SEED.json keeps its summary, the score of every question, its
-commands and its time. Larger scale: --crm, --data, --asm, --flags "@recipes/lora_7b.args", --torchrun "--nproc-per-node 8".
+A run trains with train_grpo.py or train_sft.py from the same warm start and is scored by evaluate.py: four
+sampled answers to every held-out question. paper/results/NAME-SEED.json keeps the score of every question, the
+commands and their seconds. Larger scale: --crm, --data, --asm, --flags "@recipes/lora_7b.args",
+--torchrun "--nproc-per-node 8".
 """
 import argparse
 import json
@@ -26,7 +27,7 @@ from run import paired_bootstrap
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-SEEN = "Abdomen|Brain|Heart|Lung|Vessel|Neoplasm"           # super-categories trained on in the OOD experiment
+SEEN = "Abdomen|Brain|Heart|Lung|Vessel|Neoplasm"   # super-categories trained on in the OOD experiment
 
 
 @dataclass
@@ -61,7 +62,8 @@ RUNS = {
     "soft-direct": Experiment(GRPO, "--prompt direct", "--prompt direct"),
 }
 TABLES = {
-    "Does training help, and which kind (Table 3)": ("start", "sft", "soft", "hard", "base", "iou", "pdice", "mask_dice"),
+    "Does training help, and which kind (Table 3)": ("start", "sft", "soft", "hard", "base", "iou", "pdice",
+                                                     "mask_dice"),
     "What each term is worth": ("soft", "no-think_format", "no-answer_format", "no-box_iou", "no-point_dice"),
     "Sensitivity to weights": ("soft", "box_iou-x0.5", "box_iou-x2", "point_dice-x0.5", "point_dice-x2"),
     "Variants of GRPO": ("soft", "norm-none", "agg-token", "agg-constant", "no-kl"),
@@ -82,12 +84,12 @@ def commands(name: str, seed: int, args) -> list[list[str]]:
     todo, crm = [], args.crm
     if run.script:
         flags = shlex.split(args.flags if run.script == GRPO else args.sft_flags)
-        todo.append([*launch, run.script, *flags, *models, *(asm if run.script == GRPO else []), "--seed", str(seed),
-                     "--steps", str(args.steps), "--eval-every", "-1", "--out", str(folder), "--resume", "auto",
-                     *shlex.split(run.flags)])
+        todo.append([*launch, run.script, *flags, *models, *(asm if run.script == GRPO else []),
+                     "--seed", str(seed), "--steps", str(args.steps), "--eval-every", "-1",
+                     "--out", str(folder), "--resume", "auto", *shlex.split(run.flags)])
         crm = str(folder / f"step_{args.steps:06d}")
-    todo.append([*launch, "evaluate.py", "--crm", crm, "--data", args.data, *asm, *limit, "--samples", "4", "--seed",
-                 str(seed), "--max-new-tokens", str(args.max_new_tokens), "--out", f"{folder}-eval",
+    todo.append([*launch, "evaluate.py", "--crm", crm, "--data", args.data, *asm, *limit, "--samples", "4",
+                 "--seed", str(seed), "--max-new-tokens", str(args.max_new_tokens), "--out", f"{folder}-eval",
                  *shlex.split(run.ask)])
     return todo
 
@@ -97,22 +99,21 @@ def execute(name: str, seed: int, args) -> None:
     todo, seconds = commands(name, seed, args), []
     for command in todo:
         start = time.perf_counter()
-        weights = Path(command[command.index("--out") + 1]) / f"step_{int(command[command.index('--steps') + 1]):06d}" \
-            if "--steps" in command else None
-        if weights is None or not weights.exists():
+        out = Path(command[command.index("--out") + 1])
+        if not (out / f"step_{args.steps:06d}").exists():
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         seconds.append(round(time.perf_counter() - start, 1))
-    folder = Path(todo[-1][todo[-1].index("--out") + 1])
     rows = [{"id": row["id"], "supercategory": row["supercategory"], "wording": row["wording"],
              **{key: value if value is None else round(value, 4) for key, value in scores(row).items()}}
-            for row in read_predictions(folder)]
+            for row in read_predictions(out)]
+    said = [shlex.join(["python" if c[0] == sys.executable else c[0], *c[1:]]) for c in todo]
     result = {"name": name, "seed": seed, "date": time.strftime("%Y-%m-%d"), "seconds": seconds,
-              "commands": ["python " + shlex.join(c[1:]) if c[0] == sys.executable else shlex.join(c) for c in todo],
-              "questions": rows}
+              "commands": said, "questions": rows}
     aside = args.results / f"{name}-{seed}.tmp"
     aside.write_text(json.dumps(result) + "\n")
     aside.replace(args.results / f"{name}-{seed}.json")
-    print(f"{name}, seed {seed}: IoU {100 * np.mean([row['iou'] for row in rows]):.1f}, {sum(seconds):.0f} s", flush=True)
+    iou = 100 * np.mean([row["iou"] for row in rows])
+    print(f"{name}, seed {seed}: IoU {iou:.1f}, {sum(seconds):.0f} s", flush=True)
 
 
 # ---------------------------------------------------------------- reporting
@@ -134,7 +135,8 @@ class Result:
         return [100 * np.mean([row[key] for row in seed.values()]) for seed in self.questions]
 
 
-def difference(a: "Result", b: "Result", key: str, chosen=lambda row: True) -> str:
+def difference(a: Result, b: Result, key: str, chosen=lambda row: True) -> str:
+    """What b adds to a, percent, with its 95 % paired bootstrap interval over the questions."""
     one, two = a.values(key, chosen), b.values(key, chosen)
     common = sorted(one.keys() & two.keys())
     if not common:
@@ -143,64 +145,67 @@ def difference(a: "Result", b: "Result", key: str, chosen=lambda row: True) -> s
     return f"{change:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
+def mean(result: Result, key: str, chosen=lambda row: True) -> str:
+    values = list(result.values(key, chosen).values())
+    return f"{100 * np.mean(values):.1f}" if values else "–"
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> list[str]:
+    return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)] + [""]
+
+
 def report(args) -> str:
     found = {name: sorted(args.results.glob(f"{name}-[0-9].json")) for name in RUNS}
     results = {name: Result(files) for name, files in found.items() if files}
     if "start" not in results:
         sys.exit(f"{args.results}: no start-0.json yet; python -m paper makes it")
-    start, lines = results["start"], []
-    count, dates = len(start.questions[0]), sorted({s["date"] for r in results.values() for s in r.seeds})
-    minutes = sum(sum(seed["seconds"]) for r in results.values() for seed in r.seeds) / 60
-    lines += ["# The paper's experiments, rerun", "",
-              f"{len(results)} of {len(RUNS)} runs, {sum(len(r.seeds) for r in results.values())} trainings and evaluations, "
-              f"{minutes:.0f} minutes in all, {dates[0]} to {dates[-1]}; {count} held-out questions, four sampled answers "
-              "each. Percent. In brackets: 95 % paired bootstrap intervals over the questions (answers and seeds "
-              "averaged first); the seeds' own means stand beside. Made by `python -m paper`; the exact commands are at "
-              "the end.", ""]
+    start, seeds = results["start"], [seed for r in results.values() for seed in r.seeds]
+    dates, minutes = sorted({seed["date"] for seed in seeds}), sum(sum(seed["seconds"]) for seed in seeds) / 60
+    lines = ["# The paper's experiments, rerun", "",
+             f"{len(results)} of {len(RUNS)} runs, {len(seeds)} with all seeds, {minutes:.0f} minutes in all, "
+             f"{dates[0]} to {dates[-1]}; {len(start.questions[0])} held-out questions, four sampled answers each. "
+             "Percent; in brackets 95 % paired bootstrap intervals over the questions, whose answers and seeds are "
+             "averaged first; beside them the seeds' own means. Made by `python -m paper`; the exact commands are "
+             "at the end.", ""]
     for title, names in TABLES.items():
         names = [name for name in names if name in results]
-        if len(names) < 2:
-            continue
-        base = results[names[0]]
-        lines += [f"## {title}", "", "| run | seeds | " + " | ".join(METRICS.values())
-                  + f" | IoU against {names[0]} | IoU by seed |", "|---" * (len(METRICS) + 4) + "|"]
-        for name in names:
-            r = results[name]
-            cells = [f"{100 * np.mean(list(v)):.1f}" if (v := r.values(key).values()) else "–" for key in METRICS]
-            lines.append(f"| {name} | {len(r.seeds)} | " + " | ".join(cells) + " | "
-                         + ("" if r is base else difference(base, r, "iou")) + " | "
-                         + ", ".join(f"{v:.1f}" for v in r.spread("iou")) + " |")
-        lines.append("")
-    trained = lambda row: row["supercategory"] in SEEN.split("|")
-    ood = [name for name in ("sft", "sft-ood", "soft", "soft-ood") if name in results]
-    if len(ood) > 1:
-        lines += ["## Out of distribution (Table 6)", "", f"-ood: trained on {SEEN.replace('|', ', ')} only. IoU against the "
-                  "start, on questions of these super-categories and of the others.", "", "| run | trained on | held out |",
-                  "|---|---|---|"]
-        lines += [f"| {name} | {difference(start, results[name], 'iou', trained)} | "
-                  f"{difference(start, results[name], 'iou', lambda row: not trained(row))} |" for name in ood] + [""]
-    lines += ["## Unseen wordings", "", "IoU on questions worded as in training and otherwise, and what training adds to each.",
-              "", "| run | seen | unseen | gain, seen | gain, unseen |", "|---|---|---|---|---|"]
-    for name in [n for n in ("start", "sft", "soft") if n in results]:
-        cells = []
-        for wording in ("seen", "unseen"):
-            values = list(results[name].values("iou", lambda row: row["wording"] == wording).values())
-            cells.append(f"{100 * np.mean(values):.1f} (n {len(values)})" if values else "–")
-        gains = ["" if name == "start" else difference(start, results[name], "iou", lambda row: row["wording"] == wording)
-                 for wording in ("seen", "unseen")]
-        lines.append(f"| {name} | " + " | ".join(cells + gains) + " |")
-    lines += ["", "## What the segmenter is given", "", "Dice of the voted answer's mask.", "",
-              "| run | points | box | both | both against box |", "|---|---|---|---|---|"]
-    for name in [n for n in ("start", "sft", "soft") if n in results]:
+        if len(names) > 1:
+            base = results[names[0]]
+            rows = [[name, str(len(r.seeds)), *(mean(r, key) for key in METRICS),
+                     "" if r is base else difference(base, r, "iou"),
+                     ", ".join(f"{v:.1f}" for v in r.spread("iou"))] for name in names for r in [results[name]]]
+            head = ["run", "seeds", *METRICS.values(), f"IoU against {names[0]}", "IoU by seed"]
+            lines += [f"## {title}", "", *markdown(head, rows)]
+
+    inside = lambda row: row["supercategory"] in SEEN.split("|")
+    outside = lambda row: not inside(row)
+    if ood := [name for name in ("sft", "sft-ood", "soft", "soft-ood") if name in results]:
+        lines += ["## Out of distribution (Table 6)", "",
+                  f"The -ood runs train on {SEEN.replace('|', ', ')} only. What training adds to the start's IoU.", "",
+                  *markdown(["run", "on these", "on the other super-categories"], [
+                      [name, difference(start, results[name], "iou", inside),
+                       difference(start, results[name], "iou", outside)] for name in ood])]
+    shown = [name for name in ("start", "sft", "soft") if name in results]
+    worded = {wording: lambda row, wording=wording: row["wording"] == wording for wording in ("seen", "unseen")}
+    lines += ["## Unseen wordings", "", "IoU where the question is worded as in training, where it is not, and what "
+              "training adds to each.", "", *markdown(["run", *worded, *(f"gain, {w}" for w in worded)], [
+                  [name, *(mean(results[name], "iou", chosen) for chosen in worded.values()),
+                   *("" if name == "start" else difference(start, results[name], "iou", chosen)
+                     for chosen in worded.values())] for name in shown])]
+    lines += ["## What the segmenter is given", "", "Dice of the voted answer's mask.", ""]
+    rows = []
+    for name in shown:
         r = results[name]
-        pairs = [(row["dice_box"], row["dice_both"]) for row in r.questions[0].values() if row["dice_box"] is not None]
-        if pairs:
-            change, low, high = (100 * v for v in paired_bootstrap(*zip(*pairs)))
-            means = [f"{100 * np.mean(list(r.values(key).values())):.1f}" for key in ("dice_points", "dice_box", "dice_both")]
-            lines.append(f"| {name} | " + " | ".join(means) + f" | {change:+.1f} [{low:+.1f}, {high:+.1f}] |")
-    lines += ["", "## Commands", "", "Of each run's first seed, with the seconds each took.", "", "```sh"]
+        one, two = (list(r.values(column).values()) for column in ("dice_box", "dice_both"))
+        if one:
+            change, low, high = (100 * v for v in paired_bootstrap(one, two))
+            rows.append([name, *(mean(r, key) for key in ("dice_points", "dice_box", "dice_both")),
+                         f"{change:+.1f} [{low:+.1f}, {high:+.1f}]"])
+    lines += markdown(["run", "points", "box", "both", "both against box"], rows)
+    lines += ["## Commands", "", "Of each run's first seed, with the seconds each took.", "", "```sh"]
     for r in results.values():
-        lines += [f"{command}    # {seconds:.0f} s" for command, seconds in zip(r.seeds[0]["commands"], r.seeds[0]["seconds"])]
+        first = r.seeds[0]
+        lines += [f"{command}    # {s:.0f} s" for command, s in zip(first["commands"], first["seconds"])]
     return "\n".join([*lines, "```", ""])
 
 
@@ -229,7 +234,7 @@ if __name__ == "__main__":
         args.results = Path(args.work) / "results"
     names = args.only.split(",") if args.only else list(RUNS)
     if unknown := [name for name in names if name not in RUNS]:
-        sys.exit(f"--only {unknown[0]}: not one of {', '.join(RUNS)}")
+        parser.error(f"--only {unknown[0]}: not one of {', '.join(RUNS)}")
     todo = [(name, seed) for seed in range(args.seeds) for name in names]
     if args.list:
         print("\n".join(shlex.join(command) for name, seed in todo for command in commands(name, seed, args)))

@@ -1,0 +1,63 @@
+"""A Qwen2.5-VL of the real architecture with random weights, for speed and memory where no checkpoint can be had.
+
+    python -m bench.random_model 3b --out build/3b      # 3b, 7b: the released sizes; tiny: their shape, small
+
+The tokenizer is the embedded one: its prompts are shorter than Qwen's, and ids beyond it decode to nothing. Answers
+of such a model practically never end by themselves, so every answer has --max-new-tokens tokens.
+"""
+import argparse
+
+import torch
+from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from crm import CRM, END
+
+VISION = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, window_size=112,
+              fullatt_block_indexes=[7, 15, 23, 31])
+SIZES = {       # the config.json of Qwen2.5-VL-3B-Instruct and -7B-Instruct
+    "3b": (dict(vocab_size=151936, hidden_size=2048, intermediate_size=11008, num_hidden_layers=36,
+                num_attention_heads=16, num_key_value_heads=2), VISION, True),
+    "7b": (dict(vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
+                num_attention_heads=28, num_key_value_heads=4), VISION, False),
+    "tiny": (dict(vocab_size=152064, hidden_size=128, intermediate_size=256, num_hidden_layers=2,
+                  num_attention_heads=4, num_key_value_heads=2),
+             dict(depth=2, hidden_size=64, intermediate_size=128, num_heads=4, window_size=112,
+                  fullatt_block_indexes=[1]), True)}
+
+
+def config_of(size: str, to_id=lambda token: 0) -> Qwen2_5_VLConfig:
+    text, vision, tied = SIZES[size]
+    head = text["hidden_size"] // text["num_attention_heads"] // 2          # rotary frequencies of a head
+    sections = [head - 2 * (3 * head // 8), 3 * head // 8, 3 * head // 8]   # 16, 24, 24 at the real sizes
+    return Qwen2_5_VLConfig(
+        text_config=dict(**text, max_position_embeddings=128000, rms_norm_eps=1e-6, tie_word_embeddings=tied,
+                         bos_token_id=None, eos_token_id=to_id("<|im_end|>"), pad_token_id=to_id("<|endoftext|>"),
+                         rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=sections)),
+        vision_config=dict(**vision, out_hidden_size=text["hidden_size"]), tie_word_embeddings=tied,
+        image_token_id=to_id("<|image_pad|>"), video_token_id=to_id("<|video_pad|>"),
+        vision_start_token_id=to_id("<|vision_start|>"), vision_end_token_id=to_id("<|vision_end|>"))
+
+
+def random_model(size: str, device="cpu", dtype=torch.bfloat16, tokenizer="demo/crm", seed: int = 0) -> CRM:
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+    torch.manual_seed(seed)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            model = Qwen2_5_VLForConditionalGeneration(config_of(size, tokenizer.convert_tokens_to_ids))
+    finally:
+        torch.set_default_dtype(before)
+    model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(list(END))
+    return CRM(model, tokenizer, Qwen2VLImageProcessorPil(max_pixels=12845056))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("size", choices=SIZES)
+    parser.add_argument("--out", required=True)
+    args = parser.parse_args()
+    crm = random_model(args.size, "cuda" if torch.cuda.is_available() else "cpu")
+    crm.save(args.out)
+    print(f"{sum(p.numel() for p in crm.model.parameters()) / 1e9:.2f} billion parameters -> {args.out}")

@@ -1,0 +1,50 @@
+"""The driver of the experiments: its commands are commands, its tables are right."""
+import json
+from argparse import Namespace
+
+import evaluate
+import train_grpo
+import train_sft
+from paper import __main__ as paper
+from run import parse_args
+from test_scripts import run
+
+
+def result(folder, name, seed, iou, wording="seen", supercategory="Brain"):
+    questions = [{"id": f"q{i}", "supercategory": supercategory if i else "Eye", "wording": wording if i else "unseen",
+                  "iou": v, "pdice": 0.5, "dice_points": 0.1, "dice_box": 0.2, "dice_both": 0.4, "refused": 0.0}
+                 for i, v in enumerate(iou)]
+    (folder / f"{name}-{seed}.json").write_text(json.dumps(
+        {"name": name, "seed": seed, "date": "2026-01-01", "seconds": [30.0, 30.0], "commands": ["a", "b"],
+         "questions": questions}))
+
+
+def test_tables_average_answers_and_seeds_and_pair_the_questions(tmp_path):
+    result(tmp_path, "start", 0, [0.1, 0.2, 0.3])
+    for seed, gain in ((0, 0.1), (1, 0.3)):
+        result(tmp_path, "soft", seed, [0.1 + gain, 0.2 + gain, 0.3 + gain])
+    text = paper.report(Namespace(results=tmp_path))
+    assert "| start | 1 | 20.0 | 50.0 | 10.0 | 20.0 | 40.0 | 0.0 |  | 20.0 |" in text
+    assert "| soft | 2 | 40.0 | 50.0 | 10.0 | 20.0 | 40.0 | 0.0 | +20.0 [+20.0, +20.0] | 30.0, 50.0 |" in text
+    assert "2 of 24 runs, 3 with all seeds, 3 minutes" in text and "3 held-out questions" in text
+    assert "| soft | +20.0 [+20.0, +20.0] | +20.0 [+20.0, +20.0] |" in text            # Brain was trained on, Eye not
+    assert "| start | 25.0 | 10.0 |  |  |" in text and "| soft | 45.0 | 30.0 | +20.0 [+20.0, +20.0]" in text
+    assert "| soft | 10.0 | 20.0 | 40.0 | +20.0 [+20.0, +20.0] |" in text
+
+
+def test_every_command_of_every_run_parses():
+    args = Namespace(work="w", torchrun="", crm="demo/crm", data="demo/data", asm="demo/asm", limit=0, steps=3,
+                     flags="@recipes/demo.args", sft_flags="--batch 8", max_new_tokens=64)
+    scripts = {"train_grpo.py": train_grpo, "train_sft.py": train_sft, "evaluate.py": evaluate}
+    for name in paper.RUNS:
+        *training, scoring = paper.commands(name, 1, args)
+        for command in (*training, scoring):
+            config = parse_args(scripts[command[1]].Config, "", argv=command[2:])
+            assert config.seed == 1
+        assert parse_args(evaluate.Config, "", argv=scoring[2:]).crm == ("w/%s-1/step_000003" % name if training else "demo/crm")
+    assert {name for names in paper.TABLES.values() for name in names} <= set(paper.RUNS)
+
+
+def test_an_unknown_run_is_refused():
+    _, error = run("-m paper --only nonsense", check=2)
+    assert "--only nonsense: not one of start" in error
