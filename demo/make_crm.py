@@ -63,10 +63,11 @@ def corpus(samples) -> list[str]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pool", default="build/pool", help="training data; made with demo.make_data when missing")
-    parser.add_argument("--pool-size", type=int, default=20000)
+    parser.add_argument("--pool-size", type=int, default=12000)
     parser.add_argument("--work", default="build/crm", help="folder for the random model and the SFT run")
     parser.add_argument("--out", default="demo/crm")
-    parser.add_argument("--steps", type=int, default=3600, help="optimizer steps of 16")
+    parser.add_argument("--steps", type=int, nargs="+", default=[1100, 1600],
+                        help="optimizer steps; each further number resumes with a longer cosine")
     parser.add_argument("--lr", type=float, default=1e-3)
     for name, default in dict(vocab_size=2048, hidden=192, layers=4, heads=6, kv_heads=2, mlp=512, vision_hidden=128,
                               vision_layers=4, vision_heads=4, vision_mlp=256).items():
@@ -79,9 +80,10 @@ if __name__ == "__main__":
     crm = tiny_crm(corpus(load_samples(pool)), **options)
     print(f"{sum(p.numel() for p in crm.model.parameters()) / 1e6:.2f}M parameters, {len(crm.tokenizer)} tokens")
     crm.save(f"{work}/random")
-    subprocess.run([sys.executable, "train_sft.py", "--crm", f"{work}/random", "--data", pool, "--steps", str(steps),
-                    "--batch", "16", "--lr", str(lr), "--warmup-ratio", "0.03", "--dtype", "bfloat16",
-                    "--out", f"{work}/sft", "--eval-every", "-1"], check=True)
-    last = load_crm(f"{work}/sft/step_{steps:06d}")
+    for i, total in enumerate(steps):
+        subprocess.run([sys.executable, "train_sft.py", "--crm", f"{work}/random", "--data", pool, "--steps", str(total),
+                        "--batch", "16", "--lr", str(lr), "--out", f"{work}/sft", "--eval-every", "-1",
+                        *["--resume"] * (i > 0)], check=True)
+    last = load_crm(f"{work}/sft/step_{steps[-1]:06d}")
     last.model.half()                               # on disk only: load_crm casts to what is asked for
     last.save(out)
