@@ -270,6 +270,6 @@ def test_the_readme_names_only_files_and_flags_that_exist():
             assert (ROOT / path).exists(), path
     flags = set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", text)) \
         - {"nproc-per-node", "nnodes", "no-deps", "no-build-isolation"}
-    known = {name.replace("_", "-") for module in (train_grpo, train_sft, infer)
-             for name in module.Config.__dataclass_fields__} | {"no-think", "help"}
+    known = {name.replace("_", "-") for module in (train_grpo, train_sft, infer, evaluate)
+             for name in module.Config.__dataclass_fields__} | {"no-think", "no-share-vision", "no-drop-finished", "help"}
     assert flags <= known, flags - known
