@@ -218,7 +218,7 @@ def load_image(source: str | Path | bytes) -> Image.Image:
     return image.convert("RGB")
 
 
-def _load_mask(source: str | Path | bytes) -> np.ndarray:
+def load_mask(source: str | Path | bytes) -> np.ndarray:
     try:
         return np.asarray(
             Image.open(io.BytesIO(source) if isinstance(source, bytes) else source).convert("L")) > 127
@@ -302,7 +302,7 @@ def _sample(rows, i: int) -> Sample:
     image = decode("image", load_image)
     (W, H), mask = image.size, None
     if row["mask"] is not None:
-        mask = decode("mask", _load_mask)
+        mask = decode("mask", load_mask)
         need(mask.shape == (H, W), "mask", f"is {mask.shape[1]}x{mask.shape[0]}, its image {W}x{H}")
         need(mask.any(), "mask", "is empty")
     need(isinstance(row["query"], str) and row["query"].strip(), "query", "is empty")

@@ -27,7 +27,8 @@ from crm import load_crm
 from data import PROMPTS
 
 RESULTS = Path(__file__).parent / "results"
-OURS = ("--trainable '' --lr 1e-6 --minibatches 1 --kl-coef 0.01 --warmup 0 --eval-every -1 --data demo/data")
+OURS = ("--prompts 8 --group 8 --weights '' --trainable '' --lr 1e-6 --minibatches 1 --kl-coef 0.01 --warmup 0 "
+        "--eval-every -1 --data demo/data")
 OFF = {"attention dense": "--attention dense", "vision features not shared": "--no-share-vision",
        "finished answers stay": "--no-drop-finished", "one group a stream": "--pack-tokens 900",
        "no answer shares its prompt when scored": "--pack-tokens 1",
