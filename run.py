@@ -270,6 +270,8 @@ class Run:
         if self.ranks.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
+            for left in [*self.folder.glob("step_*.tmp"), *self.folder.glob("step_*.old")]:
+                shutil.rmtree(left)                                     # of a kill while saving or deleting
             for file in self.folder.glob("*.jsonl"):
                 lines = file.read_text().splitlines(keepends=True)      # a kill may have torn the last
                 kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= done]
@@ -310,7 +312,7 @@ class Run:
                 torch.save({"step": step, "optimizer": optimizer.state()}, aside / "trainer.pt")
                 for path in [*aside.iterdir(), aside]:
                     _fsync(path)
-                shutil.rmtree(folder, ignore_errors=True)
+                self._remove(folder)
                 aside.rename(folder)
                 _fsync(self.folder)
             except (OSError, RuntimeError, SafetensorError) as error:   # torch: RuntimeError on a full disk
@@ -321,8 +323,13 @@ class Run:
                 best = max(evaluated, key=lambda row: row["sampled/iou"], default={"step": -1})["step"]
                 for old in sorted(self.folder.glob("step_*[0-9]"))[:-self.config.keep]:
                     if old.name != f"step_{best:06d}":
-                        shutil.rmtree(old)
+                        self._remove(old)
         return folder
+
+    def _remove(self, folder: Path) -> None:
+        """Renamed first: a kill while deleting leaves no half checkpoint under a checkpoint's name."""
+        if folder.exists():
+            shutil.rmtree(folder.rename(folder.with_suffix(".old")))
 
     def _cannot_write(self, path: Path, error: Exception):
         last = max(self.folder.glob("step_*[0-9]"), default="no checkpoint")

@@ -5,10 +5,11 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from asm import ASM, MEDSAM2, OVERLAY_SIDE, SAM2_CONFIG, build_model, load_asm, overlay, read_config, save_asm
+from asm import (ASM, MEDSAM2, OVERLAY_SIDE, SAM2_CONFIG, MedSAM, SAMMed2D, build_model, build_sam, load_asm, overlay,
+                 read_config, released_name, save_asm)
 from data import load_samples
-from demo.make_asm import (HERE, PARITY, PROMPT_KINDS, dice, parity_case, parity_prompts, predictor_answers,
-                           tiny_config)
+from demo.make_asm import (HERE, PARITY, PREPARED, PREPARED_SIDE, PROMPT_KINDS, dice, parity_case, parity_prompts,
+                           predictor_answers, tiny_config)
 
 BOXES = np.array([[10, 5, 60, 40], [30, 20, 90, 50], [100, 10, 180, 55]], dtype=float)
 POINTS = np.array([[[20, 20], [40, 30]], [[50, 30], [70, 40]], [[120, 30], [150, 40]]], dtype=float)
@@ -168,9 +169,6 @@ def test_what_is_not_there_is_named(folder, tmp_path):
     (folder / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="model.safetensors: no such file"):
         load_asm(folder, "cpu")
-    for spec in ("medsam:x.pth", "sam-med2d:x.pth"):
-        with pytest.raises(ValueError, match=f"{spec}: .* not supported yet"):
-            load_asm(spec, "cpu")
 
 
 # ---------------------------------------------------------------- segmenting
@@ -294,6 +292,273 @@ def test_the_demo_segmenter_finds_what_it_is_shown(demo_asm):
 def test_the_demo_segmenter_is_small(demo_asm):
     assert sum(file.stat().st_size for file in (HERE / "asm").iterdir()) < 8e6
     assert sum(p.numel() for p in demo_asm.model.parameters()) < 4e6
+
+
+# ---------------------------------------------------------------- MedSAM, SAM-Med2D
+
+FAMILIES = ("medsam", "sam-med2d")
+SMALL = dict(hidden_size=24, num_hidden_layers=3, num_attention_heads=2, global_attn_indexes=[1], window_size=3)
+
+
+def released_layout(size, width, depth, heads, whole, window, adapters):
+    """Name -> shape of every weight of a released SAM: image_encoder, prompt_encoder, mask_decoder."""
+    side, D, shapes = size // 16, 256, {}
+
+    def put(name, *shape, bias=None):
+        shapes[f"{name}.weight"] = shape
+        if bias is not None:
+            shapes[f"{name}.bias"] = (bias,)
+
+    shapes["image_encoder.pos_embed"] = (1, side, side, width)
+    put("image_encoder.patch_embed.proj", width, 3, 16, 16, bias=width)
+    for i in range(depth):
+        block, reach = f"image_encoder.blocks.{i}.", side if i in whole else window
+        for norm in ("norm1", "norm2") + ("Adapter.norm",) * adapters:
+            put(block + norm, width, bias=width)
+        put(block + "attn.qkv", 3 * width, width, bias=3 * width)
+        put(block + "attn.proj", width, width, bias=width)
+        for axis in "hw":
+            shapes[f"{block}attn.rel_pos_{axis}"] = (2 * reach - 1, width // heads)
+        put(block + "mlp.lin1", 4 * width, width, bias=4 * width)
+        put(block + "mlp.lin2", width, 4 * width, bias=width)
+        if adapters:
+            put(block + "Adapter.channel.0", width // 4, width)
+            put(block + "Adapter.channel.2", width, width // 4)
+            put(block + "Adapter.spatial.0", width, width, 3, 3)
+            put(block + "Adapter.spatial.2", width, width, 4, 4)
+    put("image_encoder.neck.0", D, width, 1, 1)
+    put("image_encoder.neck.1", D, bias=D)
+    put("image_encoder.neck.2", D, D, 3, 3)
+    put("image_encoder.neck.3", D, bias=D)
+    shapes["prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"] = (2, D // 2)
+    for name in (*(f"point_embeddings.{i}" for i in range(4)), "not_a_point_embed", "no_mask_embed"):
+        put(f"prompt_encoder.{name}", 1, D)
+    for i, shape in ((0, (4, 1, 2, 2)), (1, (4,)), (3, (16, 4, 2, 2)), (4, (16,)), (6, (D, 16, 1, 1))):
+        put(f"prompt_encoder.mask_downscaling.{i}", *shape, bias=shape[0])
+    for i in range(2):
+        layer = f"mask_decoder.transformer.layers.{i}."
+        for name, inner in (("self_attn", D), ("cross_attn_token_to_image", D // 2),
+                            ("cross_attn_image_to_token", D // 2)):
+            for part in "qkv":
+                put(f"{layer}{name}.{part}_proj", inner, D, bias=inner)
+            put(f"{layer}{name}.out_proj", D, inner, bias=D)
+        for norm in range(1, 5):
+            put(f"{layer}norm{norm}", D, bias=D)
+        put(layer + "mlp.lin1", 2048, D, bias=2048)
+        put(layer + "mlp.lin2", D, 2048, bias=D)
+    last = "mask_decoder.transformer.final_attn_token_to_image."
+    for part in "qkv":
+        put(f"{last}{part}_proj", D // 2, D, bias=D // 2)
+    put(f"{last}out_proj", D, D // 2, bias=D)
+    put("mask_decoder.transformer.norm_final_attn", D, bias=D)
+    put("mask_decoder.iou_token", 1, D)
+    put("mask_decoder.mask_tokens", 4, D)
+    put("mask_decoder.output_upscaling.0", D, D // 4, 2, 2, bias=D // 4)
+    put("mask_decoder.output_upscaling.1", D // 4, bias=D // 4)
+    put("mask_decoder.output_upscaling.3", D // 4, D // 8, 2, 2, bias=D // 8)
+    for head, out in (*((f"output_hypernetworks_mlps.{i}", D // 8) for i in range(4)), ("iou_prediction_head", 4)):
+        for i, (rows, columns) in enumerate(((D, D), (D, D), (out, D))):
+            put(f"mask_decoder.{head}.layers.{i}", rows, columns, bias=rows)
+    return shapes
+
+
+class SlowSAM:
+    """The first SAM in float64 from its released weights, one window, one head, one prompt at a time."""
+
+    def __init__(self, weights, heads, whole, window):
+        self.w = {name: tensor.double() for name, tensor in weights.items()}
+        self.heads, self.whole, self.window = heads, whole, window
+
+    def linear(self, name, x):
+        return x @ self.w[f"{name}.weight"].T + self.w.get(f"{name}.bias", 0)
+
+    def norm(self, name, x, eps):
+        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + eps).sqrt()
+        return x * self.w[f"{name}.weight"] + self.w[f"{name}.bias"]
+
+    def window_attention(self, name, x):
+        H, W, C = x.shape
+        qkv, d, out = self.linear(f"{name}.qkv", x), C // self.heads, torch.zeros_like(x)
+        for head in range(self.heads):
+            q, k, v = (qkv[..., part * C + head * d:part * C + (head + 1) * d] for part in range(3))
+            for y in range(H):
+                for z in range(W):
+                    score = (k @ q[y, z]) / d ** 0.5
+                    score += (self.w[f"{name}.rel_pos_h"][y - torch.arange(H) + H - 1] @ q[y, z])[:, None]
+                    score += self.w[f"{name}.rel_pos_w"][z - torch.arange(W) + W - 1] @ q[y, z]
+                    share = score.flatten().softmax(0).reshape(H, W)
+                    out[y, z, head * d:(head + 1) * d] = torch.einsum("hw,hwc->c", share, v)
+        return self.linear(f"{name}.proj", out)
+
+    def encode(self, pixels):
+        conv, w = torch.nn.functional.conv2d, self.w
+        x = conv(pixels.double(), w["image_encoder.patch_embed.proj.weight"],
+                 w["image_encoder.patch_embed.proj.bias"], stride=16)[0].permute(1, 2, 0)
+        x = x + w["image_encoder.pos_embed"][0]
+        S = len(x)
+        for i in range(sum(name.endswith("attn.qkv.weight") for name in w)):
+            block = f"image_encoder.blocks.{i}"
+            normed, side = self.norm(f"{block}.norm1", x, 1e-6), S if i in self.whole else self.window
+            padded = torch.zeros(-(-S // side) * side, -(-S // side) * side, x.shape[-1], dtype=x.dtype)
+            padded[:S, :S] = normed
+            for y in range(0, S, side):
+                for z in range(0, S, side):
+                    padded[y:y + side, z:z + side] = self.window_attention(
+                        f"{block}.attn", padded[y:y + side, z:z + side].clone())
+            x = x + padded[:S, :S]
+            normed = self.norm(f"{block}.norm2", x, 1e-6)
+            added = self.linear(f"{block}.mlp.lin2", torch.nn.functional.gelu(self.linear(f"{block}.mlp.lin1", normed)))
+            if f"{block}.Adapter.norm.weight" in w:
+                gate = self.linear(f"{block}.Adapter.channel.2", self.linear(
+                    f"{block}.Adapter.channel.0", normed.mean((0, 1))).relu()).sigmoid()
+                maps = conv((normed * gate).permute(2, 0, 1)[None], w[f"{block}.Adapter.spatial.0.weight"], stride=2,
+                            padding=1).relu()
+                maps = torch.nn.functional.conv_transpose2d(maps, w[f"{block}.Adapter.spatial.2.weight"], stride=2,
+                                                            padding=1).relu()
+                added = added + self.norm(f"{block}.Adapter.norm", normed + maps[0].permute(1, 2, 0), 1e-5)
+            x = x + added
+        x = self.norm("image_encoder.neck.1", x @ w["image_encoder.neck.0.weight"][:, :, 0, 0].T, 1e-6)
+        x = conv(x.permute(2, 0, 1)[None], w["image_encoder.neck.2.weight"], padding=1)[0].permute(1, 2, 0)
+        return self.norm("image_encoder.neck.3", x, 1e-6)                           # (h, w, 256)
+
+    def place(self, xy):
+        """Coordinates in [0, 1] -> sines and cosines."""
+        angle = 2 * np.pi * ((2 * xy.double() - 1)
+                             @ self.w["prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"])
+        return torch.cat([angle.sin(), angle.cos()], -1)
+
+    def attend(self, name, q, k, v):
+        q, k, v = (self.linear(f"{name}.{part}_proj", x) for part, x in zip("qkv", (q, k, v)))
+        d = q.shape[1] // 8
+        heads = [(q[:, i:i + d] @ k[:, i:i + d].T / d ** 0.5).softmax(-1) @ v[:, i:i + d] for i in range(0, 8 * d, d)]
+        return self.linear(f"{name}.out_proj", torch.cat(heads, 1))
+
+    def mlp(self, name, x):
+        for i in range(3):
+            x = self.linear(f"{name}.layers.{i}", x)
+            x = x.relu() if i < 2 else x
+        return x
+
+    def decode(self, features, box, points, size):
+        """One prompt -> logits (4, h, w) and scores (4): first the single mask, then the three."""
+        w, prompt = self.w, []
+        for xy, kind in [(xy, 1) for xy in points] + [(xy, 2 + i) for i, xy in enumerate(box)]:
+            prompt.append(self.place((torch.as_tensor(xy) + 0.5) / size) + w[f"prompt_encoder.point_embeddings.{kind}.weight"][0])
+        if not len(box):
+            prompt.append(w["prompt_encoder.not_a_point_embed.weight"][0])
+        tokens = torch.cat([w["mask_decoder.iou_token.weight"], w["mask_decoder.mask_tokens.weight"], torch.stack(prompt)])
+        S = len(features)
+        grid = (torch.arange(S) + 0.5) / S
+        where = self.place(torch.stack([grid.expand(S, S), grid[:, None].expand(S, S)], -1)).reshape(S * S, -1)
+        image, q = (features + w["prompt_encoder.no_mask_embed.weight"][0]).reshape(S * S, -1), tokens
+        for i in range(2):
+            layer = f"mask_decoder.transformer.layers.{i}"
+            q = self.attend(f"{layer}.self_attn", q, q, q) if i == 0 else \
+                q + self.attend(f"{layer}.self_attn", q + tokens, q + tokens, q)
+            q = self.norm(f"{layer}.norm1", q, 1e-5)
+            q = self.norm(f"{layer}.norm2", q + self.attend(f"{layer}.cross_attn_token_to_image", q + tokens, image + where,
+                                                            image), 1e-5)
+            q = self.norm(f"{layer}.norm3", q + self.linear(f"{layer}.mlp.lin2",
+                                                            self.linear(f"{layer}.mlp.lin1", q).relu()), 1e-5)
+            image = self.norm(f"{layer}.norm4", image + self.attend(f"{layer}.cross_attn_image_to_token", image + where,
+                                                                    q + tokens, q), 1e-5)
+        q = self.norm("mask_decoder.transformer.norm_final_attn", q + self.attend(
+            "mask_decoder.transformer.final_attn_token_to_image", q + tokens, image + where, image), 1e-5)
+        up, gelu = torch.nn.functional.conv_transpose2d, torch.nn.functional.gelu
+        x = up(image.reshape(1, S, S, -1).permute(0, 3, 1, 2), w["mask_decoder.output_upscaling.0.weight"],
+               w["mask_decoder.output_upscaling.0.bias"], stride=2)
+        x = gelu(self.norm("mask_decoder.output_upscaling.1", x.permute(0, 2, 3, 1), 1e-6)).permute(0, 3, 1, 2)
+        x = gelu(up(x, w["mask_decoder.output_upscaling.3.weight"], w["mask_decoder.output_upscaling.3.bias"], stride=2))[0]
+        masks = [torch.einsum("c,chw->hw", self.mlp(f"mask_decoder.output_hypernetworks_mlps.{i}", q[1 + i]), x)
+                 for i in range(4)]
+        return torch.stack(masks), self.mlp("mask_decoder.iou_prediction_head", q[0])
+
+
+def small_sam(family, tmp_path, monkeypatch):
+    """A small random model of the family as its released file; load_asm then builds the small one."""
+    monkeypatch.setattr("asm.build_sam", lambda f: build_sam(f, 128, **SMALL))
+    shapes = released_layout(128, 24, 3, 2, [1], 3, family == "sam-med2d")
+    generator = torch.Generator().manual_seed(0)
+    weights = {name: torch.randn(shape, generator=generator) / max(1, np.prod(shape[1:])) ** 0.5
+               for name, shape in shapes.items()}
+    torch.save({"model": weights} if family == "sam-med2d" else weights, tmp_path / "released.pth")
+    return f"{family}:{tmp_path / 'released.pth'}", weights
+
+
+@pytest.mark.parametrize("family, size", [("medsam", 1024), ("sam-med2d", 256)])
+def test_the_released_layout_is_this_one_key_by_key(family, size):
+    with torch.device("meta"):
+        own = {released_name(key): tuple(tensor.shape) for key, tensor in build_sam(family).state_dict().items()}
+    assert own == released_layout(size, 768, 12, 12, [2, 5, 8, 11], 14, family == "sam-med2d")
+
+
+@pytest.mark.parametrize("boxes, points", [(BOXES, POINTS), (BOXES, None), (None, POINTS)])
+@pytest.mark.parametrize("multimask", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_first_sam_gives_what_its_equations_give(family, boxes, points, multimask, tmp_path, monkeypatch):
+    spec, weights = small_sam(family, tmp_path, monkeypatch)
+    asm, image = load_asm(spec, "cpu", multimask), noise_image()
+    slow = SlowSAM(weights, 2, [1], 3)
+    features = slow.encode(asm.prepare(image))
+    logits, scores = asm.logits(image, boxes, points)
+    scale = np.array(image.shape[1::-1]) / 128
+    for i in range(3):
+        all_four, quality = slow.decode(features, () if boxes is None else boxes[i].reshape(2, 2) / scale,
+                                        () if points is None else points[i] / scale, 128)
+        best = 1 + quality[1:].argmax() if multimask or family == "sam-med2d" else 0
+        torch.testing.assert_close(logits[i].double(), all_four[best], atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(scores[i].double(), quality[best], atol=1e-4, rtol=1e-3)
+
+
+def test_images_are_prepared_as_scikit_image_and_opencv_do():
+    """The fixture is what demo.make_asm --prepared wrote where those two are installed."""
+    told, model = np.load(PREPARED), build_sam("medsam", PREPARED_SIDE, **SMALL)
+    for name in ("wide", "small", "flat"):
+        image = told[f"{name}/image"]
+        assert np.array_equal(MedSAM(model, {}).prepare(image)[0].permute(1, 2, 0).numpy(), told[f"{name}/medsam"].astype(np.float32))
+        nearest = (told[f"{name}/sam-med2d"] - np.array([123.675, 116.28, 103.53])) / [58.395, 57.12, 57.375]
+        found = SAMMed2D(model, {}).prepare(image)[0].permute(1, 2, 0).numpy()
+        np.testing.assert_allclose(found, nearest, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_first_sams_masks_have_the_images_size_and_are_made_its_way(family, tmp_path, monkeypatch):
+    asm = load_asm(small_sam(family, tmp_path, monkeypatch)[0], "cpu")
+    masks, scores = asm.segment(noise_image(), BOXES, POINTS)
+    assert masks.shape == (3, 61, 203) and masks.dtype == bool and 0 < masks.mean() < 1 and scores.shape == (3,)
+    low = asm.logits(noise_image(), BOXES, POINTS)[0][:, None]
+    grow = dict(mode="bilinear", align_corners=False)
+    full = torch.nn.functional.interpolate(low.sigmoid(), (61, 203), **grow) - 0.5 if family == "medsam" else \
+        torch.nn.functional.interpolate(torch.nn.functional.interpolate(low, (128, 128), **grow), (61, 203), **grow)
+    assert np.array_equal(masks, (full[:, 0] > 0).numpy())
+
+
+def test_a_folder_in_the_layout_of_transformers_loads_and_gives_the_same(tmp_path, monkeypatch):
+    spec, _ = small_sam("medsam", tmp_path, monkeypatch)
+    asm = load_asm(spec, "cpu")
+    asm.model.save_pretrained(tmp_path / "hf")
+    again = load_asm(f"medsam:{tmp_path / 'hf'}", "cpu")
+    assert torch.equal(again.logits(noise_image(), BOXES)[0], asm.logits(noise_image(), BOXES)[0])
+    (tmp_path / "hf/model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="hf/model.safetensors: no such file"):
+        load_asm(f"medsam:{tmp_path / 'hf'}", "cpu")
+
+
+def test_one_familys_file_is_refused_as_anothers(tmp_path, monkeypatch, folder):
+    for family, other, told in (("medsam", "sam-med2d", "missing .*Adapter"), ("sam-med2d", "medsam", "unexpected .*Adapter")):
+        spec, _ = small_sam(family, tmp_path, monkeypatch)
+        with pytest.raises(ValueError, match=f"released.pth: its keys do not fit the model: .*{told}"):
+            load_asm(spec.replace(family, other, 1), "cpu")
+    small_sam("medsam", tmp_path, monkeypatch)
+    with pytest.raises(ValueError, match="medsam:FILE"):
+        load_asm(tmp_path / "released.pth", "cpu")
+    with pytest.raises(ValueError, match="one size"):
+        load_asm(f"medsam:{tmp_path / 'released.pth'}", "cpu", image_size=512)
+    for family in FAMILIES:
+        with pytest.raises(ValueError, match="asm: its keys do not fit the model: .* missing"):
+            load_asm(f"{family}:{folder}", "cpu")
+    with pytest.raises(FileNotFoundError, match="x.pth: no such ASM"):
+        load_asm("medsam:x.pth", "cpu")
 
 
 # ---------------------------------------------------------------- overlay

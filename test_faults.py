@@ -87,9 +87,11 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_it_taken(tmp_path, undist
     out, _ = start(tmp_path / "run", "--steps 4").communicate(timeout=300)
     state = tmp_path / "run/step_000004/trainer.pt"
     state.write_bytes(state.read_bytes()[:1000])
-    (tmp_path / "run/step_000006.tmp").mkdir()              # what a kill while saving leaves
+    for half in ("step_000006.tmp", "step_000001.old"):     # what a kill while saving or deleting leaves
+        (tmp_path / "run" / half).mkdir()
     out, _ = start(tmp_path / "run").communicate(timeout=300)
     assert "step_000004: cannot be read" in out and equal(tmp_path / "run", undisturbed)
+    assert sorted(p.name for p in (tmp_path / "run").glob("step_*")) == ["step_000010", "step_000012"]
 
 
 def full_disk(megabytes):

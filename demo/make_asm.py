@@ -2,6 +2,7 @@
 
     python -m demo.make_asm            # train, measure on the test split, write demo/asm with its train.json
     python -m demo.make_asm --parity   # write demo/asm_parity.npz and .json (where torchvision imports)
+    python -m demo.make_asm --prepared # write demo/asm_prepared.npz and .json (with scikit-image and OpenCV)
 
 The network is the `sam2` package's own, made small; prompts and loss follow SAM 2 (arXiv 2408.00714, appendix
 D): Dice and cross-entropy on the single mask and on the best of the three, L1 on the predicted IoU. Each
@@ -269,6 +270,29 @@ def write_parity():
     PARITY.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n")
 
 
+PREPARED, PREPARED_SIDE = HERE / "asm_prepared.npz", 48
+
+
+def write_prepared():
+    """Images as MedSAM's and SAM-Med2D's own code prepares them, for a square of 48 px: contrast in [0, 1], and
+    nearest neighbours (whole numbers, before the normalisation)."""
+    import cv2
+    import skimage.transform
+    rng, held = np.random.default_rng(0), {}
+    for name, (H, W), high in (("wide", (70, 120), 256), ("small", (20, 31), 180), ("flat", (50, 48), 1)):
+        blobs = cv2.GaussianBlur(rng.integers(0, high, (H, W, 3), dtype=np.uint8), (0, 0), 1.5)
+        square = skimage.transform.resize(blobs, (PREPARED_SIDE,) * 2, order=3, preserve_range=True,
+                                          anti_aliasing=True).astype(np.uint8)
+        held |= {f"{name}/image": blobs,
+                 f"{name}/medsam": (square - square.min()) / np.clip(square.max() - square.min(), 1e-8, None),
+                 f"{name}/sam-med2d": cv2.resize(blobs, (PREPARED_SIDE,) * 2, interpolation=cv2.INTER_NEAREST)}
+    np.savez_compressed(PREPARED, **held)
+    about = {"what": "images prepared for MedSAM and SAM-Med2D, compared in test_asm.py",
+             "command": "python -m demo.make_asm --prepared", "scikit-image": version("scikit-image"),
+             "opencv": cv2.__version__, "numpy": np.__version__}
+    PREPARED.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n")
+
+
 # ---------------------------------------------------------------- main
 
 def main():
@@ -289,9 +313,10 @@ def main():
     add("--seed", type=int, default=0)
     add("--threads", type=int, default=2, help="where other work shares the cores, 1 is faster")
     add("--parity", action="store_true", help="write demo/asm_parity.npz from sam2's own predictor, and stop")
+    add("--prepared", action="store_true", help="write demo/asm_prepared.npz from scikit-image and OpenCV, and stop")
     args = parser.parse_args()
-    if args.parity:
-        return write_parity()
+    if args.parity or args.prepared:
+        return write_parity() if args.parity else write_prepared()
     if len(args.sizes) != len(args.steps):
         parser.error(f"--sizes has {len(args.sizes)} values and --steps {len(args.steps)}, not as many")
     torch.set_num_threads(args.threads)
@@ -304,7 +329,7 @@ def main():
     for group, row in measured.items():
         print(f"{group:14s}" + "".join(f"  {kind} {value:<6g}" for kind, value in row.items()))
     settings = {key: value for key, value in vars(args).items()
-                if key not in ("data", "test", "out", "parity")}
+                if key not in ("data", "test", "out", "parity", "prepared")}
     report = {"settings": settings, "samples": len(images), "seconds": round(seconds), "dice": measured,
               "parameters": sum(p.numel() for p in asm.model.parameters()), "torch": torch.__version__}
     (args.out / "train.json").write_text(json.dumps(report, indent=1) + "\n")
