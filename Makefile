@@ -27,7 +27,7 @@ demo: setup
 
 .PHONY: test
 test: setup
-	$(RUN) -m pytest -q
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist worksteal
 
 # kills, signals and full disks, a hundred of them; about half an hour on two cores
 .PHONY: faults

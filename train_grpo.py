@@ -326,7 +326,6 @@ def main(cfg: Config) -> None:
         return [reward(s, g, cfg, factors, asm) for s, g in zip(samples, groups)]
 
     @torch.no_grad()
-    @torch.no_grad()
     def logp_of(groups) -> list[torch.Tensor]:                      # (G, T) each
         filled = [torch.zeros_like(group.logp) for group in groups]
         for stream in crm.packs(groups, cfg.pack_tokens):
