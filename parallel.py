@@ -1,0 +1,235 @@
+"""From one process to many: the ranks that torchrun started, how the model is spread over them, the optimizer.
+
+    none   every rank holds the model; gradients are summed by hand after the last backward (the oracle)
+    ddp    the same, but DistributedDataParallel sums while the last backward still runs
+    fsdp   FSDP2: weights, gradients and AdamW's moments are cut over the ranks; a layer is gathered while it
+           computes, and the whole model, in its compute type, while the sampler runs. Over several nodes they
+           are cut within a node and repeated across (hybrid sharding)
+
+A whole group lives on one rank, what it samples depends on (seed, step, prompt) only, and a loss is a sum whose
+weights span the tokens of all ranks. So the numbers depend neither on the kind nor on the number of ranks.
+"""
+import datetime
+import math
+import os
+import sys
+import traceback
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import transformers
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+KINDS = ("none", "ddp", "fsdp")
+
+
+@dataclass
+class Ranks:
+    """This process among all that torchrun started (rank 0 of 1 without torchrun)."""
+    rank: int = 0
+    world: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @classmethod
+    def start(cls, timeout_minutes: float = 30) -> "Ranks":
+        """timeout_minutes: how long a rank waits for the others before it ends with an error."""
+        transformers.logging.disable_progress_bar()
+        cuda, local = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
+        device = torch.device("cuda", local) if cuda else torch.device("cpu")
+        if "WORLD_SIZE" not in os.environ:
+            return cls(device=device)
+        if cuda:
+            torch.cuda.set_device(device)
+        sys.excepthook = _say_which_rank
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None,
+                                timeout=datetime.timedelta(minutes=timeout_minutes))
+        return cls(dist.get_rank(), dist.get_world_size(), device)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """"auto" is bfloat16 on an accelerator and float32 elsewhere."""
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(
+            name, torch.bfloat16 if self.device.type == "cuda" else torch.float32)
+
+    def stop(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def wait(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+    def gather(self, items: list) -> list:
+        """The items of all ranks, in the order of the ranks, on every rank."""
+        if self.world == 1:
+            return items
+        parts = [None] * self.world
+        dist.all_gather_object(parts, items)
+        return [item for part in parts for item in part]
+
+
+def _say_which_rank(kind, error, trace):
+    """The end of an uncaught error on one rank of many; torchrun then ends the others."""
+    lines = traceback.format_exception(kind, error, trace)
+    lost = isinstance(error, dist.DistError) or "Connection closed by peer" in str(error) or "Timed out" in str(error)
+    hint = "; another rank is gone or waits elsewhere, its own message says why" if lost else ""
+    who = f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}"
+    print("".join(lines) + f"error: {who}: {kind.__name__}{hint}", file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------- the model over the ranks
+
+def directly(call, *args):
+    return call(*args)
+
+
+def spread(crm, kind: str, ranks: Ranks) -> None:
+    """Cut or wrap the policy and its reference. What trains must have been chosen before.
+
+    Afterwards crm.engine(call, *args) runs `call` between the engine's hooks: the model's own forward is not
+    what scores an answer."""
+    if kind == "none" or not dist.is_initialized():
+        return
+    if kind == "fsdp" and crm.lora:
+        raise ValueError("--parallel fsdp cuts whole models; LoRA matrices are small: --parallel ddp")
+    crm.model.forward = directly
+    if kind == "ddp":
+        crm.engine = DistributedDataParallel(crm.model, broadcast_buffers=False)
+        return
+    local = int(os.environ["LOCAL_WORLD_SIZE"])
+    shape = (ranks.world // local, local) if ranks.world > local else (ranks.world,)
+    mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=("node", "local")[-len(shape):])
+    compute = crm.model.lm_head.weight.dtype
+    for model in filter(None, (crm.model, crm.frozen)):
+        precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+        for part in (*model.model.visual.blocks, *model.model.language_model.layers, model):
+            if model is crm.model:
+                part.float()                    # the shards are AdamW's master weights
+            fully_shard(part, mesh=mesh, mp_policy=precision)
+        model.forward = directly
+        model(lambda: None)                     # the first call through the root makes it the root
+    crm.engine = crm.model
+
+
+@contextmanager
+def gathered(crm):
+    """Inside, every rank holds all weights of crm.model, so that sampling and scoring without gradient need no
+    other rank. Entered and left by all ranks together."""
+    parts = [part for part in crm.model.modules() if isinstance(part, FSDPModule)]
+    engine, crm.engine = crm.engine, directly
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.set_reshard_after_forward(part is not crm.model, recurse=False)
+            part.reshard()
+        crm.engine = engine
+
+
+def passes(crm, ranks: Ranks, work: list):
+    """(item, 1.0) for each of this rank's forward and backward passes, then (first item, 0.0) until every rank has
+    made as many as the one with the most: DDP and FSDP exchange something in each. DDP sums in the last."""
+    spread_out = crm.engine is not directly
+    idle = max(ranks.gather([len(work)])) - len(work) if spread_out else 0
+    todo = [(item, 1.0) for item in work] + [(work[0], 0.0)] * idle if work else []
+    for i, one in enumerate(todo, 1):
+        ddp = isinstance(crm.engine, DistributedDataParallel)
+        with crm.engine.no_sync() if ddp and i < len(todo) else nullcontext():
+            yield one
+
+
+# ---------------------------------------------------------------- the optimizer
+
+class Optimizer:
+    """AdamW on float32 master weights, gradients summed over ranks.
+
+    A bfloat16 weight near 1 cannot move by 1e-6: the update would round away. So where the model computes in
+    bfloat16, AdamW owns a float32 copy of every trainable parameter, gradients are added up in float32 on it
+    as backward makes them, and the model's weights are its rounding. Where the model is float32 (and for
+    LoRA, and under FSDP, whose shards are float32) there is no copy."""
+
+    def __init__(self, parameters: dict[str, torch.nn.Parameter], weight_decay: float = 0.01, kind: str = "none"):
+        self.names, self.models = list(parameters), list(parameters.values())
+        self.kind = kind if dist.is_initialized() else "none"
+        self.size = sum(p.numel() for p in self.models)
+        self.masters = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_()
+                        for p in self.models]
+        for p, master in self._copies():
+            if self.kind == "none":             # DDP needs the gradient where it put it
+                p.register_post_accumulate_grad_hook(lambda p, master=master: self._hand_over(p, master))
+        self.adamw = torch.optim.AdamW(self.masters, lr=0.0, weight_decay=weight_decay,
+                                       fused=self.models[0].is_cuda)
+
+    def _copies(self):
+        return [(p, master) for p, master in zip(self.models, self.masters) if master is not p]
+
+    @staticmethod
+    def _hand_over(p, master):
+        master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
+        p.grad = None
+
+    @torch.no_grad()
+    def step(self, lr: float, max_norm: float) -> float:
+        """One update with the gradients added up since the last; their norm before clipping.
+        Where that is not finite, on any rank, nothing moves."""
+        for p, master in self._copies():
+            if p.grad is not None:
+                self._hand_over(p, master)
+        for p in self.masters:                  # a sum, not a mean: the loss's weights span all ranks already
+            if self.kind == "none" and dist.is_initialized():
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                dist.all_reduce(p.grad)
+            elif self.kind != "none" and p.grad is not None:
+                p.grad.mul_(dist.get_world_size())
+        norm = torch.nn.utils.clip_grad_norm_(self.masters, max_norm)
+        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+        for group in self.adamw.param_groups:
+            group["lr"] = lr
+        if math.isfinite(norm):
+            self.adamw.step()
+        self.adamw.zero_grad(set_to_none=True)
+        for p, master in self._copies():
+            p.copy_(master)
+        return norm
+
+    def _state(self) -> dict:
+        """{"masters" | "exp_avg" | "exp_avg_sq": {name: tensor}, "updates": {name: 0-d tensor}}, AdamW's own."""
+        for p in self.masters:                  # AdamW makes its state at the first update
+            if p not in self.adamw.state:
+                self.adamw.state[p] = {"step": torch.zeros((), device=p.device if p.is_cuda else "cpu"),
+                                       "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        held = [{"masters": p.detach(), **self.adamw.state[p]} for p in self.masters]
+        return {key: {name: one[key] for name, one in zip(self.names, held)}
+                for key in ("masters", "exp_avg", "exp_avg_sq", "step")}
+
+    def save(self, folder: Path, step: int, rank: int) -> None:
+        """trainer.pt by rank 0, with everything; under FSDP the tensors go to optimizer/, every rank its part."""
+        if self.kind == "fsdp":
+            dcp.save(self._state(), checkpoint_id=folder / "optimizer")
+        if rank == 0:
+            torch.save({"step": step} | ({} if self.kind == "fsdp" else {"optimizer": self._state()}),
+                       folder / "trainer.pt")
+
+    @torch.no_grad()
+    def load(self, folder: Path, saved: dict) -> None:
+        """What `save` wrote, on any number of ranks and of any kind. saved: its trainer.pt."""
+        own = self._state()
+        if "optimizer" in saved:
+            for key, tensors in own.items():
+                for name, tensor in tensors.items():
+                    full = saved["optimizer"][key][name].to(tensor.device)
+                    tensor.copy_(distribute_tensor(full, tensor.device_mesh, tensor.placements, src_data_rank=None)
+                                 if isinstance(tensor, DTensor) else full)
+        else:
+            dcp.load(own, checkpoint_id=folder / "optimizer")
+        for p, master in self._copies():
+            p.copy_(master)
