@@ -19,7 +19,6 @@ Differences from the paper's released code:
    of best predicted score; `multimask=True` gives that).
 3. Images are RGB (the released demo feeds BGR).
 """
-import pickle
 import re
 from pathlib import Path
 
@@ -38,6 +37,8 @@ from scipy import ndimage
 from torch import nn
 from transformers import SamConfig, SamModel
 
+from parallel import read_torch
+
 SAM2_CONFIG = Path(sam2.__file__).parent / "configs/sam2.1/sam2.1_hiera_t.yaml"
 # MedSAM2's side, and what sam2's own build_sam2 adds: a single mask with a shaky edge yields to the three
 MEDSAM2 = {"image_size": 512, "sam_mask_decoder_extra_args": {
@@ -45,8 +46,6 @@ MEDSAM2 = {"image_size": 512, "sam_mask_decoder_extra_args": {
     "dynamic_multimask_stability_thresh": 0.98}}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as SAM 2 was trained
 BOX_LABELS, POINT_LABELS = (2, 3), (1, 1)  # the prompt encoder's names: two corners, two clicks on the target
-UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError,
-              AttributeError, AssertionError, OverflowError)  # what torch.load says of garbage, by fuzzing it
 OVERLAY_SIDE = 448  # pictures with a shorter long side are enlarged to it
 MASK_COLOUR, BOX_COLOUR, POINT_COLOURS = (20, 220, 190), (255, 196, 61), ((255, 82, 119), (176, 116, 255))
 
@@ -334,11 +333,7 @@ def _read_folder(folder):
 
 
 def _read_torch(file):
-    """A torch file's dict, read without running anything in it."""
-    try:
-        held = torch.load(file, map_location="cpu", weights_only=True)
-    except UNREADABLE as error:
-        raise ValueError(f"{file}: no torch file of plain tensors ({type(error).__name__})") from error
+    held = read_torch(file)
     if not isinstance(held, dict):
         raise ValueError(f'{file}: {{"model": state_dict}} is needed, not {type(held).__name__}')
     return held

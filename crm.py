@@ -38,6 +38,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from attention import KINDS, Cache, Tree
 from data import MAX_PIXELS, MIN_PIXELS, Frame, model_size
+from parallel import directly
 
 # the chat format the checkpoints were trained on, around the image and the user's text
 CHAT = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>",
@@ -123,7 +124,7 @@ class CRM:
         self.freeze_vision, self.checkpointing = freeze_vision or lora_rank > 0, checkpointing
         self.frozen = copy.deepcopy(model).eval().requires_grad_(False) \
             if reference and not lora_rank else None
-        self.lora = None
+        self.lora, self.engine = None, directly             # parallel.spread puts DDP or FSDP there
         if lora_rank:
             from peft import LoraConfig, get_peft_model
             self.lora = get_peft_model(model, LoraConfig(r=lora_rank, lora_alpha=lora_alpha or 2 * lora_rank,
@@ -346,6 +347,9 @@ class CRM:
         """[(logp (g, T), entropy (g, T))] of some packs, each some rows of one group, in one stream.
 
         Entropy is that of the whole distribution, sum of -p log p, without gradient."""
+        return self.engine(self._score, packs, temperature)
+
+    def _score(self, packs, temperature):
         # transformers checkpoints in train mode only
         self.model.train(self.checkpointing and torch.is_grad_enabled())
         answers, sources, keeps, at = [], [], [], 0
@@ -404,5 +408,8 @@ class CRM:
         LoRA matrices are merged into the weights."""
         model = copy.deepcopy(self.lora).merge_and_unload() if self.lora else self.model
         model.generation_config.do_sample = True        # save_pretrained refuses a temperature without it
-        for part in (model, self.tokenizer, self.image_processor):
+        # FSDP's own state_dict() would cut the gathered weights again
+        model.save_pretrained(path, state_dict={name: p.detach() for name, p in
+                                                model.named_parameters(remove_duplicate=False)})
+        for part in (self.tokenizer, self.image_processor):
             part.save_pretrained(path)

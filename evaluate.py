@@ -31,7 +31,8 @@ from crm import load_crm
 from data import (MAX_PIXELS, MIN_PIXELS, BadRow, Frame, clip_to, fill_prompt, load_prompt, load_samples,
                   model_size, to_image)
 from rewards import Answer, box_iou, parse_answer, point_dice
-from run import EMBEDDED, Ranks, exit_on, flag, medoid, paired_bootstrap, parse_args, say
+from parallel import Ranks
+from run import EMBEDDED, exit_on, flag, medoid, paired_bootstrap, parse_args, say
 
 PROMPTED = ("points", "box", "both")                # what of an answer the segmenter is given
 

@@ -22,7 +22,8 @@ from asm import load_asm, overlay
 from crm import load_crm
 from data import MAX_PIXELS, MIN_PIXELS, clip_to, fill_prompt, load_image, load_prompt, to_image
 from rewards import parse_answer
-from run import Ranks, exit_on, flag, medoid, parse_args
+from parallel import Ranks
+from run import exit_on, flag, medoid, parse_args
 
 
 @dataclass

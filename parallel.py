@@ -1,15 +1,16 @@
-"""From one process to many: the ranks that torchrun started, how the model is spread over them, the optimizer.
+"""From one process to many: torchrun's ranks, how the model is spread over them, and the optimizer.
 
     none   every rank holds the model; gradients are summed by hand after the last backward (the oracle)
     ddp    the same, but DistributedDataParallel sums while the last backward still runs
-    fsdp   FSDP2: weights, gradients and AdamW's moments are cut over the ranks; a layer is gathered while it
-           computes, and the whole model, in its compute type, while the sampler runs. Over several nodes they
-           are cut within a node and repeated across (hybrid sharding)
+    fsdp   FSDP2: weights, gradients and AdamW's moments are cut over the ranks; a layer is gathered while
+           it computes, and the whole model, in its compute type, while the sampler runs. Over several nodes
+           they are cut within a node and repeated across (hybrid sharding)
 
-A whole group lives on one rank, what it samples depends on (seed, step, prompt) only, and a loss is a sum whose
-weights span the tokens of all ranks. So the numbers depend neither on the kind nor on the number of ranks.
+A whole group lives on one rank, what it samples depends on (seed, step, prompt) only, and a loss is a sum
+whose weights span the tokens of all ranks. So the numbers depend neither on the kind nor on how many.
 """
 import datetime
+import gc
 import math
 import os
 import sys
@@ -17,6 +18,7 @@ import traceback
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 import torch.distributed as dist
@@ -57,8 +59,12 @@ class Ranks:
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(
             name, torch.bfloat16 if self.device.type == "cuda" else torch.float32)
 
-    def stop(self) -> None:
+    def stop(self, crm=None) -> None:
+        """DDP is freed before its process group: the other way round can wait for a thread for ever."""
         if dist.is_initialized():
+            if crm:
+                crm.engine = directly
+            gc.collect()
             dist.destroy_process_group()
 
     def wait(self) -> None:
@@ -77,7 +83,7 @@ class Ranks:
 def _say_which_rank(kind, error, trace):
     """The end of an uncaught error on one rank of many; torchrun then ends the others."""
     lines = traceback.format_exception(kind, error, trace)
-    lost = isinstance(error, dist.DistError) or "Connection closed by peer" in str(error) or "Timed out" in str(error)
+    lost = isinstance(error, dist.DistError) or any(s in str(error) for s in ("closed by peer", "Timed out"))
     hint = "; another rank is gone or waits elsewhere, its own message says why" if lost else ""
     who = f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}"
     print("".join(lines) + f"error: {who}: {kind.__name__}{hint}", file=sys.stderr, flush=True)
@@ -100,7 +106,7 @@ def spread(crm, kind: str, ranks: Ranks) -> None:
         raise ValueError("--parallel fsdp cuts whole models; LoRA matrices are small: --parallel ddp")
     crm.model.forward = directly
     if kind == "ddp":
-        crm.engine = DistributedDataParallel(crm.model, broadcast_buffers=False)
+        crm.engine = DistributedDataParallel(crm.model, forward_sync_buffers=False)
         return
     local = int(os.environ["LOCAL_WORLD_SIZE"])
     shape = (ranks.world // local, local) if ranks.world > local else (ranks.world,)
@@ -113,14 +119,15 @@ def spread(crm, kind: str, ranks: Ranks) -> None:
                 part.float()                    # the shards are AdamW's master weights
             fully_shard(part, mesh=mesh, mp_policy=precision)
         model.forward = directly
-        model(lambda: None)                     # the first call through the root makes it the root
+        model(lambda: None)                     # the first call through the root makes it the root, whole
+        model.reshard()
     crm.engine = crm.model
 
 
 @contextmanager
 def gathered(crm):
-    """Inside, every rank holds all weights of crm.model, so that sampling and scoring without gradient need no
-    other rank. Entered and left by all ranks together."""
+    """Inside, every rank holds all weights of crm.model, so that sampling, and scoring without gradient, need
+    no other rank. Entered and left by all ranks together."""
     parts = [part for part in crm.model.modules() if isinstance(part, FSDPModule)]
     engine, crm.engine = crm.engine, directly
     for part in parts:
@@ -136,8 +143,8 @@ def gathered(crm):
 
 
 def passes(crm, ranks: Ranks, work: list):
-    """(item, 1.0) for each of this rank's forward and backward passes, then (first item, 0.0) until every rank has
-    made as many as the one with the most: DDP and FSDP exchange something in each. DDP sums in the last."""
+    """(item, 1.0) for each of this rank's forward and backward passes, then (first item, 0.0) until every
+    rank has made as many as the one with the most: DDP and FSDP exchange something in each."""
     spread_out = crm.engine is not directly
     idle = max(ranks.gather([len(work)])) - len(work) if spread_out else 0
     todo = [(item, 1.0) for item in work] + [(work[0], 0.0)] * idle if work else []
@@ -149,6 +156,18 @@ def passes(crm, ranks: Ranks, work: list):
 
 # ---------------------------------------------------------------- the optimizer
 
+UNREADABLE = (UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError,
+              AssertionError, OverflowError)        # what torch.load says of garbage, by fuzzing it
+
+
+def read_torch(file, device="cpu"):
+    """What torch.save wrote, plain tensors and containers: nothing in the file is run. ValueError names it."""
+    try:
+        return torch.load(file, map_location=device, weights_only=True)
+    except UNREADABLE as error:
+        raise ValueError(f"{file}: no torch file of plain tensors ({type(error).__name__})") from error
+
+
 class Optimizer:
     """AdamW on float32 master weights, gradients summed over ranks.
 
@@ -157,7 +176,7 @@ class Optimizer:
     as backward makes them, and the model's weights are its rounding. Where the model is float32 (and for
     LoRA, and under FSDP, whose shards are float32) there is no copy."""
 
-    def __init__(self, parameters: dict[str, torch.nn.Parameter], weight_decay: float = 0.01, kind: str = "none"):
+    def __init__(self, parameters: dict[str, torch.nn.Parameter], weight_decay: float = 0.01, kind="none"):
         self.names, self.models = list(parameters), list(parameters.values())
         self.kind = kind if dist.is_initialized() else "none"
         self.size = sum(p.numel() for p in self.models)
@@ -202,7 +221,7 @@ class Optimizer:
         return norm
 
     def _state(self) -> dict:
-        """{"masters" | "exp_avg" | "exp_avg_sq": {name: tensor}, "updates": {name: 0-d tensor}}, AdamW's own."""
+        """{"masters", "exp_avg", "exp_avg_sq", "step": {name: tensor}}, AdamW's own tensors."""
         for p in self.masters:                  # AdamW makes its state at the first update
             if p not in self.adamw.state:
                 self.adamw.state[p] = {"step": torch.zeros((), device=p.device if p.is_cuda else "cpu"),
@@ -212,7 +231,7 @@ class Optimizer:
                 for key in ("masters", "exp_avg", "exp_avg_sq", "step")}
 
     def save(self, folder: Path, step: int, rank: int) -> None:
-        """trainer.pt by rank 0, with everything; under FSDP the tensors go to optimizer/, every rank its part."""
+        """trainer.pt by rank 0, with all; under FSDP the tensors go to optimizer/, every rank its part."""
         if self.kind == "fsdp":
             dcp.save(self._state(), checkpoint_id=folder / "optimizer")
         if rank == 0:
@@ -227,8 +246,10 @@ class Optimizer:
             for key, tensors in own.items():
                 for name, tensor in tensors.items():
                     full = saved["optimizer"][key][name].to(tensor.device)
-                    tensor.copy_(distribute_tensor(full, tensor.device_mesh, tensor.placements, src_data_rank=None)
-                                 if isinstance(tensor, DTensor) else full)
+                    if isinstance(tensor, DTensor):         # every rank read the whole: nothing to send
+                        full = distribute_tensor(full, tensor.device_mesh, tensor.placements,
+                                                 src_data_rank=None)
+                    tensor.copy_(full)
         else:
             dcp.load(own, checkpoint_id=folder / "optimizer")
         for p, master in self._copies():

@@ -1,5 +1,5 @@
-"""What every training run shares and no paper is about: the command line, ranks, the optimizer, logs,
-checkpoints and the held-out evaluation. The algorithms are in train_grpo.py and train_sft.py.
+"""What every training run shares and no paper is about: the command line, logs, checkpoints and the held-out
+evaluation. The algorithms are in train_grpo.py and train_sft.py, ranks and the optimizer in parallel.py.
 """
 import argparse
 import json
@@ -13,16 +13,15 @@ import sys
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import get_args
 
 import numpy as np
 import torch
-import torch.distributed as dist
-import transformers
 from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
 
 from data import fill_prompt, load_samples, to_image, to_model
+from parallel import Optimizer, Ranks, gathered, read_torch
 from rewards import Answer, box_iou, parse_answer, point_dice, reward_terms, total_reward
 
 ROOT = Path(__file__).parent
@@ -100,100 +99,7 @@ def exit_on(*errors: type[Exception]):
         raise SystemExit(2) from None
 
 
-# ---------------------------------------------------------------- ranks
-
-@dataclass
-class Ranks:
-    """This process among all that torchrun started (rank 0 of 1 without torchrun)."""
-    rank: int = 0
-    world: int = 1
-    device: torch.device = torch.device("cpu")
-
-    @classmethod
-    def start(cls) -> "Ranks":
-        transformers.logging.disable_progress_bar()
-        cuda, local = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
-        device = torch.device("cuda", local) if cuda else torch.device("cpu")
-        if "WORLD_SIZE" not in os.environ:
-            return cls(device=device)
-        if cuda:
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
-        return cls(dist.get_rank(), dist.get_world_size(), device)
-
-    def dtype(self, name: str) -> torch.dtype:
-        """"auto" is bfloat16 on an accelerator and float32 elsewhere."""
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(
-            name, torch.bfloat16 if self.device.type == "cuda" else torch.float32)
-
-    def stop(self) -> None:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-    def gather(self, items: list) -> list:
-        """The items of all ranks, in the order of the ranks, on every rank."""
-        if self.world == 1:
-            return items
-        parts = [None] * self.world
-        dist.all_gather_object(parts, items)
-        return [item for part in parts for item in part]
-
-
-# ---------------------------------------------------------------- optimizer
-
-class Optimizer:
-    """AdamW on float32 master weights, gradients summed over ranks.
-
-    A bfloat16 weight near 1 cannot move by 1e-6: the update would round away. So where the model computes in
-    bfloat16, AdamW owns a float32 copy of every trainable parameter, gradients are added up in float32 on it
-    as backward makes them, and the model's weights are its rounding. Where the model is float32 (and for
-    LoRA) there is no copy."""
-
-    def __init__(self, parameters: dict[str, torch.nn.Parameter], weight_decay: float = 0.01):
-        self.models = list(parameters.values())
-        self.size = sum(p.numel() for p in self.models)
-        self.masters = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_()
-                        for p in self.models]
-        for p, master in zip(self.models, self.masters):
-            if master is not p:
-                p.register_post_accumulate_grad_hook(lambda p, master=master: self._hand_over(p, master))
-        self.adamw = torch.optim.AdamW(self.masters, lr=0.0, weight_decay=weight_decay,
-                                       fused=self.models[0].is_cuda)
-
-    @staticmethod
-    def _hand_over(p, master):
-        master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
-        p.grad = None
-
-    @torch.no_grad()
-    def step(self, lr: float, max_norm: float) -> float:
-        """One update with the gradients added up since the last; their norm before clipping.
-        Where that is not finite, on any rank, nothing moves."""
-        for p in self.masters:
-            if dist.is_initialized():               # a sum, not a mean: token_weights already spans all ranks
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-                dist.all_reduce(p.grad)
-        norm = torch.nn.utils.clip_grad_norm_(self.masters, max_norm).item()
-        for group in self.adamw.param_groups:
-            group["lr"] = lr
-        if math.isfinite(norm):
-            self.adamw.step()
-        self.adamw.zero_grad(set_to_none=True)
-        for p, master in zip(self.models, self.masters):
-            if master is not p:
-                p.copy_(master)
-        return norm
-
-    def state(self) -> dict:
-        return {"adamw": self.adamw.state_dict(), "masters": [p.detach() for p in self.masters]}
-
-    @torch.no_grad()
-    def load(self, state: dict) -> None:
-        self.adamw.load_state_dict(state["adamw"])
-        for p, master, saved in zip(self.models, self.masters, state["masters"], strict=True):
-            master.copy_(saved)
-            p.copy_(master)
-
+# ---------------------------------------------------------------- schedules
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> float:
     """Linear warm-up over `warmup` steps, then constant, linear or cosine decay to 0. step counts from 0."""
@@ -243,18 +149,18 @@ class Run:
         if config.resume == "no" and (self.folder / "metrics.jsonl").exists():
             raise ValueError(f"--out {self.folder}: a run is in there already; --resume goes on with it, "
                              "another --out begins a new one")
-        self.state = self._last_good() if config.resume != "no" else None
+        self.last, self.state = self._last_good() if config.resume != "no" else (None, None)
         if config.resume == "yes" and self.state is None:
             raise ValueError(f"--resume: no step_* checkpoint in {self.folder}; --resume auto begins there")
 
-    def _last_good(self) -> dict | None:
-        """The trainer's state in the newest checkpoint that can be read; the others are named."""
+    def _last_good(self):
+        """(newest checkpoint that can be read, its trainer.pt); the others are named."""
         for folder in sorted(self.folder.glob("step_*[0-9]"), reverse=True):
             try:
-                return torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
-            except (OSError, EOFError, RuntimeError, UnpicklingError) as error:
-                say(f"{folder}: cannot be read ({str(error).splitlines()[0]}), so the one before it is taken")
-        return None
+                return folder, read_torch(folder / "trainer.pt")
+            except (OSError, ValueError) as error:
+                say(f"{folder}: cannot be read ({error}), so the one before it is taken")
+        return None, None
 
     def begin(self, optimizer: Optimizer, steps: int) -> int:
         """Make or resume the folder; the number of steps already done.
@@ -266,7 +172,7 @@ class Run:
         for number in (signal.SIGINT, signal.SIGTERM):          # finish the step, save, leave
             signal.signal(number, self._stop)
         if state:
-            optimizer.load(state["optimizer"])
+            optimizer.load(self.last, state)
         if self.ranks.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
@@ -304,26 +210,33 @@ class Run:
         """step_000100/: what from_pretrained loads, and trainer.pt to go on from. Written aside, then
         renamed, so that a kill at any moment leaves the last one whole. --keep of them and the best stay."""
         folder = self.folder / f"step_{step:06d}"
-        if self.ranks.rank == 0:
-            aside = folder.with_suffix(".tmp")
-            try:
+        aside, lead = folder.with_suffix(".tmp"), self.ranks.rank == 0
+        try:
+            if lead:
                 shutil.rmtree(aside, ignore_errors=True)
-                crm.save(aside)
-                torch.save({"step": step, "optimizer": optimizer.state()}, aside / "trainer.pt")
-                for path in [*aside.iterdir(), aside]:
+                aside.mkdir(parents=True)
+            self.ranks.wait()
+            with gathered(crm):
+                if lead:
+                    crm.save(aside)
+            optimizer.save(aside, step, self.ranks.rank)
+            self.ranks.wait()
+            if lead:
+                for path in [*aside.rglob("*"), aside]:
                     _fsync(path)
                 self._remove(folder)
                 aside.rename(folder)
                 _fsync(self.folder)
-            except (OSError, RuntimeError, SafetensorError) as error:   # torch: RuntimeError on a full disk
+        except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
+            if lead:                                            # torch: RuntimeError on a full disk
                 shutil.rmtree(aside, ignore_errors=True)
-                self._cannot_write(folder, error)
-            if self.config.keep:
-                evaluated = [row for row in self.read("metrics") if "sampled/iou" in row]
-                best = max(evaluated, key=lambda row: row["sampled/iou"], default={"step": -1})["step"]
-                for old in sorted(self.folder.glob("step_*[0-9]"))[:-self.config.keep]:
-                    if old.name != f"step_{best:06d}":
-                        self._remove(old)
+            self._cannot_write(folder, error)
+        if lead and self.config.keep:
+            evaluated = [row for row in self.read("metrics") if "sampled/iou" in row]
+            best = max(evaluated, key=lambda row: row["sampled/iou"], default={"step": -1})["step"]
+            for old in sorted(self.folder.glob("step_*[0-9]"))[:-self.config.keep]:
+                if old.name != f"step_{best:06d}":
+                    self._remove(old)
         return folder
 
     def _remove(self, folder: Path) -> None:
@@ -342,8 +255,9 @@ class Run:
         a row for metrics.jsonl."""
         c, row = self.config, {}
         for kind, answers, temperature in (("sampled", c.eval_answers, 1.0), ("greedy", 1, 0.0))[:1 + greedy]:
-            scores = held_out(crm, tests, template, c.mode, weights, self.ranks, answers, temperature,
-                              c.max_new_tokens, official=getattr(c, "official", False))
+            with gathered(crm):
+                scores = held_out(crm, tests, template, c.mode, weights, self.ranks, answers, temperature,
+                                  c.max_new_tokens, official=getattr(c, "official", False))
             self.log("held_out", *({"step": step, "kind": kind, **score} for score in scores))
             row |= {f"{kind}/{key}": float(np.mean([score[key] for score in scores])) for key in SCORES}
         say(f"step {step}, held out: " + ", ".join(f"{key} {value:.3f}" for key, value in row.items()))

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from conftest import noise_image, random_crm
-from run import Optimizer, learning_rate, paired_bootstrap, pick
-from train_grpo import Config, group_advantages, grpo_loss, step_weights, token_weights, worries
+from monitor import worries
+from parallel import Optimizer
+from run import learning_rate, paired_bootstrap, pick
+from train_grpo import Config, group_advantages, grpo_loss, step_weights, token_weights
 
 F = torch.float64
 
@@ -154,7 +156,7 @@ def test_cutting_a_step_into_micro_batches_changes_neither_loss_nor_gradient():
 
 
 def test_truncated_answers_can_be_left_out(crm, prompts):
-    from run import Ranks
+    from parallel import Ranks
     group = crm.sample(prompts[:1], 4, 6, seed=0)[0]
     group.finished[:] = torch.tensor([True, False, True, False])
     group.lengths[:] = torch.tensor([3, 6, 2, 6])

@@ -32,7 +32,7 @@ def run(*command, check=0, **env):
     """A script as a subprocess -> (stdout, stderr); its exit status must be `check`."""
     args = [word for part in command for word in shlex.split(str(part))]
     done = subprocess.run([sys.executable, "-W", "ignore", *args], cwd=ROOT, capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"} | env, timeout=400)
+                          env=os.environ | {"OMP_NUM_THREADS": "1"} | env, timeout=150)
     assert done.returncode == check, (args, done.returncode, done.stdout[-2000:], done.stderr[-3000:])
     return done.stdout, done.stderr
 
@@ -217,6 +217,18 @@ def test_bad_gradients_are_skipped_and_a_run_of_them_ends_the_run(tmp_path, monk
     assert all(torch.equal(good[name], last[name]) for name in good)
     assert capfd.readouterr().out.count("update was skipped: lower --lr") == 1
 
+    calls.clear()                                               # the batch can be looked at, group by group
+    config.crm, config.replay = str(tmp_path / "run/step_000003"), str(tmp_path / "run/skipped_000003_0.pt")
+    train_grpo.replay(config)
+    said = capfd.readouterr().out.splitlines()
+    assert len(said) == 4 and all(re.search(r": loss \S+, gradient \d", line) for line in said)
+    calls.extend(range(9))
+    train_grpo.replay(config)
+    assert capfd.readouterr().out.count("<- not finite") == 4
+    Path(config.replay).write_bytes(b"torn")
+    with pytest.raises(SystemExit, match="2"):
+        train_grpo.replay(config)
+
 
 def test_ctrl_c_finishes_the_step_saves_and_exits_0(tmp_path):
     process = subprocess.Popen([sys.executable, "-W", "ignore", "train_grpo.py", *shlex.split(SMALL),
@@ -229,16 +241,6 @@ def test_ctrl_c_finishes_the_step_saves_and_exits_0(tmp_path):
     assert process.wait(60) == 0, process.stdout.read()
     last = rows(tmp_path / "run/metrics.jsonl")[-1]["step"]
     assert last < 500 and (tmp_path / f"run/step_{last:06d}/model.safetensors").exists()
-
-
-def test_two_processes_do_the_work_of_one(tmp_path):
-    flags = "--lora-rank 4 --minibatches 2 --steps 2 --out"
-    run("-m torch.distributed.run --nproc-per-node 1 train_grpo.py", SMALL, flags, tmp_path / "one")
-    run("-m torch.distributed.run --nproc-per-node 2 train_grpo.py", SMALL, flags, tmp_path / "two",
-        OMP_NUM_THREADS="1")
-    for one, two in zip(*(rows(tmp_path / name / "metrics.jsonl") for name in ("one", "two")), strict=True):
-        for key in ("reward", "length", "parse_ok", "entropy", "loss", "grad_norm"):
-            assert two[key] == pytest.approx(one[key], rel=2e-3, abs=2e-5), key
 
 
 def test_sft_lowers_the_cross_entropy_and_resumes_exactly(tmp_path):

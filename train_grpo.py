@@ -24,15 +24,18 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from asm import load_asm
 from attention import KINDS
 from crm import Group, load_crm
 from data import MAX_PIXELS, MIN_PIXELS, BadRow, Sample, clip_to, fill_prompt, load_prompt, to_image, to_model
+from monitor import PANELS, add_up, answer_rows, check_first_step, step_row, worries
+from parallel import KINDS as PARALLEL
+from parallel import Optimizer, Ranks, gathered, passes, read_torch, spread
 from rewards import MODES, parse_answer, reward_terms, smooth_log, total_reward
-from run import (Optimizer, Ranks, Run, exit_on, flag, learning_rate, load_splits, parse_args, peak_memory,
-                 pick, say)
+from run import Run, exit_on, flag, learning_rate, load_splits, parse_args, pick, say
 
 
 @dataclass
@@ -47,6 +50,8 @@ class Config:
     seed: int = flag(0, "of everything random")
     dtype: str = flag("auto", "of the model: auto is bfloat16 on CUDA, float32 elsewhere",
                       ("auto", "float32", "bfloat16"))
+    parallel: str = flag("ddp", "how the model is spread over torchrun's ranks, see parallel.py", PARALLEL)
+    timeout: float = flag(30, "minutes that a rank waits for the others")
     only: str = flag("", "train only on super-categories whose name has a match of this regular expression")
     skip_bad_rows: bool = flag(False, "leave out rows that cannot be used, and count them")
     # prompts and images
@@ -85,6 +90,7 @@ class Config:
     weight_decay: float = flag(0.01, "AdamW's")
     max_grad_norm: float = flag(1.0, "gradient clipping")
     max_skipped: int = flag(3, "steps in a row without a finite gradient after which to give up")
+    replay: str = flag("", "look for the group that spoilt a step: the run's skipped_*.pt, --crm beside it")
     lora_rank: int = flag(0, "train LoRA matrices of this rank instead of the whole model")
     freeze_vision: bool = flag(False, "leave the vision tower as it is")
     trainable: str = flag("", "train only parameters whose name has a match of this regular expression")
@@ -215,86 +221,43 @@ def step_weights(groups: list[Group], cfg: Config, ranks: Ranks) -> list[torch.T
     return [w[:, :group.tokens.shape[1]].to(group.tokens.device) for w, group in zip(mine, groups)]
 
 
-# ---------------------------------------------------------------- looking at a step
+# ---------------------------------------------------------------- a step that went wrong, group by group
 
-PANELS = {"reward": ["reward"], "held-out box IoU": ["sampled/iou", "greedy/iou"],
-          "reward terms": ["think_format", "answer_format", "box_iou", "point_dice"],
-          "answer length (tokens)": ["length"], "entropy": ["entropy"], "KL to the reference": ["kl"]}
-EXTREMES = {"ratio_max": max, "ratio_min": min, "logp_gap": max}        # all other statistics add up
-
-
-def add_up(total: dict, new: dict) -> None:
-    for key, value in new.items():
-        value = float(value)
-        total[key] = EXTREMES[key](total[key], value) if key in total and key in EXTREMES else \
-            value if key in EXTREMES else total.get(key, 0.0) + value
+def keep_batch(path, batch: list[Rollout]) -> None:
+    """All that --replay needs of the groups of a step whose gradient was not finite."""
+    keys = ("advantages", "weights", "old_logp", "ref_logp")
+    torch.save([{"id": r.sample.id, "query": r.sample.query, "image": torch.tensor(np.array(r.sample.image)),
+                 "texts": r.group.texts, "tokens": r.group.tokens, "lengths": r.group.lengths,
+                 **{key: getattr(r, key) for key in keys}} for r in batch], path)
 
 
-def answer_rows(r: Rollout) -> list[dict]:
-    """What is logged of each answer of a group: words for samples.jsonl, numbers for metrics.jsonl."""
-    texts, flat = r.group.texts, float(r.rewards.min() == r.rewards.max())
-    same = 1 - (len(set(texts)) - 1) / (len(texts) - 1)
-    return [{"id": r.sample.id, "query": r.sample.query, "text": text, "reward": float(total),
-             "reward_std": float(r.rewards.std()), "zero_std": flat, "identical": same, "length": int(length),
-             "parse_ok": float(not parse_answer(text).problem), "finished": float(ended), **terms}
-            for text, total, terms, length, ended
-            in zip(texts, r.rewards, r.terms, r.group.lengths, r.group.finished)]
-
-
-def means(answers: list[dict]) -> dict[str, float]:
-    keys = [key for key, value in answers[0].items() if not isinstance(value, str)]
-    return {key: sum(answer[key] for answer in answers) / len(answers) for key in keys}
-
-
-def step_row(answers, stats, grad_norms, lr, clock, device) -> dict[str, float]:
-    """A line of metrics.jsonl: means over all answers, statistics of the loss, seconds by phase."""
-    scored, _ = stats.pop("scored", 1.0), stats.pop("gap_sum", 0.0)
-    share = dict.fromkeys(("kl", "entropy", "clip_frac"), max(scored, 1e-9)) | {"loss": len(grad_norms)}
-    finite = [norm for norm in grad_norms if math.isfinite(norm)]
-    seconds = {name: b - a for name, a, b in zip(("sample", "reference", "update"), clock, clock[1:])}
-    total = clock[-1] - clock[0]
-    return {**means(answers), **{key: value / share.get(key, 1) for key, value in stats.items()},
-            "grad_norm": sum(finite) / max(1, len(finite)), "skipped": len(grad_norms) - len(finite),
-            "lr": lr, "seconds": total, **{f"seconds/{name}": value for name, value in seconds.items()},
-            "tokens_per_second": sum(answer["length"] for answer in answers) / total,
-            "peak_memory_gb": peak_memory(device)}
-
-
-def worries(row: dict, first: dict) -> list[str]:
-    """What in a step's numbers will not mend itself, and the flag that helps.
-    first: the numbers of the run's first step."""
-    longer = row["length"] > 2 * first["length"] + 16
-    surer = row.get("entropy", 1) < 0.1 * first.get("entropy", 0)
-    signs = ((row["skipped"], "a gradient is not finite and its update was skipped: lower --lr"),
-             (row["parse_ok"] < 0.05, "almost no answer parses: warm up with train_sft.py"),
-             (row["finished"] < 0.5, "most answers are cut: raise --max-new-tokens or give --mask-truncated"),
-             (row["zero_std"] > 0.8, "most groups have equal rewards: raise --temperature or --group"),
-             (surer, "entropy has collapsed: lower --lr or raise --kl-coef"),
-             (longer, "answers grow and grow, so length pays: try --agg constant"),
-             (row.get("kl", 0) > 1, "the policy has left the reference: lower --lr or raise --kl-coef"),
-             (row.get("logp_gap", 0) > 5, "sampled and scored log-probabilities differ: try --dtype float32"))
-    return [sentence for seen, sentence in signs if seen]
-
-
-def check_first_step(stats: dict, rows: list[dict], dtype: torch.dtype) -> None:
-    """Before hours of compute: what must have been true just before the very first update."""
-    exact = dtype == torch.float32                          # in bfloat16 two kernels differ: take the mean
-    gap = stats.get("logp_gap", 0) if exact else stats.get("gap_sum", 0) / max(stats.get("scored", 0), 1e-9)
-    near = 1e-4 if exact else 0.05
-    for ok, problem in (
-            (all(row["length"] for row in rows), "an answer is empty"),
-            (not stats or math.isfinite(stats["loss"]), "the loss is not finite"),
-            (gap < near, f"sampled and scored log-probabilities differ: {stats}"),
-            (abs(stats.get("kl", 0)) < near, f"the KL to a fresh reference is not 0: {stats}"),
-            (abs(stats.get("ratio_max", 1) - 1) < 1e-5, f"the first ratio is not 1: {stats}")):
-        if not ok:
-            raise RuntimeError(f"sanity check of the first step: {problem}")
+def replay(cfg: Config) -> None:
+    """Loss and gradient of each group of a kept batch by itself, under --crm as it was then."""
+    ranks = Ranks.start()
+    with exit_on(ValueError, OSError):
+        batch, template = read_torch(cfg.replay, ranks.device), load_prompt(cfg.prompt)
+        crm = load_crm(cfg.crm, ranks.device, ranks.dtype(cfg.dtype), resize=cfg.resize,
+                       min_pixels=cfg.min_pixels, max_pixels=cfg.max_pixels,
+                       checkpointing=cfg.checkpointing, attention=cfg.attention)
+    parameters = list(crm.trainable(cfg.trainable).values())
+    for kept in batch:
+        image = Image.fromarray(kept["image"].cpu().numpy())
+        prompt = crm.encode(image, fill_prompt(template, kept["query"]))
+        tokens, lengths, old, ref = (kept[key] for key in ("tokens", "lengths", "old_logp", "ref_logp"))
+        group = Group(prompt, tokens, lengths, old, lengths > 0, kept["texts"])
+        logp = crm.logp(group, range(len(lengths)), cfg.temperature)
+        loss, _ = grpo_loss(logp, old, ref, kept["advantages"], kept["weights"], cfg.clip_low, cfg.clip_high,
+                            cfg.dual_clip, cfg.kl_coef, cfg.kl)
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        norm = torch.stack([g.float().norm() for g in gradients if g is not None]).norm().item()
+        say(f"{kept['id']}: loss {loss.item():.4g}, gradient {norm:.4g}, lowest log-probability "
+            f"{logp.min().item():.4g}" + ("" if math.isfinite(norm) else "   <- not finite"))
 
 
 # ---------------------------------------------------------------- the loop
 
 def main(cfg: Config) -> None:
-    ranks = Ranks.start()
+    ranks = Ranks.start(cfg.timeout)
     with exit_on(ValueError, OSError):
         factors, template = parse_weights(cfg.weights), load_prompt(cfg.prompt)
         mine, rest = divmod(cfg.prompts, ranks.world)               # whole groups stay on one rank
@@ -311,7 +274,9 @@ def main(cfg: Config) -> None:
                        freeze_vision=cfg.freeze_vision, checkpointing=cfg.checkpointing, resize=cfg.resize,
                        min_pixels=cfg.min_pixels, max_pixels=cfg.max_pixels, attention=cfg.attention,
                        share_vision=cfg.share_vision, drop_finished=cfg.drop_finished)
-        optimizer = Optimizer(crm.trainable(cfg.trainable), cfg.weight_decay)
+        crm.trainable(cfg.trainable)
+        spread(crm, cfg.parallel, ranks)
+        optimizer = Optimizer(crm.trainable(cfg.trainable), cfg.weight_decay, cfg.parallel)
         first = run.begin(optimizer, cfg.steps)
     # prompts are dealt out in turn, so that a mini-batch holds the same ones on any number of ranks
     ours, share = slice(ranks.rank, None, ranks.world), mine // cfg.minibatches
@@ -344,13 +309,14 @@ def main(cfg: Config) -> None:
         # 1. prompts, a pure function of seed and step; a group of answers to each, and what they earn
         indexes = pick(len(train), cfg.prompts, cfg.seed, step)[ours]
         places = range(cfg.prompts)[ours]
-        batch = roll_out(places, indexes, step)
-        for attempt in range(1, cfg.resample + 1):                  # replace groups that teach nothing
-            dull = [p for p, r in enumerate(batch) if r.rewards.min() == r.rewards.max()]
-            fresh = pick(len(train), cfg.prompts, cfg.seed + 7919 * attempt, step)[ours]
-            again = [places[p] for p in dull], [fresh[p] for p in dull]
-            for p, r in zip(dull, roll_out(*again, step, attempt) if dull else []):
-                batch[p] = r
+        with gathered(crm):
+            batch = roll_out(places, indexes, step)
+            for attempt in range(1, cfg.resample + 1):              # replace groups that teach nothing
+                dull = [p for p, r in enumerate(batch) if r.rewards.min() == r.rewards.max()]
+                fresh = pick(len(train), cfg.prompts, cfg.seed + 7919 * attempt, step)[ours]
+                again = [places[p] for p in dull], [fresh[p] for p in dull]
+                for p, r in zip(dull, roll_out(*again, step, attempt) if dull else []):
+                    batch[p] = r
         clock.append(time.perf_counter())
 
         # 2. advantages, over the groups of all ranks
@@ -362,11 +328,12 @@ def main(cfg: Config) -> None:
         # 3. log-probabilities under the reference, and under the policy that sampled. the first mini-batch is
         # on-policy: its own forward gives them
         if cfg.kl_coef:
-            with crm.reference():
+            with crm.reference(), gathered(crm):
                 for r, logp in zip(batch, logp_of([r.group for r in batch])):
                     r.ref_logp = logp
-        for r, logp in zip(batch[share:], logp_of([r.group for r in batch[share:]])):
-            r.old_logp = logp
+        with gathered(crm):
+            for r, logp in zip(batch[share:], logp_of([r.group for r in batch[share:]])):
+                r.old_logp = logp
         for r in batch[:share]:
             r.old_logp = torch.zeros_like(r.group.logp)
         clock.append(time.perf_counter())
@@ -378,12 +345,14 @@ def main(cfg: Config) -> None:
             part = batch[update % cfg.minibatches * share:][:share]
             for r, weights in zip(part, step_weights([r.group for r in part], cfg, ranks)):
                 r.weights = weights
-            live = [r for r in part if cfg.kl_coef or r.advantages.any()]   # else the gradient is exactly 0
-            for stream in crm.packs([r.group for r in live], cfg.pack_tokens):
+            # where all advantages are 0 and there is no KL, the gradient is exactly 0
+            live = [r for r in part if cfg.kl_coef or r.advantages.any()] or part[:1]
+            streams = crm.packs([r.group for r in live], cfg.pack_tokens)
+            for stream, counts in passes(crm, ranks, streams):
                 scored = crm.score([(live[i].group, rows) for i, rows in stream], cfg.temperature)
                 losses = []
                 for (i, rows), (logp, entropy) in zip(stream, scored):
-                    r, weight = live[i], live[i].weights[rows]
+                    r, weight = live[i], counts * live[i].weights[rows]
                     if update == 0:
                         r.old_logp[rows] = logp.detach()                # the ratio is exactly 1
                         gap = (logp.detach() - r.group.logp[rows]).abs()
@@ -414,6 +383,8 @@ def main(cfg: Config) -> None:
                 said.add(worry)
                 say(f"\nstep {done}: {worry}")
         skipped = skipped + 1 if row["skipped"] else 0
+        if row["skipped"]:                              # what spoilt it can be looked for with --replay
+            keep_batch(run.folder / f"skipped_{done:06d}_{ranks.rank}.pt", batch)
         stopped = run.stopped()
         if tests and (done == cfg.steps or cfg.eval_every > 0 and done % cfg.eval_every == 0):
             row |= run.evaluate(crm, tests, template, factors, done, greedy=done == cfg.steps)
@@ -421,7 +392,7 @@ def main(cfg: Config) -> None:
         by_reward = sorted(answers, key=lambda answer: answer["reward"])
         run.log("samples", {"step": done, "best": by_reward[-1], "worst": by_reward[0]})
         bar.set_postfix(reward=f"{row['reward']:.2f}", iou=f"{row['box_iou']:.2f}", s=f"{row['seconds']:.1f}")
-        if stopped or done == cfg.steps or done % cfg.save_every == 0:
+        if stopped or done == cfg.steps or done % cfg.save_every == 0 or row["skipped"]:
             saved = run.save(done, crm, optimizer)
             run.curves(PANELS)
         if skipped == cfg.max_skipped:
@@ -432,9 +403,10 @@ def main(cfg: Config) -> None:
     if tests and not stopped:
         run.report()
     say(f"weights {saved}, numbers {run.folder / 'metrics.jsonl'}, picture {run.folder / 'curves.png'}")
-    ranks.stop()
+    ranks.stop(crm)
 
 
 if __name__ == "__main__":
     with exit_on(BadRow):
-        main(parse_args(Config, __doc__, "recipes/demo.args"))
+        config = parse_args(Config, __doc__, "recipes/demo.args")
+        (replay if config.replay else main)(config)

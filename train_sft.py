@@ -19,9 +19,10 @@ from tqdm import tqdm
 
 from crm import load_crm
 from data import MAX_PIXELS, MIN_PIXELS, BadRow, fill_prompt, load_prompt, target_text
+from parallel import KINDS as PARALLEL
+from parallel import Optimizer, Ranks, passes, spread
 from rewards import MODES
-from run import (Optimizer, Ranks, Run, exit_on, flag, learning_rate, load_splits, parse_args, peak_memory,
-                 pick, say)
+from run import Run, exit_on, flag, learning_rate, load_splits, parse_args, peak_memory, pick, say
 
 
 @dataclass
@@ -36,6 +37,8 @@ class Config:
     seed: int = flag(0, "of everything random")
     dtype: str = flag("auto", "of the model: auto is bfloat16 on CUDA, float32 elsewhere",
                       ("auto", "float32", "bfloat16"))
+    parallel: str = flag("ddp", "how the model is spread over torchrun's ranks, see parallel.py", PARALLEL)
+    timeout: float = flag(30, "minutes that a rank waits for the others")
     only: str = flag("", "train only on super-categories whose name has a match of this regular expression")
     skip_bad_rows: bool = flag(False, "leave out rows that cannot be used, and count them")
     # prompts and images
@@ -71,7 +74,7 @@ PANELS = {"cross-entropy (nats a token)": ["loss"], "held-out box IoU": ["sample
 
 
 def main(cfg: Config) -> None:
-    ranks = Ranks.start()
+    ranks = Ranks.start(cfg.timeout)
     with exit_on(ValueError, OSError):
         template, (mine, rest) = load_prompt(cfg.prompt), divmod(cfg.batch, ranks.world)
         if rest or not mine:
@@ -82,7 +85,8 @@ def main(cfg: Config) -> None:
         crm = load_crm(cfg.crm, ranks.device, ranks.dtype(cfg.dtype), cfg.lora_rank,
                        freeze_vision=cfg.freeze_vision, checkpointing=cfg.checkpointing, resize=cfg.resize,
                        min_pixels=cfg.min_pixels, max_pixels=cfg.max_pixels)
-        optimizer = Optimizer(crm.trainable(), cfg.weight_decay)
+        spread(crm, cfg.parallel, ranks)
+        optimizer = Optimizer(crm.trainable(), cfg.weight_decay, cfg.parallel)
         steps = cfg.steps or max(1, round(cfg.epochs * len(train) / cfg.batch))
         first = run.begin(optimizer, steps)
     say(f"{optimizer.size:,} trainable parameters on {ranks.world} x "
@@ -104,8 +108,9 @@ def main(cfg: Config) -> None:
 
         # 2. one denominator over all ranks, then cross-entropy, a few sequences at a time
         tokens, loss = sum(ranks.gather([int(g.lengths.sum()) for g in groups])), 0.0
-        for at in range(0, mine, cfg.micro_batch):
-            scores = crm.score([(group, [0]) for group in groups[at:at + cfg.micro_batch]])
+        parts = [groups[at:at + cfg.micro_batch] for at in range(0, mine, cfg.micro_batch)]
+        for few, _ in passes(crm, ranks, parts):
+            scores = crm.score([(group, [0]) for group in few])
             part = -sum(logp.sum() for logp, _ in scores) / tokens
             part.backward()
             loss += part.item()
@@ -131,7 +136,7 @@ def main(cfg: Config) -> None:
     if tests and not stopped:
         run.report()
     say(f"weights {saved}, numbers {run.folder / 'metrics.jsonl'}, picture {run.folder / 'curves.png'}")
-    ranks.stop()
+    ranks.stop(crm)
 
 
 if __name__ == "__main__":

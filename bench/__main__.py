@@ -3,6 +3,7 @@
     python -m bench                    # phases of a step, and each trick switched off (make bench)
     python -m bench --peer             # the same work by TRL, alternately, in build/trl (make bench-trl)
     python -m bench --growth --peer    # step time over group size and prompt length, a picture
+    python -m bench --scaling          # the same step on one and on two processes of one thread each
 
 Every measurement is a process of its own: a few steps of train_grpo.py (or of bench/peer_trl.py) on the embedded
 model, all weights trained, KL 0.01 to a reference, one update a step; the first step is warm-up. In a comparison the
@@ -35,12 +36,12 @@ OFF = {"attention dense": "--attention dense", "vision features not shared": "--
        "all off": "--attention dense --no-share-vision --no-drop-finished --pack-tokens 1"}
 
 
-def ours(flags: str, args) -> dict:
+def ours(flags: str, args, launch: tuple = (), **env) -> dict:
     """A few steps of train_grpo.py -> medians over all but the first: seconds, phases; peak memory."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "train_grpo.py", "@recipes/demo.args", "--crm", args.crm, *shlex.split(OURS),
-                   "--steps", str(args.steps), "--out", f"{folder}/run", *shlex.split(flags)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        command = [sys.executable, *launch, "train_grpo.py", "@recipes/demo.args", "--crm", args.crm,
+                   *shlex.split(OURS), "--steps", str(args.steps), "--out", f"{folder}/run", *shlex.split(flags)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | env)
         rows = [json.loads(line) for line in open(f"{folder}/run/metrics.jsonl")][1:]
     keys = ["seconds", *(k for k in rows[0] if k.startswith("seconds/")), "length", "tokens_per_second"]
     return {key: median(row[key] for row in rows) for key in keys} | \
@@ -92,6 +93,20 @@ def pairs(args) -> None:
     record("trl", rows)
 
 
+def scaling(args) -> None:
+    """One process against two, each with one thread: the same prompts, answers and numbers."""
+    rows = []
+    for i in range(args.pairs):
+        row = {kind: ours(f"--parallel {kind}", args, ("-m", "torch.distributed.run", "--nproc-per-node", str(n)),
+                          OMP_NUM_THREADS="1") for kind, n in (("none", 1), ("ddp", 2), ("fsdp", 2))}
+        rows.append(row)
+        print(f"round {i + 1}: " + ", ".join(f"{kind} {r['seconds']:.2f} s" for kind, r in row.items()), flush=True)
+    for kind in ("ddp", "fsdp"):
+        gain = median(row["none"]["seconds"] / row[kind]["seconds"] for row in rows)
+        print(f"two processes, {kind}: {gain:.2f} x the speed of one, {100 * gain / 2:.0f} % efficiency")
+    record("scaling", rows)
+
+
 def prompt_file(length: int, folder: str, args) -> str:
     """The reasoning prompt with filler, so that prompt and image together have about this many tokens."""
     tokenizer, text = load_crm(args.crm).tokenizer, PROMPTS["reasoning"]
@@ -140,8 +155,9 @@ if __name__ == "__main__":
     parser.add_argument("--peer-python", default="build/trl/bin/python")
     parser.add_argument("--micro", type=int, default=64, help="TRL's per-device batch; the rest is accumulated")
     parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--scaling", action="store_true", help="one and two processes")
     parser.add_argument("--growth", action="store_true", help="over group size and prompt length")
     args = parser.parse_args()
     if args.peer and not Path(args.peer_python).exists():
         sys.exit(f"--peer-python {args.peer_python}: not there; make bench-trl makes it")
-    (growth if args.growth else pairs if args.peer else switches)(args)
+    (scaling if args.scaling else growth if args.growth else pairs if args.peer else switches)(args)

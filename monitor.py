@@ -1,0 +1,80 @@
+"""The numbers of a GRPO step: what is logged, the warnings, the check before the first update."""
+import math
+
+import torch
+
+from rewards import parse_answer
+from run import peak_memory
+
+PANELS = {"reward": ["reward"], "held-out box IoU": ["sampled/iou", "greedy/iou"],
+          "reward terms": ["think_format", "answer_format", "box_iou", "point_dice"],
+          "answer length (tokens)": ["length"], "entropy": ["entropy"], "KL to the reference": ["kl"]}
+EXTREMES = {"ratio_max": max, "ratio_min": min, "logp_gap": max}        # all other statistics add up
+
+
+def add_up(total: dict, new: dict) -> None:
+    for key, value in new.items():
+        value = float(value)
+        total[key] = EXTREMES[key](total[key], value) if key in total and key in EXTREMES else \
+            value if key in EXTREMES else total.get(key, 0.0) + value
+
+
+def answer_rows(r) -> list[dict]:
+    """What is logged of each answer of a Rollout: words for samples.jsonl, numbers for metrics.jsonl."""
+    texts, flat = r.group.texts, float(r.rewards.min() == r.rewards.max())
+    same = 1 - (len(set(texts)) - 1) / (len(texts) - 1)
+    return [{"id": r.sample.id, "query": r.sample.query, "text": text, "reward": float(total),
+             "reward_std": float(r.rewards.std()), "zero_std": flat, "identical": same, "length": int(length),
+             "parse_ok": float(not parse_answer(text).problem), "finished": float(ended), **terms}
+            for text, total, terms, length, ended
+            in zip(texts, r.rewards, r.terms, r.group.lengths, r.group.finished)]
+
+
+def means(answers: list[dict]) -> dict[str, float]:
+    keys = [key for key, value in answers[0].items() if not isinstance(value, str)]
+    return {key: sum(answer[key] for answer in answers) / len(answers) for key in keys}
+
+
+def step_row(answers, stats, grad_norms, lr, clock, device) -> dict[str, float]:
+    """A line of metrics.jsonl: means over all answers, statistics of the loss, seconds by phase."""
+    scored, _ = stats.pop("scored", 1.0), stats.pop("gap_sum", 0.0)
+    share = dict.fromkeys(("kl", "entropy", "clip_frac"), max(scored, 1e-9)) | {"loss": len(grad_norms)}
+    finite = [norm for norm in grad_norms if math.isfinite(norm)]
+    seconds = {name: b - a for name, a, b in zip(("sample", "reference", "update"), clock, clock[1:])}
+    total = clock[-1] - clock[0]
+    return {**means(answers), **{key: value / share.get(key, 1) for key, value in stats.items()},
+            "grad_norm": sum(finite) / max(1, len(finite)), "skipped": len(grad_norms) - len(finite),
+            "lr": lr, "seconds": total, **{f"seconds/{name}": value for name, value in seconds.items()},
+            "tokens_per_second": sum(answer["length"] for answer in answers) / total,
+            "peak_memory_gb": peak_memory(device)}
+
+
+def worries(row: dict, first: dict) -> list[str]:
+    """What in a step's numbers will not mend itself, and the flag that helps.
+    first: the numbers of the run's first step."""
+    longer = row["length"] > 2 * first["length"] + 16
+    surer = row.get("entropy", 1) < 0.1 * first.get("entropy", 0)
+    signs = ((row["skipped"], "a gradient is not finite and its update was skipped: lower --lr"),
+             (row["parse_ok"] < 0.05, "almost no answer parses: warm up with train_sft.py"),
+             (row["finished"] < 0.5, "most answers are cut: raise --max-new-tokens or give --mask-truncated"),
+             (row["zero_std"] > 0.8, "most groups have equal rewards: raise --temperature or --group"),
+             (surer, "entropy has collapsed: lower --lr or raise --kl-coef"),
+             (longer, "answers grow and grow, so length pays: try --agg constant"),
+             (row.get("kl", 0) > 1, "the policy has left the reference: lower --lr or raise --kl-coef"),
+             (row.get("logp_gap", 0) > 5, "sampled and scored log-probabilities differ: try --dtype float32"))
+    return [sentence for seen, sentence in signs if seen]
+
+
+def check_first_step(stats: dict, rows: list[dict], dtype: torch.dtype) -> None:
+    """Before hours of compute: what must have been true just before the very first update."""
+    exact = dtype == torch.float32                          # in bfloat16 two kernels differ: take the mean
+    gap = stats.get("logp_gap", 0) if exact else stats.get("gap_sum", 0) / max(stats.get("scored", 0), 1e-9)
+    near = 1e-4 if exact else 0.05
+    for ok, problem in (
+            (all(row["length"] for row in rows), "an answer is empty"),
+            (not stats or math.isfinite(stats["loss"]), "the loss is not finite"),
+            (gap < near, f"sampled and scored log-probabilities differ: {stats}"),
+            (abs(stats.get("kl", 0)) < near, f"the KL to a fresh reference is not 0: {stats}"),
+            (abs(stats.get("ratio_max", 1) - 1) < 1e-5, f"the first ratio is not 1: {stats}")):
+        if not ok:
+            raise RuntimeError(f"sanity check of the first step: {problem}")

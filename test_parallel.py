@@ -1,0 +1,140 @@
+"""Many processes do the work of one: DDP, FSDP2 and hybrid sharding over gloo, on the CPU."""
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from test_scripts import ROOT, rows, run
+
+# four prompts, of which a rank of four has one; answers and prompts of different lengths; every step is saved
+WORK = ("train_grpo.py --crm demo/crm --data demo/data --prompts 4 --group 3 --minibatches 1 --max-new-tokens 100 "
+        "--pack-tokens 600 --eval-every -1 --lr 1e-4 --steps 2 --save-every 1 --seed 3")
+SAME = ("reward", "length", "finished", "parse_ok", "zero_std", "entropy", "loss", "kl", "grad_norm")
+
+
+def torchrun(processes, *command, check=0):
+    return run(f"-m torch.distributed.run --standalone --nproc-per-node {processes}", *command,
+               check=check)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    run(WORK, "--out", folder)
+    return folder
+
+
+def first_moments(folder):
+    """AdamW's exp_avg after step 1: a tenth of the clipped gradient."""
+    saved = folder / "step_000001"
+    if (saved / "optimizer").exists():
+        dcp_to_torch_save(saved / "optimizer", saved / "whole.pt")
+        return torch.load(saved / "whole.pt", weights_only=True)["exp_avg"]
+    return torch.load(saved / "trainer.pt", weights_only=True)["optimizer"]["exp_avg"]
+
+
+def same_run(folder, alone, gradients=True):
+    """Samples, metrics, gradient of the first step and final weights."""
+    for name in ("best", "worst"):
+        assert [row[name]["text"] for row in rows(folder / "samples.jsonl")] == \
+            [row[name]["text"] for row in rows(alone / "samples.jsonl")]
+    for one, many in zip(*(rows(place / "metrics.jsonl") for place in (alone, folder)), strict=True):
+        for key in SAME:
+            assert many[key] == pytest.approx(one[key], rel=1e-4, abs=1e-5), key
+    if gradients:
+        one, many = first_moments(alone), first_moments(folder)
+        assert one.keys() == many.keys()
+        for name in one:
+            torch.testing.assert_close(many[name], one[name], atol=1e-6, rtol=1e-3, msg=name)
+    one, many = (load_file(place / "step_000002/model.safetensors") for place in (alone, folder))
+    assert one.keys() == many.keys() and all(one[name].dtype == many[name].dtype for name in one)
+    far = max(float((one[name] - many[name]).abs().max()) for name in one)
+    assert far < 2.1e-4                             # Adam moves a weight by at most lr a step, whatever its sign
+
+
+def resumed(source, folder, processes, *flags):
+    """The run of `source` from its first step on, elsewhere."""
+    shutil.copytree(source, folder)
+    shutil.rmtree(folder / "step_000002")
+    torchrun(processes, WORK, "--resume", *flags, "--out", folder) if processes > 1 else \
+        run(WORK, "--resume", *flags, "--out", folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["none", "ddp", "fsdp"])
+def test_two_and_four_processes_do_the_work_of_one_and_resume_on_another_number(kind, alone, tmp_path):
+    flags = f"--parallel {kind} --out"
+    torchrun(2, WORK, flags, tmp_path / "two")
+    same_run(tmp_path / "two", alone)
+    if kind == "none":
+        return                                      # the oracle; what it saves is what DDP saves
+    torchrun(4, WORK, flags, tmp_path / "four")
+    same_run(tmp_path / "four", alone)
+    same_run(resumed(tmp_path / "two", tmp_path / "on-four", 4, f"--parallel {kind}"), alone)
+    if kind == "fsdp":                              # what DDP saves is what one process saves
+        same_run(resumed(tmp_path / "two", tmp_path / "on-one", 1), alone)
+
+
+def test_a_checkpoint_of_one_process_goes_on_sharded(alone, tmp_path):
+    same_run(resumed(alone, tmp_path / "sharded", 2, "--parallel fsdp"), alone)
+
+
+def test_shards_within_a_node_and_copies_across_nodes(alone, tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2",
+               "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}", *WORK.split(), "--parallel", "fsdp",
+               "--out", str(tmp_path / "run")]
+    nodes = [subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, text=True) for _ in range(2)]
+    said = [node.communicate(timeout=300)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    same_run(tmp_path / "run", alone)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_sft_over_two_processes_is_that_of_one(kind, tmp_path):
+    flags = ("train_sft.py --crm demo/crm --data demo/data --eval-every -1 --batch 8 --micro-batch 2 --lr 1e-4 --steps 2 "
+             "--out")
+    run(flags, tmp_path / "one")
+    torchrun(2, flags, tmp_path / "two", f"--parallel {kind}")
+    for one, two in zip(*(rows(tmp_path / name / "metrics.jsonl") for name in ("one", "two")), strict=True):
+        for key in ("loss", "grad_norm"):
+            assert two[key] == pytest.approx(one[key], rel=1e-4), key
+
+
+def test_lora_over_two_processes_is_that_of_one_and_is_not_sharded(tmp_path):
+    run(WORK, "--lora-rank 4 --out", tmp_path / "one")
+    torchrun(2, WORK, "--lora-rank 4 --out", tmp_path / "two")
+    same_run(tmp_path / "two", tmp_path / "one")
+    _, error = torchrun(2, WORK, "--lora-rank 4 --parallel fsdp --out", tmp_path / "no", check=1)
+    assert "error: --parallel fsdp cuts whole models" in error and not (tmp_path / "no").exists()
+
+
+def test_a_killed_rank_ends_the_others_within_a_minute_and_is_named(tmp_path):
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", "2",
+               "--standalone", *WORK.replace("--steps 2", "--steps 500").split(), "--out",
+               str(tmp_path / "run")]
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True)
+    while not (tmp_path / "run/step_000002").exists() and process.poll() is None:
+        time.sleep(0.1)
+    ranks = [pid for pid in map(int, subprocess.check_output(["ps", "-o", "pid=", "--ppid", str(process.pid)],
+                                                             text=True).split())
+             if b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")]
+    assert len(ranks) == 1
+    os.kill(ranks[0], signal.SIGKILL)
+    start = time.time()
+    said, _ = process.communicate(timeout=90)
+    assert time.time() - start < 60 and process.returncode == 1
+    assert "rank 0 of 2" in said and "another rank is gone" in said and "rank      : 1" in said and "SIGKILL" in said, said
