@@ -161,7 +161,7 @@ UNREADABLE = (UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, 
 
 
 def read_torch(file, device="cpu"):
-    """What torch.save wrote, plain tensors and containers: nothing in the file is run. ValueError names it."""
+    """What torch.save wrote, plain tensors and containers; nothing in it is run. ValueError names it."""
     try:
         return torch.load(file, map_location=device, weights_only=True)
     except UNREADABLE as error:

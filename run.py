@@ -29,7 +29,7 @@ SCORES = ("iou", "pdice", "reward", "parse_ok")            # of a held-out answe
 EMBEDDED = {"crm": ROOT / "demo/crm", "asm": ROOT / "demo/asm", "data": ROOT / "demo/data"}
 
 
-AT_LEAST = {"seed": 0, "kl_coef": 0, "temperature": 0, "lora_rank": 0} | dict.fromkeys(
+AT_LEAST = {"seed": 0, "dry_run": 0, "kl_coef": 0, "temperature": 0, "lora_rank": 0} | dict.fromkeys(
     ("max_new_tokens", "minibatches", "micro_batch", "save_every", "inner_epochs", "eval_answers", "samples",
      "pack_tokens", "batch"), 1)
 

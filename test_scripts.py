@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import evaluate
 import infer
 import train_grpo
 import train_sft
+from bench.random_model import config_of
 from data import load_samples
 from run import ROOT, paired_bootstrap, parse_args
 
@@ -133,6 +135,27 @@ def test_every_recipe_parses(recipe):
     module = {"sft": train_sft, "eval": evaluate}.get(recipe.partition("_")[0], train_grpo)
     config = parse_args(module.Config, "", argv=[f"@{ROOT / 'recipes' / recipe}"])
     assert config.out.startswith("eval/") if module is evaluate else config.out.startswith("runs/") and config.lr > 0
+
+
+@pytest.fixture(scope="module")
+def config_of_7b(tmp_path_factory):
+    """The real sizes' config.json with the embedded tokenizer: all but the weights."""
+    folder = tmp_path_factory.mktemp("7b")
+    config_of("7b").save_pretrained(folder)
+    for file in (ROOT / "demo/crm").iterdir():
+        if file.name not in ("config.json", "model.safetensors"):
+            shutil.copy(file, folder)
+    return folder
+
+
+@pytest.mark.parametrize("recipe, most", [("lora_7b", (20, 45)), ("soft_7b", (30, 80)), ("sft_7b", (30, 80))])
+def test_every_training_recipe_of_7b_fits_its_gpu_by_dry_run(recipe, most, config_of_7b, tmp_path, capfd):
+    module = train_sft if recipe.startswith("sft") else train_grpo
+    module.main(parse_args(module.Config, "", argv=[f"@{ROOT / 'recipes' / recipe}.args", "--crm", str(config_of_7b), "--data",
+                                                    "demo/data", "--out", str(tmp_path / "run"), "--dry-run", "8"]))
+    said = capfd.readouterr().out
+    assert "8.29 billion parameters" in said and "PFLOP a step" in said and not (tmp_path / "run").exists()
+    assert most[0] < float(re.search(r"most at once \| (\S+)", said)[1]) < most[1]
 
 
 @pytest.mark.parametrize("flags, says", [

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from asm import load_asm
 from attention import KINDS
+from bench.memory import dry_run
 from crm import Group, load_crm
 from data import MAX_PIXELS, MIN_PIXELS, BadRow, Sample, clip_to, fill_prompt, load_prompt, to_image, to_model
 from monitor import PANELS, add_up, answer_rows, check_first_step, step_row, worries
@@ -52,6 +53,7 @@ class Config:
                       ("auto", "float32", "bfloat16"))
     parallel: str = flag("ddp", "how the model is spread over torchrun's ranks, see parallel.py", PARALLEL)
     timeout: float = flag(30, "minutes that a rank waits for the others")
+    dry_run: int = flag(0, "of a run on this many GPUs: build all but the weights, say what it needs, stop")
     only: str = flag("", "train only on super-categories whose name has a match of this regular expression")
     skip_bad_rows: bool = flag(False, "leave out rows that cannot be used, and count them")
     # prompts and images
@@ -266,8 +268,10 @@ def main(cfg: Config) -> None:
                              f"({ranks.world} x {cfg.minibatches}); got {cfg.group} and {cfg.prompts}")
         if cfg.temperature <= 0:
             raise ValueError("--temperature must be positive: equal answers leave nothing to compare")
-        run, dtype = Run(cfg, ranks), ranks.dtype(cfg.dtype)
         train, tests = load_splits(cfg)
+        if cfg.dry_run:
+            return say(dry_run(cfg, train))
+        run, dtype = Run(cfg, ranks), ranks.dtype(cfg.dtype)
         asm = load_asm(cfg.asm, ranks.device) if "mask_dice" in factors else None
         torch.manual_seed(cfg.seed)                                 # LoRA's matrices: the same on every rank
         crm = load_crm(cfg.crm, ranks.device, dtype, cfg.lora_rank, reference=cfg.kl_coef > 0,

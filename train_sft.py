@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
+from bench.memory import dry_run
 from crm import load_crm
 from data import MAX_PIXELS, MIN_PIXELS, BadRow, fill_prompt, load_prompt, target_text
 from parallel import KINDS as PARALLEL
@@ -39,6 +40,7 @@ class Config:
                       ("auto", "float32", "bfloat16"))
     parallel: str = flag("ddp", "how the model is spread over torchrun's ranks, see parallel.py", PARALLEL)
     timeout: float = flag(30, "minutes that a rank waits for the others")
+    dry_run: int = flag(0, "of a run on this many GPUs: build all but the weights, say what it needs, stop")
     only: str = flag("", "train only on super-categories whose name has a match of this regular expression")
     skip_bad_rows: bool = flag(False, "leave out rows that cannot be used, and count them")
     # prompts and images
@@ -79,8 +81,10 @@ def main(cfg: Config) -> None:
         template, (mine, rest) = load_prompt(cfg.prompt), divmod(cfg.batch, ranks.world)
         if rest or not mine:
             raise ValueError(f"--batch must be a multiple of the {ranks.world} ranks; got {cfg.batch}")
-        run = Run(cfg, ranks)
         train, tests = load_splits(cfg)
+        if cfg.dry_run:
+            return say(dry_run(cfg, train))
+        run = Run(cfg, ranks)
         torch.manual_seed(cfg.seed)                 # LoRA's matrices: the same on every rank
         crm = load_crm(cfg.crm, ranks.device, ranks.dtype(cfg.dtype), cfg.lora_rank,
                        freeze_vision=cfg.freeze_vision, checkpointing=cfg.checkpointing, resize=cfg.resize,

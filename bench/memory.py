@@ -1,26 +1,35 @@
-"""Where the memory of a training run goes, computed from a configuration (make memory).
+"""Where the memory of a training run goes, and how much it computes, from a configuration (make memory).
 
-    python -m bench.memory                                  # 3B and 7B, LoRA and full, at 840 px, G = 16, 512 tokens
+    python -m bench.memory                          # 3B and 7B, LoRA, full and sharded, at 840 px, G = 16, 512 tokens
+    python train_grpo.py @recipes/lora_7b.args --dry-run        # of one run: all is built but the weights
 
-Counts are exact (the model is built without memory); activations are those of train_grpo.py with --checkpointing:
-one hidden state a layer and token, and one layer's own working set.
+Counts are exact (the model is built without memory); activations are those of --checkpointing: one hidden state a
+layer and token, and one layer's own working set. Seconds are arithmetic, at a stated throughput, not measurements.
 """
 import argparse
 import re
 
 import torch
-from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from bench.random_model import SIZES, config_of
-from crm import LOGITS_CHUNK, LORA_TARGETS
+from crm import CHAT, LOGITS_CHUNK, LORA_TARGETS
+from data import fill_prompt, load_prompt, model_size
 
 BF16, FP32, GB = 2, 4, 1e9
+SUSTAINED = 400e12                  # operations a second of one H100 that a well-fed bfloat16 model reaches
 
 
-def memory(size: str, lora_rank: int, group: int, tokens: int, prompt: int, prompts: int, pack: int) -> dict[str, float]:
-    """GB by purpose. prompt: tokens of text and image; prompts: sampled at once; pack: --pack-tokens."""
+def without_weights(config):
     with torch.device("meta"):
-        model = Qwen2_5_VLForConditionalGeneration(config_of(size))
+        return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def memory(model, lora_rank: int, group: int, tokens: int, prompt: int, prompts: int, pack: int, shards: int = 1,
+           reference: bool = True) -> dict[str, float]:
+    """GB of one rank by purpose. prompt: tokens of text and image; prompts: sampled at once; pack: --pack-tokens;
+    shards: ranks over which FSDP cuts the model, 1 without."""
     c, N = model.config.text_config, sum(p.numel() for p in model.parameters())
     head = c.hidden_size // c.num_attention_heads
     adapted = [m for name, m in model.named_modules()
@@ -28,11 +37,11 @@ def memory(size: str, lora_rank: int, group: int, tokens: int, prompt: int, prom
     trained = sum(lora_rank * (m.in_features + m.out_features) for m in adapted) if lora_rank else N
     S = max(pack, prompt + tokens)                      # longest stream: one answer is never cut
     wide = 3 * c.intermediate_size + 6 * c.hidden_size  # what one layer keeps of a token while it is recomputed
-    out = {"weights, bfloat16": N * BF16,
-           "float32 masters": 0 if lora_rank else N * FP32,
+    out = {"weights, bfloat16": N * BF16,               # under FSDP: gathered to sample
+           "float32 masters": 0 if lora_rank else N * FP32 / shards,
            "trained LoRA matrices, float32": trained * FP32 if lora_rank else 0,
-           "gradients, float32": trained * FP32, "AdamW's two moments": trained * 2 * FP32,
-           "reference": 0 if lora_rank else N * BF16,
+           "gradients, float32": trained * FP32 / shards, "AdamW's two moments": trained * 2 * FP32 / shards,
+           "reference": 0 if lora_rank or not reference else N * BF16 / shards,
            "cache while sampling": prompts * (prompt + group * tokens) * c.num_hidden_layers * 2
            * c.num_key_value_heads * head * BF16,
            "activations while updating": S * (c.num_hidden_layers * c.hidden_size + wide) * BF16,
@@ -40,6 +49,43 @@ def memory(size: str, lora_rank: int, group: int, tokens: int, prompt: int, prom
     out = {name: value / GB for name, value in out.items()}
     steady = sum(v for k, v in out.items() if k not in ("cache while sampling", "activations while updating"))
     return out | {"most at once": steady + max(out["cache while sampling"], out["activations while updating"])}
+
+
+def table(columns: dict[str, dict[str, float]]) -> str:
+    lines = ["| GB | " + " | ".join(columns) + " |", "|---" + "|---" * len(columns) + "|"]
+    for name in next(iter(columns.values())):
+        lines.append(f"| {name} | " + " | ".join(f"{column[name]:.1f}" for column in columns.values()) + " |")
+    return "\n".join(lines)
+
+
+def dry_run(cfg, train) -> str:
+    """What a run of train_grpo.py or train_sft.py needs and does: config.json, tokenizer, image processor and data
+    are read, the model is built without memory, no weight is loaded. ValueError as load_crm."""
+    try:
+        model = without_weights(AutoConfig.from_pretrained(cfg.crm))
+        tokenizer, processor = AutoTokenizer.from_pretrained(cfg.crm), Qwen2VLImageProcessorPil.from_pretrained(cfg.crm)
+    except OSError as error:
+        raise ValueError(f"--crm {cfg.crm}: cannot be loaded ({str(error).splitlines()[0]})") from None
+    template, lengths = load_prompt(cfg.prompt), []
+    for sample in (train[i] for i in range(min(16, len(train)))):
+        W, H = model_size(sample.image.size, cfg.resize, cfg.min_pixels, min(cfg.max_pixels, processor.size["longest_edge"]))
+        text = tokenizer("".join(CHAT) + fill_prompt(template, sample.query)).input_ids
+        lengths.append(len(text) + W * H // (processor.patch_size * processor.merge_size) ** 2)
+    grpo = hasattr(cfg, "group")
+    rows, G, prompt = (cfg.prompts, cfg.group, max(lengths)) if grpo else (cfg.batch, 1, max(lengths))
+    pack = cfg.pack_tokens if grpo else cfg.micro_batch * (prompt + cfg.max_new_tokens)
+    ranks = cfg.dry_run
+    shards = min(8, ranks) if cfg.parallel == "fsdp" else 1
+    column = memory(model, cfg.lora_rank, G, cfg.max_new_tokens, prompt, -(-rows // ranks) if grpo else 0, pack, shards,
+                    grpo and cfg.kl_coef > 0)
+    N = sum(p.numel() for p in model.parameters())
+    forwards = 3 + cfg.checkpointing + (1 + (cfg.kl_coef > 0) if grpo else 0)       # a backward is worth two
+    work = forwards * 2 * N * rows * (prompt + G * cfg.max_new_tokens)
+    return (f"{cfg.crm}: {N / 1e9:.2f} billion parameters; {len(train)} training samples; prompts of {min(lengths)} to "
+            f"{max(lengths)} tokens; a step: {rows} x {G} answers of up to {cfg.max_new_tokens} tokens on {ranks} ranks, "
+            f"--parallel {cfg.parallel}\n\n{table({'one rank': column})}\n\n"
+            f"{work / 1e15:.2f} PFLOP a step if every answer has full length; at {SUSTAINED / 1e12:.0f} TFLOP/s a rank that "
+            f"is {work / SUSTAINED / ranks:.1f} s, beside the sampler's waiting for memory. Arithmetic, not measured.")
 
 
 if __name__ == "__main__":
@@ -51,9 +97,10 @@ if __name__ == "__main__":
     parser.add_argument("--prompt", type=int, default=1150, help="tokens; an 840 x 840 image has 900")
     parser.add_argument("--prompts", type=int, default=8, help="sampled at once on one GPU")
     parser.add_argument("--pack", type=int, default=8192, help="--pack-tokens")
+    parser.add_argument("--shards", type=int, default=8, help="of --parallel fsdp")
     args = parser.parse_args()
-    columns = {f"{size.upper()} {kind}": memory(size, rank, args.group, args.tokens, args.prompt, args.prompts, args.pack)
-               for size in args.size for kind, rank in (("LoRA", args.lora_rank), ("full", 0))}
-    print("| GB | " + " | ".join(columns) + " |\n|---" + "|---" * len(columns) + "|")
-    for name in next(iter(columns.values())):
-        print(f"| {name} | " + " | ".join(f"{column[name]:.1f}" for column in columns.values()) + " |")
+    print(table({f"{size.upper()} {kind}": memory(without_weights(config_of(size)), rank, args.group, args.tokens,
+                                                   args.prompt, args.prompts, args.pack, shards)
+                 for size in args.size
+                 for kind, rank, shards in (("LoRA", args.lora_rank, 1), ("full", 0, 1),
+                                            (f"full, {args.shards} shards", 0, args.shards))}))
