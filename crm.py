@@ -19,6 +19,7 @@ Shapes: P prompts, G answers each, N = P*G rows laid out (p g), L prompt tokens,
 V vocabulary, D hidden, k key heads, r query heads per key head, d head size.
 """
 import copy
+import json
 import re
 from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
@@ -29,6 +30,7 @@ import numpy as np
 import torch
 from einops import rearrange, repeat
 from PIL import Image
+from safetensors import SafetensorError
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -37,7 +39,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from attention import KINDS, Cache, Tree
-from data import MAX_PIXELS, MIN_PIXELS, Frame, model_size
+from data import MAX_PIXELS, MIN_PIXELS, Frame, model_size, read_text
 from parallel import directly
 
 # the chat format the checkpoints were trained on, around the image and the user's text
@@ -45,6 +47,7 @@ CHAT = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|
         "<|vision_end|>", "<|im_end|>\n<|im_start|>assistant\n")
 END = ("<|im_end|>", "<|endoftext|>")                                   # either one ends an answer
 BANNED = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")   # in sampler and scorer
+UNLOADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError)
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 BANNED_LOGIT = torch.finfo(torch.float32).min
 LOGITS_KEPT = 2 ** 26                       # float32 logits kept for backward: 256 MB
@@ -88,16 +91,23 @@ def load_crm(path: str | Path, device="cpu", dtype=torch.float32, lora_rank: int
     if str(path).startswith((".", "/", "~")) or str(path).count("/") > 1 or Path(path).exists():
         if not (Path(path) / "config.json").is_file():      # not a hub name: say so before asking the hub
             raise ValueError(f"--crm {path}: no folder with a config.json there")
-    try:
-        config = AutoConfig.from_pretrained(path)
-        if config.model_type != "qwen2_5_vl":
-            raise ValueError(f"--crm {path}: its config.json says {config.model_type!r}, not 'qwen2_5_vl'")
-        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(path, dtype=dtype,
-                                                                   attn_implementation="sdpa")
-        tokenizer, processor = (AutoTokenizer.from_pretrained(path),
-                                Qwen2VLImageProcessorPil.from_pretrained(path))
-    except OSError as error:
-        raise ValueError(f"--crm {path}: cannot be loaded ({str(error).splitlines()[0]})") from None
+    for file in Path(path).glob("*.json"):                                  # a torn file is named
+        try:
+            json.loads(read_text(file))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"--crm {file}: not JSON ({error})") from None
+
+    def load(kind, **options):
+        try:
+            return kind.from_pretrained(path, **options)
+        except UNLOADABLE as error:
+            problem = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            raise ValueError(f"--crm {path}: cannot be loaded ({problem})") from None
+
+    if (kind := load(AutoConfig).model_type) != "qwen2_5_vl":
+        raise ValueError(f"--crm {path}: its config.json says {kind!r}, not 'qwen2_5_vl'")
+    model = load(Qwen2_5_VLForConditionalGeneration, dtype=dtype, attn_implementation="sdpa")
+    tokenizer, processor = load(AutoTokenizer), load(Qwen2VLImageProcessorPil)
     return CRM(model.to(device), tokenizer, processor, lora_rank, lora_alpha, reference, freeze_vision,
                checkpointing, resize, min_pixels, max_pixels, **tricks)
 

@@ -22,6 +22,7 @@ import re
 import warnings
 from bisect import bisect_right
 from collections.abc import Sequence
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -161,7 +162,7 @@ def load_prompt(name: str) -> str:
         return PROMPTS[name]
     if not Path(name).is_file():
         raise ValueError(f"--prompt {name}: neither one of {', '.join(PROMPTS)} nor a text file")
-    text = Path(name).read_text(encoding="utf-8").strip()
+    text = read_text(name).strip()
     if "{query}" not in text:
         raise ValueError(f"--prompt {name}: the file has no {{query}} in it, so the question would be lost")
     return text
@@ -193,21 +194,12 @@ def load_image(source: str | Path | bytes) -> Image.Image:
     or so large that Pillow takes it for a decompression bomb (over 89 million pixels)."""
     if not isinstance(source, bytes) and not Path(source).is_file():
         raise ValueError("is a directory, not an image" if Path(source).is_dir() else "no such file")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-            if min(image.size) < MIN_SIDE:
-                raise ValueError(f"is {image.width}x{image.height}: "
-                                 f"the smallest side must have {MIN_SIDE} pixels")
-            image = ImageOps.exif_transpose(image)
-            image.load()
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise ValueError(f"has more than {Image.MAX_IMAGE_PIXELS:,} pixels; scale or tile it first") from None
-    except Image.UnidentifiedImageError:
-        raise ValueError("is not an image that Pillow can read") from None
-    except (OSError, SyntaxError, EOFError) as error:           # what Pillow's decoders raise on broken files
-        raise ValueError(f"is a broken image ({error})") from None
+    with _pillow("image"):
+        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        if min(image.size) < MIN_SIDE:
+            raise ValueError(f"is {image.width}x{image.height}: a side must have {MIN_SIDE} pixels at least")
+        image = ImageOps.exif_transpose(image)
+        image.load()
     if image.mode.startswith(("I", "F")):
         values = np.asarray(image, dtype=np.float64)
         low, high = np.nanmin(values), np.nanmax(values)
@@ -219,11 +211,33 @@ def load_image(source: str | Path | bytes) -> Image.Image:
 
 
 def load_mask(source: str | Path | bytes) -> np.ndarray:
+    """(H, W) bool: where a grey image is brighter than 127. ValueError as load_image."""
+    with _pillow("mask"):
+        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        return np.asarray(image.convert("L")) > 127
+
+
+@contextmanager
+def _pillow(kind: str):
+    """Whatever Pillow raises for broken, hostile or absurdly large files, as a ValueError of one line."""
     try:
-        return np.asarray(
-            Image.open(io.BytesIO(source) if isinstance(source, bytes) else source).convert("L")) > 127
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            yield
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise ValueError(f"has more than {Image.MAX_IMAGE_PIXELS:,} pixels; scale or tile it first") from None
+    except Image.UnidentifiedImageError:
+        raise ValueError(f"is not an {kind} that Pillow can read".replace("an m", "a m")) from None
     except (OSError, SyntaxError, EOFError) as error:
-        raise ValueError(f"is not a readable mask ({error})") from None
+        raise ValueError(f"is a broken {kind} ({error})") from None
+
+
+def read_text(path: str | Path) -> str:
+    """UTF-8; ValueError names a file that is not."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error})") from None
 
 
 # ---------------------------------------------------------------- readers
@@ -327,7 +341,7 @@ def _sample(rows, i: int) -> Sample:
 
 def _numbers(values, n: int) -> bool:
     return isinstance(values, (list, tuple)) and len(values) == n and \
-        all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in values)
+        all(isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) < 1e9 for v in values)
 
 
 class FolderRows:
@@ -337,11 +351,11 @@ class FolderRows:
 
     def __init__(self, folder: Path, split: str):
         self.folder, self.file, self.lines = folder, folder / "samples.jsonl", []
-        for number, line in enumerate(self.file.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(read_text(self.file).splitlines(), 1):
             if line.strip():
                 try:
                     row = json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise ValueError(f"{self.file}, line {number}: not JSON ({error})") from None
                 if not isinstance(row, dict):
                     raise ValueError(f"{self.file}, line {number}: not a JSON object")
@@ -358,12 +372,12 @@ class FolderRows:
         number, row = self.lines[i]
         for key in ("image", "query"):
             need(isinstance(row.get(key), str), key, "is missing")
+        need(not row.get("mask") or isinstance(row["mask"], str), "mask", "is not a file name")
         return {"id": str(row.get("id", f"{self.folder.name}-{number}")),
                 "image": self.folder / "images" / row["image"],
                 "mask": self.folder / "masks" / row["mask"] if row.get("mask") else None,
-                "query": row["query"], "bbox": row.get("bbox"), "points": row.get("points"),
-                "supercategory": row.get("supercategory", ""), "category": row.get("category", ""),
-                "think": row.get("think", ""), "extra": row}
+                "query": row["query"], "bbox": row.get("bbox"), "points": row.get("points"), "extra": row,
+                **{key: str(row.get(key) or "") for key in ("supercategory", "category", "think")}}
 
 
 class ParquetRows:
@@ -409,13 +423,16 @@ class ParquetRows:
 
     def row(self, i, need) -> dict:
         group, offset = self._find(i)
-        row = self.table(group).slice(offset, 1).to_pylist()[0]
+        try:
+            row = self.table(group).slice(offset, 1).to_pylist()[0]
+        except (ValueError, OSError) as error:              # pyarrow's own are of these kinds
+            need(False, "row group", f"cannot be read ({str(error).splitlines()[0]})")
         truth = row["reward_model"]
         need(isinstance(truth, dict) and isinstance(truth.get("ground_truth"), str), "reward_model",
              "has no ground_truth string")
         try:
             truth = json.loads(truth["ground_truth"])
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             need(False, "reward_model.ground_truth", f"is not JSON ({error})")
         need(isinstance(truth, dict), "reward_model.ground_truth", "is not a JSON object")
         for key in ("prompt", "images"):

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from asm import load_asm, overlay
 from crm import load_crm
 from data import (MAX_PIXELS, MIN_PIXELS, BadRow, Frame, clip_to, fill_prompt, load_prompt, load_samples,
-                  model_size, to_image)
+                  model_size, read_text, to_image)
 from rewards import Answer, box_iou, parse_answer, point_dice
 from parallel import Ranks
 from run import EMBEDDED, exit_on, flag, medoid, paired_bootstrap, parse_args, say
@@ -248,19 +248,18 @@ def parts(out: Path) -> list[dict]:
 def from_file(cfg: Config, samples, asm) -> list[dict]:
     """Answers made elsewhere. Unknown or repeated ids and a wrong frame are errors, missing ids refusals."""
     given, where = {}, f"--predictions {cfg.predictions}"
-    with open(cfg.predictions) as file:
-        for number, line in enumerate(file, 1):
-            try:
-                row = json.loads(line)
-                key = str(row["id"])
-                if "text" not in row and not {"bbox", "points"} & row.keys():
-                    raise ValueError
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(f"{where}, line {number}: an object with id and text, bbox or points is "
-                                 "needed") from None
-            if key in given:
-                raise ValueError(f"{where}, line {number}: id {key} was there before; one line an id")
-            given[key] = row
+    for number, line in enumerate(read_text(cfg.predictions).splitlines(), 1):
+        try:
+            row = json.loads(line)
+            key = str(row["id"])
+            if not isinstance(row.get("text"), str) and not {"bbox", "points"} & row.keys():
+                raise ValueError
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise ValueError(f"{where}, line {number}: an object with id and text, bbox or points is "
+                             "needed") from None
+        if key in given:
+            raise ValueError(f"{where}, line {number}: id {key} was there before; one line an id")
+        given[key] = row
     known = {sample.id: (i, sample) for i, sample in enumerate(samples)}
     if unknown := [key for key in given if key not in known]:
         raise ValueError(f"{where}: {len(unknown)} of {len(given)} ids are not in --data {cfg.data}, split "

@@ -157,15 +157,16 @@ def passes(crm, ranks: Ranks, work: list):
 # ---------------------------------------------------------------- the optimizer
 
 UNREADABLE = (UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError,
-              AssertionError, OverflowError)        # what torch.load says of garbage, by fuzzing it
+              AssertionError, OverflowError, OSError)    # what torch.load says of garbage, by fuzzing it
 
 
 def read_torch(file, device="cpu"):
     """What torch.save wrote, plain tensors and containers; nothing in it is run. ValueError names it."""
-    try:
-        return torch.load(file, map_location=device, weights_only=True)
-    except UNREADABLE as error:
-        raise ValueError(f"{file}: no torch file of plain tensors ({type(error).__name__})") from error
+    with open(file, "rb") as opened:                # a missing file is an OSError of its own
+        try:
+            return torch.load(opened, map_location=device, weights_only=True)
+        except UNREADABLE as error:
+            raise ValueError(f"{file}: no torch file of plain tensors ({type(error).__name__})") from error
 
 
 class Optimizer:

@@ -52,7 +52,13 @@ def parse_args(config_class, doc: str, recipe: str | None = None, argv: list[str
     its recipe's flags with it, and that is said. embedded: which of them a parsed Config needs."""
     parser = argparse.ArgumentParser(description=doc, fromfile_prefix_chars="@", allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
+    def words(line):
+        try:
+            return shlex.split(line, comments=True)
+        except ValueError as error:
+            parser.error(f"a line of an @file, {line}: {error}")
+
+    parser.convert_arg_line_to_args = words
     for f in fields(config_class):
         kind = next(iter(get_args(f.type)), f.type)                          # float | None -> float
         several = get_args(kind)                                             # tuple[str, str] -> two of str
@@ -66,7 +72,10 @@ def parse_args(config_class, doc: str, recipe: str | None = None, argv: list[str
             "--" + f.name.replace("_", "-"), default=None if required else f.default, required=required,
             help=f.metadata["help"] + ("" if required or f.default is None else f" ({f.default})"), **how)
     argv = sys.argv[1:] if argv is None else argv
-    config = parser.parse_args(argv)
+    try:
+        config = parser.parse_args(argv)
+    except (ValueError, RecursionError) as error:
+        parser.error(f"an @file is not UTF-8 text, or names itself ({type(error).__name__})")
     if recipe and config.crm is None:
         config = parser.parse_args([f"@{ROOT / recipe}", *argv])
         say(f"no --crm given: the embedded tiny model, with {recipe} (flags given here win)")
