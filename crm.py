@@ -117,11 +117,13 @@ class CRM:
     encode, sample, score, save.
 
     Each trick has an off position, the slow and obvious way to the same numbers: attention "dense"
-    (attention.py), share_vision and drop_finished False."""
+    (attention.py), share_vision and drop_finished False. offload: the reference policy's copy stays in host
+    memory between its uses."""
 
     def __init__(self, model, tokenizer, image_processor, lora_rank=0, lora_alpha=None, reference=False,
                  freeze_vision=False, checkpointing=False, resize="aspect", min_pixels=MIN_PIXELS,
-                 max_pixels=MAX_PIXELS, attention="rows", share_vision=True, drop_finished=True):
+                 max_pixels=MAX_PIXELS, attention="rows", share_vision=True, drop_finished=True,
+                 offload=False):
         if attention not in KINDS:
             raise ValueError(f"attention {attention}: one of {', '.join(KINDS)}")
         self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
@@ -134,6 +136,10 @@ class CRM:
         self.freeze_vision, self.checkpointing = freeze_vision or lora_rank > 0, checkpointing
         self.frozen = copy.deepcopy(model).eval().requires_grad_(False) \
             if reference and not lora_rank else None
+        self.visiting = []                                  # an offloaded reference's tensors and their home
+        if offload and self.frozen:
+            self.frozen.cpu()
+            self.visiting = [(t, t.data) for t in (*self.frozen.parameters(), *self.frozen.buffers())]
         self.lora, self.engine = None, directly             # parallel.spread puts DDP or FSDP there
         if lora_rank:
             from peft import LoraConfig, get_peft_model
@@ -408,10 +414,14 @@ class CRM:
         policy = self.model
         with torch.no_grad(), self.lora.disable_adapter() if self.lora else nullcontext():
             try:
+                for tensor, home in self.visiting:
+                    tensor.data = home.to(self.device)
                 self.model = self.frozen or policy
                 yield
             finally:
                 self.model = policy
+                for tensor, home in self.visiting:
+                    tensor.data = home
 
     def save(self, path: str | Path) -> None:
         """A folder that from_pretrained and any server loads as it is;

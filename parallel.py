@@ -95,11 +95,13 @@ def directly(call, *args):
     return call(*args)
 
 
-def spread(crm, kind: str, ranks: Ranks) -> None:
+def spread(crm, kind: str, ranks: Ranks, offload: bool = False) -> None:
     """Cut or wrap the policy and its reference. What trains must have been chosen before.
 
     Afterwards crm.engine(call, *args) runs `call` between the engine's hooks: the model's own forward is not
     what scores an answer."""
+    if offload and ranks.world > 1 and kind != "ddp":
+        raise ValueError(f"--offload goes with one process or --parallel ddp, not {kind}")
     if kind == "none" or not dist.is_initialized():
         return
     if kind == "fsdp" and crm.lora:
@@ -175,26 +177,30 @@ class Optimizer:
     A bfloat16 weight near 1 cannot move by 1e-6: the update would round away. So where the model computes in
     bfloat16, AdamW owns a float32 copy of every trainable parameter, gradients are added up in float32 on it
     as backward makes them, and the model's weights are its rounding. Where the model is float32 (and for
-    LoRA, and under FSDP, whose shards are float32) there is no copy."""
+    LoRA, and under FSDP, whose shards are float32) there is no copy. offload: the copies, their gradients and
+    AdamW's moments live in host memory, 16 bytes a weight that the GPU then has for other things."""
 
-    def __init__(self, parameters: dict[str, torch.nn.Parameter], weight_decay: float = 0.01, kind="none"):
+    def __init__(self, parameters: dict[str, torch.nn.Parameter], weight_decay: float = 0.01, kind="none",
+                 offload: bool = False):
         self.names, self.models = list(parameters), list(parameters.values())
         self.kind = kind if dist.is_initialized() else "none"
         self.size = sum(p.numel() for p in self.models)
-        self.masters = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_()
-                        for p in self.models]
+        home = torch.device("cpu") if offload else self.models[0].device
+        self.masters = [p if (p.dtype, p.device) == (torch.float32, home) else
+                        p.detach().to(home, torch.float32).requires_grad_() for p in self.models]
         for p, master in self._copies():
             if self.kind == "none":             # DDP needs the gradient where it put it
                 p.register_post_accumulate_grad_hook(lambda p, master=master: self._hand_over(p, master))
         self.adamw = torch.optim.AdamW(self.masters, lr=0.0, weight_decay=weight_decay,
-                                       fused=self.models[0].is_cuda)
+                                       fused=offload or home.type == "cuda")
 
     def _copies(self):
         return [(p, master) for p, master in zip(self.models, self.masters) if master is not p]
 
     @staticmethod
     def _hand_over(p, master):
-        master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
+        gradient = p.grad.to(master)            # its type and place
+        master.grad = gradient if master.grad is None else master.grad.add_(gradient)
         p.grad = None
 
     @torch.no_grad()

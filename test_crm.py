@@ -263,8 +263,9 @@ def test_saved_folder_loads_with_from_pretrained_and_gives_the_same_numbers(crm,
     torch.testing.assert_close(again.logp(group, [0, 1]), crm.logp(group, [0, 1]), atol=0, rtol=0)
 
 
-def test_reference_stays_where_the_policy_started():
-    crm = random_crm(reference=True)
+@pytest.mark.parametrize("offload", [False, True])
+def test_reference_stays_where_the_policy_started(offload):
+    crm = random_crm(reference=True, offload=offload)
     prompt = crm.encode(noise_image(56, 56), "x")
     group = crm.sample([prompt], 2, 6)[0]
     start = crm.logp(group, [0, 1]).detach()

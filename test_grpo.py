@@ -182,6 +182,24 @@ def test_learning_rates_by_hand():
     assert learning_rate(999, 1000, 3.0, 0, "constant") == 3.0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_offloaded_updates_are_the_same_updates(dtype):
+    torch.manual_seed(0)
+    start, runs = torch.randn(5, 3), []
+    for offload in (False, True):
+        p = torch.nn.Parameter(start.to(dtype, copy=True))
+        optimizer = Optimizer({"p": p}, weight_decay=0.1, offload=offload)
+        for step in range(5):
+            (p.float() * torch.arange(3.0) * step).square().sum().backward()
+            optimizer.step(1e-2, 1.0)
+        runs.append((p.detach().clone(), optimizer._state()))
+    (one, held), (two, other) = runs
+    assert not torch.equal(one, start.to(dtype))
+    torch.testing.assert_close(one, two)
+    for key in held:
+        torch.testing.assert_close(held[key], other[key])
+
+
 def test_bfloat16_weights_move_at_a_learning_rate_that_rounds_away_without_masters():
     p = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
     optimizer = Optimizer({"p": p}, weight_decay=0.0)

@@ -214,7 +214,7 @@ def test_every_switch_of_a_study_changes_the_run_and_none_breaks_it(tmp_path):
 def test_a_run_without_any_trick_gives_the_same_numbers(tmp_path):
     flags = "--freeze-vision --minibatches 2 --steps 2 --norm none --out"
     run("train_grpo.py", SMALL, flags, tmp_path / "fast")
-    run("train_grpo.py", SMALL, "--attention dense --no-share-vision --no-drop-finished --pack-tokens 1",
+    run("train_grpo.py", SMALL, "--attention dense --no-share-vision --no-drop-finished --pack-tokens 1 --offload",
         flags, tmp_path / "slow")
     for fast, slow in zip(*(rows(tmp_path / name / "metrics.jsonl") for name in ("fast", "slow")), strict=True):
         for key in ("reward", "length", "entropy", "kl", "loss", "grad_norm"):

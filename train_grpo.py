@@ -97,6 +97,7 @@ class Config:
     freeze_vision: bool = flag(False, "leave the vision tower as it is")
     trainable: str = flag("", "train only parameters whose name has a match of this regular expression")
     checkpointing: bool = flag(False, "recompute activations in backward")
+    offload: bool = flag(False, "keep the reference, master weights and AdamW's moments in host memory")
     # speed: the same numbers, only sooner (off: dense, no-share-vision, no-drop-finished, pack-tokens 1)
     attention: str = flag("rows", "how answers that share a prompt attend, see attention.py", KINDS)
     share_vision: bool = flag(True, "features of a frozen vision tower are computed once a step")
@@ -277,10 +278,11 @@ def main(cfg: Config) -> None:
         crm = load_crm(cfg.crm, ranks.device, dtype, cfg.lora_rank, reference=cfg.kl_coef > 0,
                        freeze_vision=cfg.freeze_vision, checkpointing=cfg.checkpointing, resize=cfg.resize,
                        min_pixels=cfg.min_pixels, max_pixels=cfg.max_pixels, attention=cfg.attention,
-                       share_vision=cfg.share_vision, drop_finished=cfg.drop_finished)
+                       share_vision=cfg.share_vision, drop_finished=cfg.drop_finished,
+                       offload=cfg.offload)
         crm.trainable(cfg.trainable)
-        spread(crm, cfg.parallel, ranks)
-        optimizer = Optimizer(crm.trainable(cfg.trainable), cfg.weight_decay, cfg.parallel)
+        spread(crm, cfg.parallel, ranks, cfg.offload)
+        optimizer = Optimizer(crm.trainable(cfg.trainable), cfg.weight_decay, cfg.parallel, cfg.offload)
         first = run.begin(optimizer, cfg.steps)
     # prompts are dealt out in turn, so that a mini-batch holds the same ones on any number of ranks
     ours, share = slice(ranks.rank, None, ranks.world), mine // cfg.minibatches

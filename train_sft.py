@@ -62,6 +62,7 @@ class Config:
     lora_rank: int = flag(0, "train LoRA matrices of this rank instead of the whole model")
     freeze_vision: bool = flag(False, "leave the vision tower as it is")
     checkpointing: bool = flag(False, "recompute activations in backward")
+    offload: bool = flag(False, "keep master weights and AdamW's moments in host memory")
     # looking
     mode: str = flag("soft", "reward mode of the held-out evaluation", tuple(MODES))
     max_new_tokens: int = flag(128, "an answer's limit in the held-out evaluation")
@@ -89,8 +90,8 @@ def main(cfg: Config) -> None:
         crm = load_crm(cfg.crm, ranks.device, ranks.dtype(cfg.dtype), cfg.lora_rank,
                        freeze_vision=cfg.freeze_vision, checkpointing=cfg.checkpointing, resize=cfg.resize,
                        min_pixels=cfg.min_pixels, max_pixels=cfg.max_pixels)
-        spread(crm, cfg.parallel, ranks)
-        optimizer = Optimizer(crm.trainable(), cfg.weight_decay, cfg.parallel)
+        spread(crm, cfg.parallel, ranks, cfg.offload)
+        optimizer = Optimizer(crm.trainable(), cfg.weight_decay, cfg.parallel, cfg.offload)
         steps = cfg.steps or max(1, round(cfg.epochs * len(train) / cfg.batch))
         first = run.begin(optimizer, steps)
     say(f"{optimizer.size:,} trainable parameters on {ranks.world} x "

@@ -27,9 +27,9 @@ def without_weights(config):
 
 
 def memory(model, lora_rank: int, group: int, tokens: int, prompt: int, prompts: int, pack: int, shards: int = 1,
-           reference: bool = True) -> dict[str, float]:
+           reference: bool = True, offload: bool = False) -> dict[str, float]:
     """GB of one rank by purpose. prompt: tokens of text and image; prompts: sampled at once; pack: --pack-tokens;
-    shards: ranks over which FSDP cuts the model, 1 without."""
+    shards: ranks over which FSDP cuts the model, 1 without. offload: what --offload leaves on the GPU."""
     c, N = model.config.text_config, sum(p.numel() for p in model.parameters())
     head = c.hidden_size // c.num_attention_heads
     adapted = [m for name, m in model.named_modules()
@@ -47,8 +47,12 @@ def memory(model, lora_rank: int, group: int, tokens: int, prompt: int, prompts:
            "activations while updating": S * (c.num_hidden_layers * c.hidden_size + wide) * BF16,
            "logits, a chunk": 3 * LOGITS_CHUNK["cuda"] * FP32}
     out = {name: value / GB for name, value in out.items()}
-    steady = sum(v for k, v in out.items() if k not in ("cache while sampling", "activations while updating"))
-    return out | {"most at once": steady + max(out["cache while sampling"], out["activations while updating"])}
+    in_turn = ["cache while sampling", "activations while updating"]
+    if offload:                             # the reference comes for its pass, as a gradient for its way home
+        out |= dict.fromkeys(("float32 masters", "gradients, float32", "AdamW's two moments"), 0.0)
+        in_turn.append("reference")
+    steady = sum(v for k, v in out.items() if k not in in_turn)
+    return out | {"most at once": steady + max(out[k] for k in in_turn)}
 
 
 def table(columns: dict[str, dict[str, float]]) -> str:
@@ -77,7 +81,7 @@ def dry_run(cfg, train) -> str:
     ranks = cfg.dry_run
     shards = min(8, ranks) if cfg.parallel == "fsdp" else 1
     column = memory(model, cfg.lora_rank, G, cfg.max_new_tokens, prompt, -(-rows // ranks) if grpo else 0, pack, shards,
-                    grpo and cfg.kl_coef > 0)
+                    grpo and cfg.kl_coef > 0, cfg.offload)
     N = sum(p.numel() for p in model.parameters())
     forwards = 3 + cfg.checkpointing + (1 + (cfg.kl_coef > 0) if grpo else 0)       # a backward is worth two
     work = forwards * 2 * N * rows * (prompt + G * cfg.max_new_tokens)
@@ -100,7 +104,8 @@ if __name__ == "__main__":
     parser.add_argument("--shards", type=int, default=8, help="of --parallel fsdp")
     args = parser.parse_args()
     print(table({f"{size.upper()} {kind}": memory(without_weights(config_of(size)), rank, args.group, args.tokens,
-                                                   args.prompt, args.prompts, args.pack, shards)
+                                                   args.prompt, args.prompts, args.pack, shards, offload=offload)
                  for size in args.size
-                 for kind, rank, shards in (("LoRA", args.lora_rank, 1), ("full", 0, 1),
-                                            (f"full, {args.shards} shards", 0, args.shards))}))
+                 for kind, rank, shards, offload in (("LoRA", args.lora_rank, 1, False), ("full", 0, 1, False),
+                                                     ("full, --offload", 0, 1, True),
+                                                     (f"full, {args.shards} shards", 0, args.shards, False))}))
