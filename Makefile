@@ -1,4 +1,4 @@
-# make demo · make test · make faults · make bench · make bench-trl · make memory · make paper ·
+# make demo · make test · make faults · make bench · make bench-trl · make bench-gpu · make memory · make paper ·
 # make embedded
 
 PYTHON ?= python3
@@ -44,6 +44,14 @@ bench: setup
 bench-trl: setup build/trl/ready
 	$(RUN) -m bench --peer
 	$(RUN) -m bench --peer --growth
+
+# at real size on one GPU: the 3B architecture with random weights, 840 x 840 px, 256 tokens
+.PHONY: bench-gpu
+bench-gpu: setup build/trl/ready
+	$(RUN) -m bench --peer $(AT_SIZE)
+	$(RUN) -m bench --roofline $(AT_SIZE)
+	$(RUN) -m bench $(AT_SIZE)
+AT_SIZE = --random-model 3b --micro 16 --flags "--resize square:840 --max-pixels 705600 --group 16 --max-new-tokens 256"
 
 build/trl/ready: requirements.txt
 	$(PYTHON) -m venv build/trl

@@ -20,8 +20,8 @@ from data import BadRow, load_image, load_mask, load_prompt, load_samples
 from parallel import read_torch
 from run import ROOT, parse_args
 
-FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
-FEW = settings(FUZZ, max_examples=30)
+FUZZ = settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
+FEW = settings(FUZZ, max_examples=20)
 SEEDS = st.integers(0, 2 ** 32)
 
 
@@ -162,7 +162,7 @@ def test_a_torch_file(seed, tmp_path_factory):
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
                                   "preprocessor_config.json"])
 @given(seed=SEEDS)
-@settings(FUZZ, max_examples=8)
+@settings(FUZZ, max_examples=5)
 def test_a_model_folder(name, seed, tmp_path_factory):
     folder = tmp_path_factory.mktemp("crm")
     shutil.copytree(ROOT / "demo/crm", folder, dirs_exist_ok=True)
@@ -178,7 +178,7 @@ def test_a_model_folder(name, seed, tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["config.yaml", "model.safetensors"])
 @given(seed=SEEDS)
-@settings(FUZZ, max_examples=20)
+@settings(FUZZ, max_examples=10)
 def test_a_segmenter_folder(name, seed, tmp_path_factory):
     folder = tmp_path_factory.mktemp("asm")
     shutil.copytree(ROOT / "demo/asm", folder, dirs_exist_ok=True)

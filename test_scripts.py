@@ -297,4 +297,6 @@ def test_the_readme_names_only_files_and_flags_that_exist():
         - {"nproc-per-node", "nnodes", "no-deps", "no-build-isolation"}
     known = {name.replace("_", "-") for module in (train_grpo, train_sft, infer, evaluate)
              for name in module.Config.__dataclass_fields__} | {"no-think", "no-share-vision", "no-drop-finished", "help"}
+    for tool in (*ROOT.glob("paper/*.py"), *ROOT.glob("bench/*.py")):
+        known |= set(re.findall(r'add_argument\("--([a-z-]+)"', tool.read_text()))
     assert flags <= known, flags - known

@@ -4,6 +4,11 @@
     python -m bench --peer             # the same work by TRL, alternately, in build/trl (make bench-trl)
     python -m bench --growth --peer    # step time over group size and prompt length, a picture
     python -m bench --scaling          # the same step on one and on two processes of one thread each
+    python -m bench --roofline         # how much of the machine's own matrix product and copy a step reaches
+
+On a GPU, at real size (make bench-gpu): --random-model 3b|7b builds the architecture with random weights, whose
+answers never end early, and --flags go to both sides, e.g. --flags "--resize square:840 --max-pixels 705600 --group 16
+--max-new-tokens 256". TRL alone gets --force-length.
 
 Every measurement is a process of its own: a few steps of train_grpo.py (or of bench/peer_trl.py) on the embedded
 model, all weights trained, KL 0.01 to a reference, one update a step; the first step is warm-up. In a comparison the
@@ -20,12 +25,15 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 import torch
 
+from bench.random_model import SIZES
 from crm import load_crm
-from data import PROMPTS
+from data import PROMPTS, fill_prompt, load_prompt, load_samples
+from run import parse_args
+from train_grpo import Config
 
 RESULTS = Path(__file__).parent / "results"
 OURS = ("--prompts 8 --group 8 --weights '' --trainable '' --lr 1e-6 --minibatches 1 --kl-coef 0.01 --warmup 0 "
@@ -36,11 +44,67 @@ OFF = {"attention dense": "--attention dense", "vision features not shared": "--
        "all off": "--attention dense --no-share-vision --no-drop-finished --pack-tokens 1"}
 
 
+def machine() -> dict:
+    """What this machine does of a large matrix product (operations a second) and of a copy (bytes a second)."""
+    cuda = torch.cuda.is_available()
+    device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
+    n, cells = (8192, 2 ** 30) if cuda else (2048, 2 ** 26)
+    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
+    source, target = torch.zeros(2, cells, device=device, dtype=dtype)
+
+    def fastest(work, times=10):
+        seconds = []
+        for _ in range(times):
+            start = time.perf_counter()
+            work()
+            if cuda:
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+        return min(seconds)
+
+    return {"flops": 2 * n ** 3 / fastest(lambda: a @ b),
+            "bytes": 2 * source.nbytes / fastest(lambda: target.copy_(source))}
+
+
+def roofline(args) -> None:
+    """Useful work of a step's phases over what the machine could do in the same time.
+
+    A forward is 2 operations a weight and token, a backward 4; every prompt counts once, the vocabulary projection
+    for answer tokens only, recomputation not at all, attention's own products not. Decoding reads all weights once a
+    token, and the keys and values of every row so far."""
+    cfg = parse_args(Config, "", argv=["@recipes/demo.args", "--crm", args.crm, *shlex.split(OURS), *shlex.split(args.flags)])
+    crm, train = load_crm(args.crm, resize=cfg.resize, max_pixels=cfg.max_pixels), load_samples(cfg.data)
+    prompts = [crm.encode(train[i].image, fill_prompt(load_prompt(cfg.prompt), train[i].query)) for i in range(16)]
+    step, top, c = ours("", args), machine(), crm.model.config.text_config
+    count = lambda module: sum(p.numel() for p in module.parameters())
+    visual = crm.model.model.visual
+    body, head, tower, merger = map(count, (crm.model.model.language_model.layers, crm.model.lm_head, visual.blocks,
+                                            visual.merger))
+    text = cfg.prompts * mean(len(p.ids) for p in prompts)
+    patches = cfg.prompts * mean(len(p.pixel_values) for p in prompts)
+    answers, width = cfg.prompts * cfg.group * step["length"], crm.model.lm_head.weight.element_size()
+    forward = 2 * (body * (text + answers) + head * answers + tower * patches + merger * patches / 4)
+    work = {"sample": forward, "reference": forward, "update": 3 * forward}
+    cell = c.num_hidden_layers * 2 * c.num_key_value_heads * c.hidden_size // c.num_attention_heads * width
+    read = cfg.max_new_tokens * (body + head) * width + cell * (cfg.max_new_tokens * text + answers * step["length"] / 2)
+    print(f"matrix product {top['flops'] / 1e9:.0f} GFLOP/s, copy {top['bytes'] / 1e9:.1f} GB/s; a step {step['seconds']:.2f} s")
+    result = {"machine": top, "step": step, "floor_seconds": 5 * forward / top["flops"], "phases": {}}
+    for phase, flops in work.items():
+        rate = flops / step[f"seconds/{phase}"]
+        result["phases"][phase] = {"flop": flops, "of_matrix_product": rate / top["flops"]}
+        print(f"{phase:10} {flops / 1e9:8.0f} GFLOP  {step[f'seconds/{phase}']:.2f} s  {rate / top['flops']:.0%} of the matrix product")
+    result["decode_of_copy"] = read / step["seconds/sample"] / top["bytes"]
+    print(f"sampling reads {read / 1e9:.1f} GB: {result['decode_of_copy']:.0%} of the copy\n"
+          f"the products alone would take {result['floor_seconds']:.2f} s")
+    record("roofline", result)
+
+
 def ours(flags: str, args, launch: tuple = (), **env) -> dict:
     """A few steps of train_grpo.py -> medians over all but the first: seconds, phases; peak memory."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, *launch, "train_grpo.py", "@recipes/demo.args", "--crm", args.crm,
-                   *shlex.split(OURS), "--steps", str(args.steps), "--out", f"{folder}/run", *shlex.split(flags)]
+                   *shlex.split(OURS), "--steps", str(args.steps), "--out", f"{folder}/run",
+                   *shlex.split(args.flags), *shlex.split(flags)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | env)
         rows = [json.loads(line) for line in open(f"{folder}/run/metrics.jsonl")][1:]
     keys = ["seconds", *(k for k in rows[0] if k.startswith("seconds/")), "length", "tokens_per_second"]
@@ -51,7 +115,8 @@ def ours(flags: str, args, launch: tuple = (), **env) -> dict:
 def trl(flags: str, args) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([args.peer_python, "-m", "bench.peer_trl", "--crm", args.crm, "--steps", str(args.steps),
-                        "--out", f"{folder}/peer.json", "--micro", str(args.micro), *shlex.split(flags)], check=True,
+                        "--out", f"{folder}/peer.json", "--micro", str(args.micro), *shlex.split(args.flags), *shlex.split(flags),
+                        *(["--force-length"] if args.random_model else [])], check=True,
                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         row = json.loads(Path(f"{folder}/peer.json").read_text())
     return {"seconds": median(row["seconds"][1:]), "length": median(row["length"][1:]),
@@ -150,14 +215,22 @@ def growth(args) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--crm", default="demo/crm")
+    parser.add_argument("--random-model", choices=SIZES, help="the real architecture instead of --crm, in build/")
+    parser.add_argument("--flags", default="", help="of every run, ours and TRL's")
     parser.add_argument("--steps", type=int, default=3, help="of a measurement; the first is not counted")
     parser.add_argument("--peer", action="store_true", help="TRL's GRPOTrainer beside ours")
     parser.add_argument("--peer-python", default="build/trl/bin/python")
     parser.add_argument("--micro", type=int, default=64, help="TRL's per-device batch; the rest is accumulated")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--scaling", action="store_true", help="one and two processes")
+    parser.add_argument("--roofline", action="store_true", help="against this machine's matrix product and copy")
     parser.add_argument("--growth", action="store_true", help="over group size and prompt length")
     args = parser.parse_args()
     if args.peer and not Path(args.peer_python).exists():
         sys.exit(f"--peer-python {args.peer_python}: not there; make bench-trl makes it")
-    (scaling if args.scaling else growth if args.growth else pairs if args.peer else switches)(args)
+    if args.random_model:
+        args.crm = f"build/random-{args.random_model}"
+        if not Path(args.crm).exists():
+            subprocess.run([sys.executable, "-m", "bench.random_model", args.random_model, "--out", args.crm], check=True)
+    (scaling if args.scaling else roofline if args.roofline else growth if args.growth else
+     pairs if args.peer else switches)(args)

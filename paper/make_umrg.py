@@ -12,7 +12,7 @@
   5  train.parquet and test.parquet in the U-MRG schema (data.py); a patient, or an image, is in one of them only
 
 Without --table, a mask belongs to the image whose file name (without its ending) it has, or begins with: x.png and
-x_left_kidney.png; what follows is the category. With it, a CSV: image, mask, category, and if known supercategory,
+x_left_kidney.png; what follows is the category (a count of three or more digits at its end is left out). With it, a CSV: image, mask, category, and if known supercategory,
 modality, patient. Words come from any OpenAI-compatible endpoint (pip install openai; the key is OPENAI_API_KEY);
 every answer is kept in --cache, so an interrupted run asks nothing twice.
 """
@@ -85,7 +85,8 @@ def find(images: Path, masks: Path, table: Path | None) -> list[Item]:
         names = [stem for stem in stems if mask.stem == stem or mask.stem.startswith(stem + "_")]
         if names:
             stem = max(names, key=len)
-            items.append(Item(stems[stem], mask, mask.stem[len(stem) + 1:].replace("_", " ") or "target"))
+            category = re.sub(r"_\d{3,}$", "", mask.stem[len(stem) + 1:])    # x_liver_000.png: a count, not a name
+            items.append(Item(stems[stem], mask, category.replace("_", " ") or "target"))
     if not items:
         raise ValueError(f"--masks {masks}: no mask there has the name of an image in {images}; name it so, or "
                          "give --table")

@@ -81,7 +81,9 @@ def test_masks_find_their_image_and_category_by_name_and_pieces_can_be_left_out(
     (scans / "images/scan00_x.png").unlink()
     mask[60:66, 70:80] = True
     Image.fromarray(mask.astype(np.uint8) * 255).save(scans / "masks/scan00_liver_lobe.png")
+    Image.fromarray(mask).save(scans / "masks/scan02_rib_9_000.png")
     items = {item.mask.name: item for item in find(scans / "images", scans / "masks", None)}
+    assert items["scan02_rib_9_000.png"].category == "rib 9"            # the mask's own count is no part of it
     assert items["scan00_liver_lobe.png"].image.name == "scan00.png"
     assert items["scan00_liver_lobe.png"].category == "liver lobe" and items["scan01.png"].category == "target"
     for flag, box in (([], (10, 12, 80, 66)), (["--largest"], (10, 12, 40, 50))):
