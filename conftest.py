@@ -1,5 +1,14 @@
-"""What several test files share: a random tiny Qwen2.5-VL. Tests need neither a GPU nor the network."""
+"""What several test files share: a random tiny Qwen2.5-VL, and how scripts are run. Tests need neither a GPU nor the
+network."""
+import multiprocessing
 import os
+import runpy
+import shlex
+import socket
+import sys
+import tempfile
+import warnings
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -11,8 +20,66 @@ from PIL import Image
 from crm import CHAT
 from data import PROMPTS
 from demo.make_crm import tiny_crm
+from run import ROOT
 
 TEXTS = [*PROMPTS.values(), *CHAT, "What could the elongated shadow on the left be? 0 1 2 3 4 5 6 7 8 9"] * 3
+
+
+FORKS = multiprocessing.get_context("forkserver")       # importing torch and transformers takes seconds: once is enough
+FORKS.set_forkserver_preload(["train_grpo", "train_sft", "infer", "evaluate", "bench.memory"])
+
+
+class Script:
+    """`python script.py flags` in a process of its own, forked off one that has imported what it will import. As
+    subprocess.Popen: pid, poll(), returncode, send_signal(), and communicate() -> (stdout, stderr). before: called first."""
+
+    def __init__(self, *command, before=None, **env):
+        args = [word for part in command for word in shlex.split(str(part))]
+        self.files = [Path(tempfile.mkstemp()[1]) for _ in range(2)]
+        self.process = FORKS.Process(target=_script, args=(args, {"OMP_NUM_THREADS": "1"} | env, before, self.files))
+        self.process.start()
+        self.pid = self.process.pid
+
+    returncode = property(lambda self: self.process.exitcode)
+
+    def poll(self):
+        return self.returncode
+
+    def send_signal(self, number):
+        os.kill(self.pid, number)
+
+    def communicate(self, timeout=150):
+        self.process.join(timeout)
+        if self.process.is_alive():
+            self.process.kill()
+            raise TimeoutError(f"{timeout} s: {[file.read_text()[-2000:] for file in self.files]}")
+        out = tuple(file.read_text() for file in self.files)
+        for file in self.files:
+            file.unlink()
+        return out
+
+
+def _script(args, env, before, files):
+    for number, file in enumerate(files, 1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), number)
+    os.chdir(ROOT)
+    os.environ.update(env)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(int(env["OMP_NUM_THREADS"]))
+    if before:
+        before()
+    module = args[0] == "-m"
+    sys.argv = args[module:]
+    (runpy.run_module if module else runpy.run_path)(sys.argv[0], run_name="__main__")
+
+
+def ranks(processes, *command):
+    """What torchrun starts, started here: a Script a rank."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        meet = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(processes),
+                "LOCAL_WORLD_SIZE": str(processes)}
+    return [Script(*command, **meet, RANK=str(r), LOCAL_RANK=str(r)) for r in range(processes)]
 
 
 def random_crm(seed=0, **options):

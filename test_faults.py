@@ -1,33 +1,35 @@
 """What happens to runs: kills, signals, full disks, torn files. Nothing may be lost or silently wrong.
 
     python -m pytest -q test_faults.py              # the short form, part of make test
-    python test_faults.py                           # the whole campaign: 100 kills, 20 signals, 10 full disks, a table
+    python test_faults.py                           # the whole campaign: 100 kills, 20 signals, 10 full disks,
+                                                    # 10 ranks of two, a table
 """
-import os
 import random
 import resource
-import shlex
 import signal
-import subprocess
-import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from test_scripts import ROOT, rows, run, without_times
+from conftest import Script
+from test_parallel import a_rank_is_killed
+from test_scripts import rows, run, without_times
 
 SMALL = ("train_grpo.py --crm demo/crm --data demo/data --steps 12 --save-every 2 --keep 2 --prompts 2 --group 2 "
          "--minibatches 1 --max-new-tokens 6 --eval-every -1 --lr 1e-4 --resume auto --out")
 
 
 def start(folder, flags="", **options):
-    return subprocess.Popen([sys.executable, "-W", "ignore", *shlex.split(SMALL), str(folder), *shlex.split(flags)],
-                            cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True, **options)
+    return Script(SMALL, folder, flags, **options)
+
+
+def said(process):
+    return "".join(process.communicate(300))
 
 
 def disturbed(folder, faults, hit):
@@ -44,7 +46,7 @@ def disturbed(folder, faults, hit):
             time.sleep(random.uniform(0, 0.6))
             hits += process.poll() is None
             hit(process)
-        out, _ = process.communicate(timeout=300)
+        out = said(process)
         for checkpoint in folder.glob("step_*[0-9]"):       # whatever there is can be read, at any moment
             load_file(checkpoint / "model.safetensors")
             torch.load(checkpoint / "trainer.pt", weights_only=True)
@@ -68,7 +70,7 @@ def equal(a, b):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "undisturbed"
-    out, _ = start(folder).communicate(timeout=300)
+    out = said(start(folder))
     assert (folder / "step_000012").exists(), out
     return folder
 
@@ -84,12 +86,12 @@ def test_a_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(tmp_pat
 
 
 def test_a_torn_checkpoint_is_named_and_the_one_before_it_taken(tmp_path, undisturbed):
-    out, _ = start(tmp_path / "run", "--steps 4").communicate(timeout=300)
+    said(start(tmp_path / "run", "--steps 4"))
     state = tmp_path / "run/step_000004/trainer.pt"
     state.write_bytes(state.read_bytes()[:1000])
     for half in ("step_000006.tmp", "step_000001.old"):     # what a kill while saving or deleting leaves
         (tmp_path / "run" / half).mkdir()
-    out, _ = start(tmp_path / "run").communicate(timeout=300)
+    out = said(start(tmp_path / "run"))
     assert "step_000004: cannot be read" in out and equal(tmp_path / "run", undisturbed)
     assert sorted(p.name for p in (tmp_path / "run").glob("step_*")) == ["step_000010", "step_000012"]
 
@@ -101,12 +103,12 @@ def full_disk(megabytes):
 
 
 def test_a_full_disk_is_reported_in_one_line_and_loses_nothing(tmp_path, undisturbed):
-    start(tmp_path / "run", "--steps 4").communicate(timeout=300)
-    process = start(tmp_path / "run", preexec_fn=lambda: full_disk(6))      # weights fit not
-    out, _ = process.communicate(timeout=300)
+    said(start(tmp_path / "run", "--steps 4"))
+    process = start(tmp_path / "run", before=partial(full_disk, 6))      # weights fit not
+    out = said(process)
     assert process.returncode == 1 and "cannot be written" in out and "step_000004 is whole" in out, out
     assert "Traceback" not in out and not list((tmp_path / "run").glob("*.tmp"))
-    start(tmp_path / "run").communicate(timeout=300)
+    said(start(tmp_path / "run"))
     assert equal(tmp_path / "run", undisturbed)
 
 
@@ -119,7 +121,7 @@ def test_a_folder_that_cannot_be_written_is_said_before_anything_is_computed(tmp
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as place:
         whole = Path(place) / "undisturbed"
-        start(whole).communicate()
+        said(start(whole))
         print(f"{'fault':12} tried  hit  losses")
         for name, number, tries, each in (("kill -9", signal.SIGKILL, 100, 5), ("SIGTERM", signal.SIGTERM, 20, 4)):
             hits = losses = 0
@@ -131,8 +133,13 @@ if __name__ == "__main__":
         losses = 0
         for i in range(10):
             folder = Path(place) / f"full-{i}"
-            start(folder, f"--steps {2 + i}").communicate()
-            start(folder, preexec_fn=lambda: full_disk(0.5 + 2 * i)).communicate()
-            start(folder).communicate()
+            said(start(folder, f"--steps {2 + i}"))
+            said(start(folder, before=partial(full_disk, 0.5 + 2 * i)))
+            said(start(folder))
             losses += not equal(folder, whole)
-        print(f"{'disk full':12} {10:5} {10:4} {losses:7}")
+        print(f"{'disk full':12} {10:5} {10:4} {losses:7}", flush=True)
+        losses = 0
+        for i in range(10):
+            seconds, words = a_rank_is_killed(Path(place) / f"rank-{i}", after=random.uniform(0, 3))
+            losses += not (seconds < 60 and "another rank is gone" in words and "SIGKILL" in words)
+        print(f"{'rank killed':12} {10:5} {10:4} {losses:7}")

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from conftest import ranks
 from test_scripts import ROOT, rows, run
 
 # four prompts, of which a rank of four has one; answers and prompts of different lengths; every step is saved
@@ -22,8 +23,11 @@ SAME = ("reward", "length", "finished", "parse_ok", "zero_std", "entropy", "loss
 
 
 def torchrun(processes, *command, check=0):
-    return run(f"-m torch.distributed.run --standalone --nproc-per-node {processes}", *command,
-               check=check)
+    """Rank 0's (stdout, stderr)."""
+    scripts = ranks(processes, *command)
+    said = [script.communicate(timeout=300) for script in scripts]
+    assert {script.returncode for script in scripts} == {check}, said
+    return said[0]
 
 
 @pytest.fixture(scope="module")
@@ -117,24 +121,30 @@ def test_lora_over_two_processes_is_that_of_one_and_is_not_sharded(tmp_path):
     run(WORK, "--lora-rank 4 --out", tmp_path / "one")
     torchrun(2, WORK, "--lora-rank 4 --out", tmp_path / "two")
     same_run(tmp_path / "two", tmp_path / "one")
-    _, error = torchrun(2, WORK, "--lora-rank 4 --parallel fsdp --out", tmp_path / "no", check=1)
+    _, error = torchrun(2, WORK, "--lora-rank 4 --parallel fsdp --out", tmp_path / "no", check=2)
     assert "error: --parallel fsdp cuts whole models" in error and not (tmp_path / "no").exists()
 
 
-def test_a_killed_rank_ends_the_others_within_a_minute_and_is_named(tmp_path):
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", "2",
-               "--standalone", *WORK.replace("--steps 2", "--steps 500").split(), "--out",
-               str(tmp_path / "run")]
+def a_rank_is_killed(folder, after=0.0):
+    """Kill rank 1 of 2 in its second step or later -> (seconds until torchrun ended, what it said)."""
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
+               *WORK.replace("--steps 2", "--steps 500").replace("--save-every 1", "").split(), "--out", str(folder)]
     process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT, text=True)
-    while not (tmp_path / "run/step_000002").exists() and process.poll() is None:
+    while not (folder / "metrics.jsonl").exists() and process.poll() is None:
         time.sleep(0.1)
-    ranks = [pid for pid in map(int, subprocess.check_output(["ps", "-o", "pid=", "--ppid", str(process.pid)],
-                                                             text=True).split())
-             if b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")]
-    assert len(ranks) == 1
-    os.kill(ranks[0], signal.SIGKILL)
+    time.sleep(after)
+    children = subprocess.check_output(["ps", "-o", "pid=", "--ppid", str(process.pid)], text=True).split()
+    second = [int(pid) for pid in children if b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")]
+    assert len(second) == 1
+    os.kill(second[0], signal.SIGKILL)
     start = time.time()
-    said, _ = process.communicate(timeout=90)
-    assert time.time() - start < 60 and process.returncode == 1
-    assert "rank 0 of 2" in said and "another rank is gone" in said and "rank      : 1" in said and "SIGKILL" in said, said
+    words, _ = process.communicate(timeout=90)
+    assert process.returncode == 1
+    return time.time() - start, words
+
+
+def test_a_killed_rank_ends_the_others_within_a_minute_and_is_named(tmp_path):
+    seconds, said = a_rank_is_killed(tmp_path / "run")
+    assert seconds < 60 and "rank 0 of 2" in said and "another rank is gone" in said and "rank      : 1" in said \
+        and "SIGKILL" in said, said

@@ -1,13 +1,10 @@
 """The scripts as a newcomer runs them:
 the README's commands, bad input, interruption, resuming, several processes."""
 import json
-import os
 import re
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -22,6 +19,7 @@ import infer
 import train_grpo
 import train_sft
 from bench.random_model import config_of
+from conftest import Script
 from data import load_samples
 from run import ROOT, paired_bootstrap, parse_args
 
@@ -31,12 +29,11 @@ SMALL = ("--prompts 4 --group 4 --minibatches 2 --max-new-tokens 110 --eval-ever
 
 
 def run(*command, check=0, **env):
-    """A script as a subprocess -> (stdout, stderr); its exit status must be `check`."""
-    args = [word for part in command for word in shlex.split(str(part))]
-    done = subprocess.run([sys.executable, "-W", "ignore", *args], cwd=ROOT, capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"} | env, timeout=150)
-    assert done.returncode == check, (args, done.returncode, done.stdout[-2000:], done.stderr[-3000:])
-    return done.stdout, done.stderr
+    """A script in a process of its own -> (stdout, stderr); its exit status must be `check`."""
+    script = Script(*command, **env)
+    out, error = script.communicate(timeout=400)
+    assert script.returncode == check, (command, script.returncode, out[-2000:], error[-3000:])
+    return out, error
 
 
 def rows(path):
@@ -254,14 +251,13 @@ def test_bad_gradients_are_skipped_and_a_run_of_them_ends_the_run(tmp_path, monk
 
 
 def test_ctrl_c_finishes_the_step_saves_and_exits_0(tmp_path):
-    process = subprocess.Popen([sys.executable, "-W", "ignore", "train_grpo.py", *shlex.split(SMALL),
-                                "--steps", "500", "--out", str(tmp_path / "run")],
-                               cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = Script("train_grpo.py", SMALL, "--steps 500 --out", tmp_path / "run")
     deadline = time.time() + 120
     while not (tmp_path / "run/metrics.jsonl").exists() and time.time() < deadline:
         time.sleep(0.2)
     process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 0, process.stdout.read()
+    said = process.communicate(60)
+    assert process.returncode == 0, said
     last = rows(tmp_path / "run/metrics.jsonl")[-1]["step"]
     assert last < 500 and (tmp_path / f"run/step_{last:06d}/model.safetensors").exists()
 
