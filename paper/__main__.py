@@ -36,6 +36,7 @@ class Experiment:
     script: str | None
     flags: str = ""
     ask: str = ""                                           # flags of evaluate.py
+    longer: int = 1                                         # times --steps
 
 
 GRPO, SFT = "train_grpo.py", "train_sft.py"
@@ -56,13 +57,14 @@ RUNS = {
     "no-kl": Experiment(GRPO, "--kl-coef 0"),
     # SFT against RL on the same questions, in and out of distribution (Table 6)
     "sft": Experiment(SFT),
+    "sft-x5": Experiment(SFT, longer=5),                    # about the seconds that GRPO takes
     "soft-ood": Experiment(GRPO, f"--only '{SEEN}'"),
     "sft-ood": Experiment(SFT, f"--only '{SEEN}'"),
     # Table 5: the short prompt
     "soft-direct": Experiment(GRPO, "--prompt direct", "--prompt direct"),
 }
 TABLES = {
-    "Does training help, and which kind (Table 3)": ("start", "sft", "soft", "hard", "base", "iou", "pdice",
+    "Does training help, and which kind (Table 3)": ("start", "sft", "sft-x5", "soft", "hard", "base", "iou", "pdice",
                                                      "mask_dice"),
     "What each term is worth": ("soft", "no-think_format", "no-answer_format", "no-box_iou", "no-point_dice"),
     "Sensitivity to weights": ("soft", "box_iou-x0.5", "box_iou-x2", "point_dice-x0.5", "point_dice-x2"),
@@ -81,13 +83,13 @@ def commands(name: str, seed: int, args) -> list[list[str]]:
     launch = ["torchrun", *shlex.split(args.torchrun)] if args.torchrun else [sys.executable]
     models = ["--crm", args.crm, "--data", args.data]
     asm, limit = ["--asm", args.asm], ["--limit", str(args.limit)]
-    todo, crm = [], args.crm
+    todo, crm, steps = [], args.crm, run.longer * args.steps
     if run.script:
         flags = shlex.split(args.flags if run.script == GRPO else args.sft_flags)
         todo.append([*launch, run.script, *flags, *models, *(asm if run.script == GRPO else []),
-                     "--seed", str(seed), "--steps", str(args.steps), "--eval-every", "-1",
+                     "--seed", str(seed), "--steps", str(steps), "--eval-every", "-1",
                      "--out", str(folder), "--resume", "auto", *shlex.split(run.flags)])
-        crm = str(folder / f"step_{args.steps:06d}")
+        crm = str(folder / f"step_{steps:06d}")
     todo.append([*launch, "evaluate.py", "--crm", crm, "--data", args.data, *asm, *limit, "--samples", "4",
                  "--seed", str(seed), "--max-new-tokens", str(args.max_new_tokens), "--out", f"{folder}-eval",
                  *shlex.split(run.ask)])
@@ -100,7 +102,7 @@ def execute(name: str, seed: int, args) -> None:
     for command in todo:
         start = time.perf_counter()
         out = Path(command[command.index("--out") + 1])
-        if not (out / f"step_{args.steps:06d}").exists():
+        if not (out / f"step_{RUNS[name].longer * args.steps:06d}").exists():
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         seconds.append(round(time.perf_counter() - start, 1))
     rows = [{"id": row["id"], "supercategory": row["supercategory"], "wording": row["wording"],
@@ -179,13 +181,13 @@ def report(args) -> str:
 
     inside = lambda row: row["supercategory"] in SEEN.split("|")
     outside = lambda row: not inside(row)
-    if ood := [name for name in ("sft", "sft-ood", "soft", "soft-ood") if name in results]:
+    if ood := [name for name in ("sft", "sft-x5", "sft-ood", "soft", "soft-ood") if name in results]:
         lines += ["## Out of distribution (Table 6)", "",
                   f"The -ood runs train on {SEEN.replace('|', ', ')} only. What training adds to the start's IoU.", "",
                   *markdown(["run", "on these", "on the other super-categories"], [
                       [name, difference(start, results[name], "iou", inside),
                        difference(start, results[name], "iou", outside)] for name in ood])]
-    shown = [name for name in ("start", "sft", "soft") if name in results]
+    shown = [name for name in ("start", "sft", "sft-x5", "soft") if name in results]
     worded = {wording: lambda row, wording=wording: row["wording"] == wording for wording in ("seen", "unseen")}
     lines += ["## Unseen wordings", "", "IoU where the question is worded as in training, where it is not, and what "
               "training adds to each.", "", *markdown(["run", *worded, *(f"gain, {w}" for w in worded)], [

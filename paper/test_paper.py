@@ -26,7 +26,7 @@ def test_tables_average_answers_and_seeds_and_pair_the_questions(tmp_path):
     text = paper.report(Namespace(results=tmp_path))
     assert "| start | 1 | 20.0 | 50.0 | 10.0 | 20.0 | 40.0 | 0.0 |  | 20.0 |" in text
     assert "| soft | 2 | 40.0 | 50.0 | 10.0 | 20.0 | 40.0 | 0.0 | +20.0 [+20.0, +20.0] | 30.0, 50.0 |" in text
-    assert "2 of 24 runs, 3 with all seeds, 3 minutes" in text and "3 held-out questions" in text
+    assert f"2 of {len(paper.RUNS)} runs, 3 with all seeds, 3 minutes" in text and "3 held-out questions" in text
     assert "| soft | +20.0 [+20.0, +20.0] | +20.0 [+20.0, +20.0] |" in text            # Brain was trained on, Eye not
     assert "| start | 25.0 | 10.0 |  |  |" in text and "| soft | 45.0 | 30.0 | +20.0 [+20.0, +20.0]" in text
     assert "| soft | 10.0 | 20.0 | 40.0 | +20.0 [+20.0, +20.0] |" in text
@@ -41,7 +41,8 @@ def test_every_command_of_every_run_parses():
         for command in (*training, scoring):
             config = parse_args(scripts[command[1]].Config, "", argv=command[2:])
             assert config.seed == 1
-        assert parse_args(evaluate.Config, "", argv=scoring[2:]).crm == ("w/%s-1/step_000003" % name if training else "demo/crm")
+        assert parse_args(evaluate.Config, "", argv=scoring[2:]).crm == (
+            f"w/{name}-1/step_{3 * paper.RUNS[name].longer:06d}" if training else "demo/crm")
     assert {name for names in paper.TABLES.values() for name in names} <= set(paper.RUNS)
 
 
