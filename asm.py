@@ -45,7 +45,7 @@ MEDSAM2 = {"image_size": 512, "sam_mask_decoder_extra_args": {
     "dynamic_multimask_via_stability": True, "dynamic_multimask_stability_delta": 0.05,
     "dynamic_multimask_stability_thresh": 0.98}}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as SAM 2 was trained
-BOX_LABELS, POINT_LABELS = (2, 3), (1, 1)  # the prompt encoder's names: two corners, two clicks on the target
+BOX_LABELS, POINT_LABEL = (2, 3), (1,)  # the prompt encoder's names: two corners, a click on the target
 OVERLAY_SIDE = 448  # pictures with a shorter long side are enlarged to it
 MASK_COLOUR, BOX_COLOUR, POINT_COLOURS = (20, 220, 190), (255, 196, 61), ((255, 82, 119), (176, 116, 255))
 
@@ -63,10 +63,10 @@ def pixels_from_image(image, size):
 
 
 def prompt_tokens(boxes, points, image_hw, size):
-    """Boxes (n, 4) and points (n, 2, 2), image frame, either may be None -> coordinates (n, k, 2) in the
-    network's square and labels (n, k). A box is two corners and stands before the clicks; k is 2 or 4."""
-    given = [(xy.reshape(-1, 2, 2), labels) for xy, labels in ((boxes, BOX_LABELS), (points, POINT_LABELS))
-             if xy is not None]
+    """Boxes (n, 4) and points (n, m, 2), image frame, either may be None -> coordinates (n, k, 2) in the
+    network's square and labels (n, k). A box is two corners and stands before the clicks: k is 2, m or 2 + m."""
+    given = [] if boxes is None else [(rearrange(boxes, "n (k c) -> n k c", c=2), BOX_LABELS)]
+    given += [] if points is None else [(points, POINT_LABEL * points.shape[1])]
     coords = torch.cat([xy for xy, _ in given], 1) / torch.tensor(image_hw[::-1], dtype=torch.float32) * size
     return coords, torch.tensor([label for _, labels in given for label in labels]).expand(len(coords), -1)
 
@@ -80,12 +80,13 @@ def image_features(model, pixels):
 
 
 def _checked_prompts(name, value, shape):
-    """None, or a float32 tensor (n, *shape) of finite numbers, n at least 1."""
+    """None, or a float32 tensor (n, *shape) of finite numbers, n (and an "m" in shape) at least 1."""
     if value is None:
         return None
     array = np.asarray(value)
-    if array.dtype.kind not in "iuf" or array.shape[1:] != shape or array.size == 0:
-        wanted = str(shape).strip("(,)")
+    if array.dtype.kind not in "iuf" or array.ndim != len(shape) + 1 or array.size == 0 or \
+            any(want not in ("m", side) for want, side in zip(shape, array.shape[1:])):
+        wanted = ", ".join(map(str, shape))
         raise ValueError(f"{name}: numbers (n, {wanted}) are needed, not {array.dtype} {array.shape}")
     if not np.isfinite(array).all():
         raise ValueError(f"{name}: every coordinate must be finite")
@@ -133,11 +134,11 @@ class ASM:
         if not found.startswith("uint8") or image.shape[2:] != (3,) or not image.size:
             raise ValueError(f"image: a uint8 RGB array (H, W, 3) is needed, not {found}; "
                              'np.asarray(picture.convert("RGB")) makes one of any PIL picture')
-        boxes, points = _checked_prompts("boxes", boxes, (4,)), _checked_prompts("points", points, (2, 2))
+        boxes, points = _checked_prompts("boxes", boxes, (4,)), _checked_prompts("points", points, ("m", 2))
         if boxes is None and points is None:
             raise ValueError("boxes and points are both None: the segmenter needs at least one of them")
         if boxes is not None and points is not None and len(boxes) != len(points):
-            raise ValueError(f"{len(boxes)} boxes but {len(points)} pairs of points: one of each per mask")
+            raise ValueError(f"{len(boxes)} boxes but {len(points)} sets of points: one of each per mask")
         device = self.model.device
         coords, labels = (x.to(device) for x in prompt_tokens(boxes, points, image.shape[:2], self.size))
         if not np.array_equal(image, self.last[0]):
@@ -151,7 +152,7 @@ class ASM:
 
         image   (H, W, 3) uint8, RGB
         boxes   (n, 4) numbers, x1 y1 x2 y2, image frame; or None
-        points  (n, 2, 2) numbers, two (x, y) on the target, image frame; or None, but not both
+        points  (n, m, 2) numbers, m times (x, y) on the target, image frame; or None, but not both
         ->      masks (n, H, W) bool; scores (n,) float32, the network's own guess of each mask's IoU
         ValueError for any other image or prompt.
         """

@@ -34,7 +34,7 @@ from rewards import Answer, box_iou, parse_answer, point_dice
 from parallel import Ranks
 from run import EMBEDDED, exit_on, flag, medoid, paired_bootstrap, parse_args, say
 
-PROMPTED = ("points", "box", "both")                # what of an answer the segmenter is given
+PROMPTED = ("points", "box", "one", "both")         # what of an answer the segmenter is given (one: box, one point)
 
 
 @dataclass
@@ -88,7 +88,8 @@ def scores(row: dict) -> dict[str, float | None]:
 
 
 COLUMNS = {"iou": "IoU", "iou50": "IoU ≥ 0.5", "pdice": "pDice", "pdice_2iu": "pDice (2I/U)",
-           "dice_points": "Dice, points", "dice_box": "Dice, box", "dice_both": "Dice, both",
+           "dice_points": "Dice, points", "dice_box": "Dice, box",
+           "dice_one": "Dice, box and 1 point", "dice_both": "Dice, box and points",
            "refused": "refusals", "voted": "IoU, voted", "best": "IoU, best of N", "pass": "pass@N"}
 
 
@@ -199,9 +200,9 @@ def prediction(sample, index: int, answers: list[dict], asm) -> dict:
 
 
 def segment(asm, sample, answer: dict, kind: str):
-    """The mask from an answer's points, box or both, (H, W) bool; None if it has not what is asked for."""
+    """The mask from what of an answer `kind` says, (H, W) bool; None if it has not what is asked for."""
     bbox = [answer["bbox"]] if answer["bbox"] and kind != "points" else None
-    points = [answer["points"]] if answer["points"] and kind != "box" else None
+    points = [answer["points"][:1 if kind == "one" else 2]] if answer["points"] and kind != "box" else None
     return asm.segment(np.asarray(sample.image), bbox, points)[0][0] if bbox or points else None
 
 

@@ -5,7 +5,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from asm import (ASM, MEDSAM2, OVERLAY_SIDE, SAM2_CONFIG, MedSAM, SAMMed2D, build_model, build_sam, load_asm, overlay,
+from asm import (ASM, MEDSAM2, OVERLAY_SIDE, SAM2_CONFIG, MedSAM, SAMMed2D, build_model, build_sam, load_asm, overlay, prompt_tokens,
                  read_config, released_name, save_asm)
 from data import load_samples
 from demo.make_asm import (HERE, PARITY, PREPARED, PREPARED_SIDE, PROMPT_KINDS, dice, parity_case, parity_prompts,
@@ -230,6 +230,17 @@ def test_prompts_scale_with_the_image(demo_asm):
     assert dice(small, large[::2, ::2]) > 0.9
 
 
+def test_any_number_of_points_may_stand_beside_a_box(tiny):
+    image = noise_image()
+    for count in (1, 2, 3):
+        points = np.concatenate([POINTS, POINTS[:, :1]], 1)[:, :count]
+        coords, labels = prompt_tokens(torch.tensor(BOXES), torch.tensor(points), (61, 203), 100)
+        assert coords.shape == (3, 2 + count, 2) and labels.tolist() == [[2, 3] + count * [1]] * 3
+        assert coords[:, 2:].numpy() == pytest.approx(points / [203, 61] * 100)
+        masks, scores = tiny.segment(image, BOXES, points)
+        assert masks.shape == (3, 61, 203) and scores.shape == (3,)
+
+
 @pytest.mark.parametrize("image, told", [
     (noise_image()[..., 0], r"uint8 \(61, 203\)"), (noise_image().astype(float), "float64"),
     (noise_image()[..., :2], r"\(61, 203, 2\)"), (np.zeros((0, 5, 3), np.uint8), r"\(0, 5, 3\)"),
@@ -243,9 +254,9 @@ def test_anything_but_a_uint8_rgb_array_is_refused(tiny, image, told):
 @pytest.mark.parametrize("prompts, told", [
     ({}, "both None"), ({"boxes": BOXES[0]}, r"boxes: numbers \(n, 4\) are needed, not float64 \(4,\)"),
     ({"boxes": BOXES[:, :3]}, r"boxes: .* \(3, 3\)"), ({"boxes": 3}, "boxes: "), ({"boxes": []}, "boxes: "),
-    ({"points": POINTS[0]}, r"points: numbers \(n, 2, 2\) .* float64 \(2, 2\)"),
+    ({"points": POINTS[0]}, r"points: numbers \(n, m, 2\) .* float64 \(2, 2\)"),
     ({"boxes": BOXES[:0]}, r"boxes: .* \(0, 4\)"),
-    ({"boxes": BOXES, "points": POINTS[:2]}, "3 boxes but 2 pairs of points"),
+    ({"boxes": BOXES, "points": POINTS[:2]}, "3 boxes but 2 sets of points"),
     ({"boxes": [[0, 0, np.nan, 9]]}, "boxes: every coordinate must be finite"),
     ({"boxes": [["a", "b", "c", "d"]]}, "boxes: numbers"), ({"boxes": BOXES > 0}, "boxes: numbers .* bool"),
 ])

@@ -26,7 +26,7 @@ def save(folder, lines):
 
 
 def test_tables_of_a_hand_made_file_equal_numbers_by_hand(tmp_path):
-    dice = {"points": 0.5, "box": 0.25, "both": 1.0}
+    dice = {"points": 0.5, "box": 0.25, "one": 0.75, "both": 1.0}
     folder = save(tmp_path / "e", [
         line(0, [[0, 0, 10, 10]], points=[[2, 2], [8, 8]], dice=dice),          # IoU 1, pDice 1
         line(1, [[0, 0, 5, 10]], supercategory="B", category="b", dice=None),   # IoU 0.5
@@ -37,7 +37,7 @@ def test_tables_of_a_hand_made_file_equal_numbers_by_hand(tmp_path):
     mean = {key: value["mean"] for key, value in summary["all"].items() if key != "n"}
     assert mean == pytest.approx({
         "iou": 0.375, "iou50": 0.5, "pdice": 0.25, "pdice_2iu": 0.5, "refused": 0.25,
-        "dice_points": 0.5 / 3, "dice_box": 0.25 / 3, "dice_both": 1 / 3}, abs=1e-6)
+        "dice_points": 0.5 / 3, "dice_box": 0.25 / 3, "dice_one": 0.25, "dice_both": 1 / 3}, abs=1e-6)
     assert summary["all"]["n"] == 4 and summary["all"]["dice_box"]["n"] == 3
     assert summary["supercategory"]["B"]["iou"]["mean"] == 0.25 and summary["category"]["a"]["n"] == 2
     assert summary["refusals"] == {"no answer block": 1}
@@ -79,7 +79,7 @@ def test_compare_pairs_the_questions_and_names_those_in_only_one(tmp_path):
 
 def test_2500_predictions_score_in_20_seconds_without_a_model(tmp_path):
     lines = [line(i, [[0, 0, 5 + i % 5, 10]], supercategory=f"S{i % 15}", category=f"c{i % 108}",
-                  dice={"points": 0.1, "box": 0.2, "both": 0.3}) for i in range(2500)]
+                  dice={"points": 0.1, "box": 0.2, "one": 0.2, "both": 0.3}) for i in range(2500)]
     folder, start = save(tmp_path / "e", lines), time.perf_counter()
     evaluate.report(evaluate.read_predictions(folder), folder)
     assert time.perf_counter() - start < 20
@@ -165,6 +165,6 @@ def test_masks_of_perfect_answers_are_good_and_need_both_or_either():
     asm = evaluate.load_asm(str(ROOT / "demo/asm"), "cpu")
     perfect = {"text": "", "bbox": list(sample.bbox), "points": [list(p) for p in sample.points], "problem": ""}
     found = evaluate.prediction(sample, 0, [perfect], asm)["dice"]
-    assert set(found) == {"points", "box", "both"} and found["both"] > 0.6
+    assert set(found) == {"points", "box", "one", "both"} and found["both"] > 0.6
     boxless = evaluate.prediction(sample, 0, [perfect | {"bbox": None}], asm)["dice"]
     assert boxless["box"] == 0 and boxless["points"] == found["points"] == boxless["both"]

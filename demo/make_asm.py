@@ -27,7 +27,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from asm import (ASM, BOX_LABELS, POINT_LABELS, SAM2_CONFIG, build_model, image_features, load_asm, normalise,
+from asm import (ASM, BOX_LABELS, POINT_LABEL, SAM2_CONFIG, build_model, image_features, load_asm, normalise,
                  read_config, save_asm)
 from data import load_samples
 
@@ -130,7 +130,7 @@ def train_loss(model, images, masks, coords, blind=False):
         finer = [torch.zeros(B, D // 8, 4 * side, 4 * side), torch.zeros(B, D // 4, 2 * side, 2 * side)]
     else:
         embedding, finer = image_features(model, normalise(images))
-    labels = torch.tensor(BOX_LABELS + POINT_LABELS).expand(len(coords), -1)
+    labels = torch.tensor(BOX_LABELS + 2 * POINT_LABEL).expand(len(coords), -1)
     target = F.interpolate(masks, scale_factor=0.5, mode="area")  # (B, 1, S/2, S/2)
     loss = 0
     for keep in (slice(0, 2), slice(2, 4), slice(0, 4)):  # box, points, both

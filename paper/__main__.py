@@ -72,7 +72,8 @@ TABLES = {
     "Prompts (Table 5)": ("start", "start-direct", "soft", "soft-direct"),
 }
 METRICS = {"iou": "IoU", "pdice": "pDice", "dice_points": "Dice, points", "dice_box": "Dice, box",
-           "dice_both": "Dice, both", "refused": "refusals"}
+           "dice_both": "Dice, box and points", "refused": "refusals"}
+GIVEN = {"dice_points": "points", "dice_box": "box", "dice_one": "box, 1 point", "dice_both": "box, 2 points"}
 
 
 # ---------------------------------------------------------------- running
@@ -130,26 +131,72 @@ class Result:
     def values(self, key: str, chosen=lambda row: True) -> dict[str, float]:
         first = self.questions[0]
         return {q: float(np.mean([seed[q][key] for seed in self.questions])) for q in sorted(first)
-                if chosen(first[q]) and first[q][key] is not None}
+                if chosen(first[q]) and first[q].get(key) is not None}
 
     def spread(self, key: str) -> list[float]:
         """The mean over questions, a number a seed."""
         return [100 * np.mean([row[key] for row in seed.values()]) for seed in self.questions]
 
 
-def difference(a: Result, b: Result, key: str, chosen=lambda row: True) -> str:
-    """What b adds to a, percent, with its 95 % paired bootstrap interval over the questions."""
+def compared(a: Result, b: Result, key: str, chosen=lambda row: True) -> tuple[float, float, float] | None:
+    """What b adds to a, percent, and the ends of its 95 % paired bootstrap interval over the questions."""
     one, two = a.values(key, chosen), b.values(key, chosen)
     common = sorted(one.keys() & two.keys())
-    if not common:
-        return "–"
-    change, low, high = (100 * v for v in paired_bootstrap([one[q] for q in common], [two[q] for q in common]))
-    return f"{change:+.1f} [{low:+.1f}, {high:+.1f}]"
+    return tuple(100 * v for v in paired_bootstrap([one[q] for q in common], [two[q] for q in common])) \
+        if common else None
+
+
+def difference(a: Result, b: Result, key: str, chosen=lambda row: True) -> str:
+    return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*found) if (found := compared(a, b, key, chosen)) else "–"
+
+
+def answer(question: str, a: Result, b: Result, key: str = "iou", chosen=lambda row: True) -> list[str]:
+    """Yes, no or not shown: whether b is better than a, as an interval that leaves 0 out says."""
+    change, low, high = compared(a, b, key, chosen)
+    word = "yes" if low > 0 else "no, it is worse" if high < 0 else "not shown"
+    return [f"- {question} **{word[0].upper()}{word[1:]}**: {change:+.1f} [{low:+.1f}, {high:+.1f}]."]
 
 
 def mean(result: Result, key: str, chosen=lambda row: True) -> str:
     values = list(result.values(key, chosen).values())
     return f"{100 * np.mean(values):.1f}" if values else "–"
+
+
+def within(result: Result, one: str, two: str) -> str:
+    """What one column of a run adds to another, over the same questions."""
+    return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * v for v in paired_bootstrap(
+        *([v for _, v in sorted(result.values(key).items())] for key in (one, two))))) if result.values(two) else "–"
+
+
+def plain_words(results: dict[str, Result], inside, outside) -> list[str]:
+    """The questions this was run for, each answered by the interval of one paired difference in IoU."""
+    asked = [("Does GRPO on soft rewards improve on its start?", "start", "soft", "iou", None),
+             ("Does RL beat SFT on the same questions?", "sft", "soft", "iou", None),
+             ("And SFT that sees five times as many (about the same seconds)?", "sft-x5", "soft", "iou", None),
+             ("Trained on some super-categories, does RL beat SFT on these?", "sft-ood", "soft-ood", "iou", inside),
+             ("And on the super-categories neither saw in this training?", "sft-ood", "soft-ood", "iou", outside),
+             ("Does RL without them improve on its start there?", "start", "soft-ood", "iou", outside),
+             ("Soft or hard rewards: is hard better?", "soft", "hard", "iou", None),
+             ("Is base (binary box and L1 terms, as the repaired baseline) better than soft?", "soft", "base", "iou", None),
+             ("Does the mask's Dice as a fifth term help the box?", "soft", "mask_dice", "iou", None),
+             ("Does it help the mask?", "soft", "mask_dice", "dice_both", None),
+             *((f"Is it better without {term}?", "soft", f"no-{term}", "iou", None)
+               for term in ("think_format", "answer_format", "box_iou", "point_dice")),
+             ("Does the point term teach points (pDice, with it against without)?", "no-point_dice", "soft", "pdice", None),
+             ("Is it better without the division by the group's standard deviation?", "soft", "norm-none", "iou", None),
+             ("Is it better without a KL term?", "soft", "no-kl", "iou", None),
+             ("Is the short prompt worse than the one the warm start knows (start, untrained)?", "start-direct", "start",
+              "iou", None)]
+    lines = ["## In plain words", "", "Box IoU of sampled answers unless said otherwise; the second named minus the first.", ""]
+    for question, a, b, key, chosen in asked:
+        if a in results and b in results:
+            lines += answer(question, results[a], results[b], key, chosen or (lambda row: True))
+    if "soft" in results and results["soft"].values("dice_one"):
+        one, two = (within(results["soft"], *keys) for keys in (("dice_box", "dice_one"), ("dice_one", "dice_both")))
+        lines.append(f"- Points beside the box, Dice of the mask after soft rewards: the first adds {one}, the second {two}.")
+    refused = ", ".join(f"{name} {mean(results[name], 'refused')} %" for name in ("start", "sft", "soft", "hard", "start-direct",
+                                                                                "soft-direct") if name in results)
+    return [*lines, f"- Refusals (answers that cannot be read): {refused}.", ""]
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> list[str]:
@@ -169,6 +216,9 @@ def report(args) -> str:
              "Percent; in brackets 95 % paired bootstrap intervals over the questions, whose answers and seeds are "
              "averaged first; beside them the seeds' own means. Made by `python -m paper`; the exact commands are "
              "at the end.", ""]
+    inside = lambda row: row["supercategory"] in SEEN.split("|")
+    outside = lambda row: not inside(row)
+    lines += plain_words(results, inside, outside)
     for title, names in TABLES.items():
         names = [name for name in names if name in results]
         if len(names) > 1:
@@ -179,8 +229,6 @@ def report(args) -> str:
             head = ["run", "seeds", *METRICS.values(), f"IoU against {names[0]}", "IoU by seed"]
             lines += [f"## {title}", "", *markdown(head, rows)]
 
-    inside = lambda row: row["supercategory"] in SEEN.split("|")
-    outside = lambda row: not inside(row)
     if ood := [name for name in ("sft", "sft-x5", "sft-ood", "soft", "soft-ood") if name in results]:
         lines += ["## Out of distribution (Table 6)", "",
                   f"The -ood runs train on {SEEN.replace('|', ', ')} only. What training adds to the start's IoU.", "",
@@ -194,16 +242,10 @@ def report(args) -> str:
                   [name, *(mean(results[name], "iou", chosen) for chosen in worded.values()),
                    *("" if name == "start" else difference(start, results[name], "iou", chosen)
                      for chosen in worded.values())] for name in shown])]
-    lines += ["## What the segmenter is given", "", "Dice of the voted answer's mask.", ""]
-    rows = []
-    for name in shown:
-        r = results[name]
-        one, two = (list(r.values(column).values()) for column in ("dice_box", "dice_both"))
-        if one:
-            change, low, high = (100 * v for v in paired_bootstrap(one, two))
-            rows.append([name, *(mean(r, key) for key in ("dice_points", "dice_box", "dice_both")),
-                         f"{change:+.1f} [{low:+.1f}, {high:+.1f}]"])
-    lines += markdown(["run", "points", "box", "both", "both against box"], rows)
+    lines += ["## What the segmenter is given", "", "Dice of the voted answer's mask.", "",
+              *markdown(["run", *GIVEN.values(), "the box against nothing but points", "points beside the box"], [
+                  [name, *(mean(results[name], key) for key in GIVEN), within(results[name], "dice_points", "dice_box"),
+                   within(results[name], "dice_box", "dice_both")] for name in shown])]
     lines += ["## Commands", "", "Of each run's first seed, with the seconds each took.", "", "```sh"]
     for r in results.values():
         first = r.seeds[0]

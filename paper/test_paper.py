@@ -12,7 +12,7 @@ from test_scripts import run
 
 def result(folder, name, seed, iou, wording="seen", supercategory="Brain"):
     questions = [{"id": f"q{i}", "supercategory": supercategory if i else "Eye", "wording": wording if i else "unseen",
-                  "iou": v, "pdice": 0.5, "dice_points": 0.1, "dice_box": 0.2, "dice_both": 0.4, "refused": 0.0}
+                  "iou": v, "pdice": 0.5, "dice_points": 0.1, "dice_box": 0.2, "dice_one": 0.3, "dice_both": 0.4, "refused": 0.0}
                  for i, v in enumerate(iou)]
     (folder / f"{name}-{seed}.json").write_text(json.dumps(
         {"name": name, "seed": seed, "date": "2026-01-01", "seconds": [30.0, 30.0], "commands": ["a", "b"],
@@ -29,7 +29,16 @@ def test_tables_average_answers_and_seeds_and_pair_the_questions(tmp_path):
     assert f"2 of {len(paper.RUNS)} runs, 3 with all seeds, 3 minutes" in text and "3 held-out questions" in text
     assert "| soft | +20.0 [+20.0, +20.0] | +20.0 [+20.0, +20.0] |" in text            # Brain was trained on, Eye not
     assert "| start | 25.0 | 10.0 |  |  |" in text and "| soft | 45.0 | 30.0 | +20.0 [+20.0, +20.0]" in text
-    assert "| soft | 10.0 | 20.0 | 40.0 | +20.0 [+20.0, +20.0] |" in text
+    assert "| soft | 10.0 | 20.0 | 30.0 | 40.0 | +10.0 [+10.0, +10.0] | +20.0 [+20.0, +20.0] |" in text
+    assert "improve on its start? **Yes**: +20.0 [+20.0, +20.0]." in text and "the first adds +10.0 [+10.0, +10.0]" in text
+    assert "Refusals (answers that cannot be read): start 0.0, soft 0.0" in text.replace(" %", "")
+
+
+def test_a_verdict_is_yes_no_or_not_shown(tmp_path):
+    result(tmp_path, "start", 0, [0.2, 0.2, 0.2])
+    for iou, word in (([0.1, 0.1, 0.1], "No, it is worse"), ([0.1, 0.2, 0.3], "Not shown")):
+        result(tmp_path, "soft", 0, iou)
+        assert f"improve on its start? **{word}**" in paper.report(Namespace(results=tmp_path))
 
 
 def test_every_command_of_every_run_parses():
