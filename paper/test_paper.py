@@ -30,15 +30,24 @@ def test_tables_average_answers_and_seeds_and_pair_the_questions(tmp_path):
     assert "| soft | +20.0 [+20.0, +20.0] | +20.0 [+20.0, +20.0] |" in text            # Brain was trained on, Eye not
     assert "| start | 25.0 | 10.0 |  |  |" in text and "| soft | 45.0 | 30.0 | +20.0 [+20.0, +20.0]" in text
     assert "| soft | 10.0 | 20.0 | 30.0 | 40.0 | +10.0 [+10.0, +10.0] | +20.0 [+20.0, +20.0] |" in text
-    assert "improve on its start? **Yes**: +20.0 [+20.0, +20.0]." in text and "the first adds +10.0 [+10.0, +10.0]" in text
+    assert "improve on its start? **One seed only**: +20.0 [+20.0, +20.0]; by seed +10.0." in text and "the first adds +10.0 [+10.0, +10.0]" in text
     assert "Refusals (answers that cannot be read): start 0.0, soft 0.0" in text.replace(" %", "")
 
 
-def test_a_verdict_is_yes_no_or_not_shown(tmp_path):
+def test_a_verdict_needs_an_interval_without_0_and_seeds_that_agree(tmp_path):
+    def verdict():
+        return paper.report(Namespace(results=tmp_path)).split("improve on its start? **")[1].split("**")[0]
+
     result(tmp_path, "start", 0, [0.2, 0.2, 0.2])
-    for iou, word in (([0.1, 0.1, 0.1], "No, it is worse"), ([0.1, 0.2, 0.3], "Not shown")):
-        result(tmp_path, "soft", 0, iou)
-        assert f"improve on its start? **{word}**" in paper.report(Namespace(results=tmp_path))
+    result(tmp_path, "soft", 0, [0.4, 0.4, 0.4])
+    assert verdict() == "One seed only"
+    result(tmp_path, "start", 1, [0.2, 0.2, 0.2])
+    for iou, word in (([0.3, 0.3, 0.3], "Yes"), ([0.1, 0.1, 0.1], "Not shown"), ([0.1, 0.1, 0.6], "Yes")):
+        result(tmp_path, "soft", 1, iou)                # the second is better on average, and worse by itself
+        assert verdict() == word
+    for seed in (0, 1):
+        result(tmp_path, "soft", seed, [0.1, 0.1, 0.1])
+    assert verdict() == "No, it is worse"
 
 
 def test_every_command_of_every_run_parses():
