@@ -72,7 +72,8 @@ def roofline(args) -> None:
     A forward is 2 operations a weight and token, a backward 4; every prompt counts once, the vocabulary projection
     for answer tokens only, recomputation not at all, attention's own products not. Decoding reads all weights once a
     token, and the keys and values of every row so far."""
-    cfg = parse_args(Config, "", argv=["@recipes/demo.args", "--crm", args.crm, *shlex.split(OURS), *shlex.split(args.flags)])
+    cfg = parse_args(Config, "", argv=["@recipes/demo.args", "--crm", args.crm, *shlex.split(OURS),
+                                       *shlex.split(args.flags)])
     crm, train = load_crm(args.crm, resize=cfg.resize, max_pixels=cfg.max_pixels), load_samples(cfg.data)
     prompts = [crm.encode(train[i].image, fill_prompt(load_prompt(cfg.prompt), train[i].query)) for i in range(16)]
     step, top, c = ours("", args), machine(), crm.model.config.text_config
@@ -86,13 +87,15 @@ def roofline(args) -> None:
     forward = 2 * (body * (text + answers) + head * answers + tower * patches + merger * patches / 4)
     work = {"sample": forward, "reference": forward, "update": 3 * forward}
     cell = c.num_hidden_layers * 2 * c.num_key_value_heads * c.hidden_size // c.num_attention_heads * width
-    read = cfg.max_new_tokens * (body + head) * width + cell * (cfg.max_new_tokens * text + answers * step["length"] / 2)
-    print(f"matrix product {top['flops'] / 1e9:.0f} GFLOP/s, copy {top['bytes'] / 1e9:.1f} GB/s; a step {step['seconds']:.2f} s")
+    read = cfg.max_new_tokens * ((body + head) * width + cell * text) + cell * answers * step["length"] / 2
+    print(f"matrix product {top['flops'] / 1e9:.0f} GFLOP/s, copy {top['bytes'] / 1e9:.1f} GB/s; "
+          f"a step {step['seconds']:.2f} s")
     result = {"machine": top, "step": step, "floor_seconds": 5 * forward / top["flops"], "phases": {}}
     for phase, flops in work.items():
         rate = flops / step[f"seconds/{phase}"]
         result["phases"][phase] = {"flop": flops, "of_matrix_product": rate / top["flops"]}
-        print(f"{phase:10} {flops / 1e9:8.0f} GFLOP  {step[f'seconds/{phase}']:.2f} s  {rate / top['flops']:.0%} of the matrix product")
+        print(f"{phase:10} {flops / 1e9:8.0f} GFLOP  {step[f'seconds/{phase}']:.2f} s  {rate / top['flops']:.0%} "
+              "of the matrix product")
     result["decode_of_copy"] = read / step["seconds/sample"] / top["bytes"]
     print(f"sampling reads {read / 1e9:.1f} GB: {result['decode_of_copy']:.0%} of the copy\n"
           f"the products alone would take {result['floor_seconds']:.2f} s")
@@ -115,7 +118,8 @@ def ours(flags: str, args, launch: tuple = (), **env) -> dict:
 def trl(flags: str, args) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([args.peer_python, "-m", "bench.peer_trl", "--crm", args.crm, "--steps", str(args.steps),
-                        "--out", f"{folder}/peer.json", "--micro", str(args.micro), *shlex.split(args.flags), *shlex.split(flags),
+                        "--out", f"{folder}/peer.json", "--micro", str(args.micro), *shlex.split(args.flags),
+                        *shlex.split(flags),
                         *(["--force-length"] if args.random_model else [])], check=True,
                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         row = json.loads(Path(f"{folder}/peer.json").read_text())
@@ -231,6 +235,7 @@ if __name__ == "__main__":
     if args.random_model:
         args.crm = f"build/random-{args.random_model}"
         if not Path(args.crm).exists():
-            subprocess.run([sys.executable, "-m", "bench.random_model", args.random_model, "--out", args.crm], check=True)
+            subprocess.run([sys.executable, "-m", "bench.random_model", args.random_model, "--out", args.crm],
+                           check=True)
     (scaling if args.scaling else roofline if args.roofline else growth if args.growth else
      pairs if args.peer else switches)(args)

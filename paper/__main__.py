@@ -182,7 +182,7 @@ def plain_words(results: dict[str, Result], inside, outside) -> list[str]:
              ("And on the super-categories neither saw in this training?", "sft-ood", "soft-ood", "iou", outside),
              ("Does RL without them improve on its start there?", "start", "soft-ood", "iou", outside),
              ("Soft or hard rewards: is hard better?", "soft", "hard", "iou", None),
-             ("Is base (binary box and L1 terms, as the repaired baseline) better than soft?", "soft", "base", "iou", None),
+             ("Is base (binary terms, the repaired baseline) better than soft?", "soft", "base", "iou", None),
              ("Does the mask's Dice as a fifth term help the box?", "soft", "mask_dice", "iou", None),
              ("Does it help the mask?", "soft", "mask_dice", "dice_both", None),
              ("Is it better without think_format?", "soft", "no-think_format", "iou", None),
