@@ -27,6 +27,11 @@ from transformers.masking_utils import sdpa_mask
 KINDS = ("rows", "dense", "flex")
 
 
+def take(x, where):
+    """x[where] along the first axis, of which backward is twice as fast."""
+    return x.index_select(0, where.flatten()).unflatten(0, where.shape)
+
+
 class Tree:
     """Who sees whom in a stream.
 
@@ -84,18 +89,18 @@ class Tree:
             k, v = (x.repeat_interleave(r, 1) for x in (k, v))
             return sdpa(q, k, v, attn_mask=self.mask, scale=scale).transpose(1, 2)
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))                                 # (S, heads, d)
-        q_prompt, k_prompt, v_prompt = q[self.prompts], k[self.prompts], v[self.prompts]    # (B, L, heads, d)
+        q_prompt, k_prompt, v_prompt = (take(x, self.prompts) for x in (q, k, v))           # (B, L, heads, d)
         heads_first = "b l k d -> b k l d"
         out = sdpa(rearrange(q_prompt, heads_first), repeat(k_prompt, "b l k d -> b (k r) l d", r=r),
                    repeat(v_prompt, "b l k d -> b (k r) l d", r=r), is_causal=True, scale=scale)
         out = rearrange(out, "b h l d -> (b l) h d")            # padding sits on the right: causal is enough
         if len(self.answers):
-            keys, values = (rearrange(torch.cat([prompt[self.owner], x[self.answers]], 1), heads_first)
-                            for prompt, x in ((k_prompt, k), (v_prompt, v)))                # (N, k, L + T, d)
-            own = sdpa(rearrange(q[self.answers], "n t (k r) d -> n k (r t) d", r=r), keys, values,
+            keys, values = (rearrange(torch.cat([take(p, self.owner), take(x, self.answers)], 1), heads_first)
+                            for p, x in ((k_prompt, k), (v_prompt, v)))                     # (N, k, L + T, d)
+            own = sdpa(rearrange(take(q, self.answers), "n t (k r) d -> n k (r t) d", r=r), keys, values,
                        attn_mask=self.seen.repeat(1, 1, r, 1), scale=scale)     # key heads not copied r times
             out = torch.cat([out, rearrange(own, "n k (r t) d -> (n t) (k r) d", r=r)])
-        return out[self.back][None]
+        return take(out, self.back)[None]
 
 
 class Cache:
