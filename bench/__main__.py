@@ -192,7 +192,7 @@ def growth(args) -> None:
         work = [("group", G, f"--group {G}") for G in (4, 8, 16, 32)] + \
                [("prompt", L, f"--prompt {prompt_file(L, folder, args)}") for L in (150, 500, 1000, 2000)]
         for axis, x, flags in work:
-            result[axis][x] = {"ours": ours(flags, args)}
+            result[axis][x] = {"ours": ours(flags + f" --pack-tokens {2048 + x * (axis == 'prompt')}", args)}
             if args.peer:
                 micro = "" if axis == "prompt" else f" --micro {8 * x}"
                 result[axis][x]["trl"] = trl(flags + micro, args)
