@@ -123,7 +123,7 @@ def trl(flags: str, args) -> dict:
                         *(["--force-length"] if args.random_model else [])], check=True,
                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         row = json.loads(Path(f"{folder}/peer.json").read_text())
-    return {"seconds": median(row["seconds"][1:]), "length": median(row["length"][1:]),
+    return {"micro": row["micro"], "seconds": median(row["seconds"][1:]), "length": median(row["length"][1:]),
             "peak_memory_gb": row["peak_memory_gb"], "trl": row["trl"]}
 
 
@@ -159,7 +159,7 @@ def pairs(args) -> None:
     speed, memory = (sorted(row[key] for row in rows) for key in ("speed", "memory"))
     print(f"median of {len(rows)}: {median(speed):.2f} x the speed [{speed[0]:.2f}, {speed[-1]:.2f}], "
           f"{median(memory):.2f} x the memory [{memory[0]:.2f}, {memory[-1]:.2f}]")
-    record("trl", rows)
+    record(f"trl_batch_{args.micro}", rows)
 
 
 def scaling(args) -> None:
@@ -193,11 +193,15 @@ def growth(args) -> None:
                [("prompt", L, f"--prompt {prompt_file(L, folder, args)}") for L in (150, 500, 1000, 2000)]
         for axis, x, flags in work:
             result[axis][x] = {"ours": ours(flags + f" --pack-tokens {2048 + x * (axis == 'prompt')}", args)}
-            if args.peer:
-                micro = "" if axis == "prompt" else f" --micro {8 * x}"
-                result[axis][x]["trl"] = trl(flags + micro, args)
+            if args.peer:                               # in pieces of 16 or 64 answers, whichever is faster
+                tried = [trl(f"{flags} --micro {micro}", args) for micro in (16, 64) if micro <= 8 * x]
+                result[axis][x]["trl"] = min(tried, key=lambda r: r["seconds"])
             print(axis, x, {who: round(r["seconds"], 2) for who, r in result[axis][x].items()}, flush=True)
     record("growth", result)
+    picture(result)
+
+
+def picture(result: dict) -> None:
     import matplotlib
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
@@ -224,7 +228,7 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=3, help="of a measurement; the first is not counted")
     parser.add_argument("--peer", action="store_true", help="TRL's GRPOTrainer beside ours")
     parser.add_argument("--peer-python", default="build/trl/bin/python")
-    parser.add_argument("--micro", type=int, default=64, help="TRL's per-device batch; the rest is accumulated")
+    parser.add_argument("--micro", type=int, default=64, help="answers that TRL takes at once; the rest is accumulated")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--scaling", action="store_true", help="one and two processes")
     parser.add_argument("--roofline", action="store_true", help="against this machine's matrix product and copy")

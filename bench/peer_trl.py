@@ -111,7 +111,7 @@ if __name__ == "__main__":
         trainer.train()
     logs = [row for row in trainer.state.log_history if "reward" in row]
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    result = {"trl": trl.__version__, "seconds": clock.seconds, "peak_memory_gb": peak / 1e9,
+    result = {"trl": trl.__version__, "micro": args.micro, "seconds": clock.seconds, "peak_memory_gb": peak / 1e9,
               "length": [row["completions/mean_length"] for row in logs], "reward": [row["reward"] for row in logs],
               "kl": [row.get("kl") for row in logs]}
     Path(args.out).write_text(json.dumps(result) + "\n")
