@@ -8,6 +8,7 @@ import socket
 import sys
 import tempfile
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -34,7 +35,7 @@ class Script:
     subprocess.Popen: pid, poll(), returncode, send_signal(), and communicate() -> (stdout, stderr). before: called first."""
 
     def __init__(self, *command, before=None, **env):
-        args = [word for part in command for word in shlex.split(str(part))]
+        args = [word for part in command for word in ([str(part)] if isinstance(part, Path) else shlex.split(part))]
         self.files = [Path(tempfile.mkstemp()[1]) for _ in range(2)]
         self.process = FORKS.Process(target=_script, args=(args, {"OMP_NUM_THREADS": "1"} | env, before, self.files))
         self.process.start()
@@ -46,7 +47,8 @@ class Script:
         return self.returncode
 
     def send_signal(self, number):
-        os.kill(self.pid, number)
+        with suppress(ProcessLookupError):              # it has just ended
+            os.kill(self.pid, number)
 
     def communicate(self, timeout=150):
         self.process.join(timeout)
