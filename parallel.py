@@ -83,7 +83,8 @@ class Ranks:
 def _say_which_rank(kind, error, trace):
     """The end of an uncaught error on one rank of many; torchrun then ends the others."""
     lines = traceback.format_exception(kind, error, trace)
-    lost = isinstance(error, dist.DistError) or any(s in str(error) for s in ("closed by peer", "Timed out"))
+    lost = isinstance(error, dist.DistError) or any(
+        s in str(error) for s in ("gloo", "by peer", "Broken pipe", "Timed out"))
     hint = "; another rank is gone or waits elsewhere, its own message says why" if lost else ""
     who = f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}"
     print("".join(lines) + f"error: {who}: {kind.__name__}{hint}", file=sys.stderr, flush=True)
@@ -142,6 +143,24 @@ def gathered(crm):
             part.set_reshard_after_forward(part is not crm.model, recurse=False)
             part.reshard()
         crm.engine = engine
+
+
+def deal(indexes: list[int], cost, ranks: Ranks, minibatches: int) -> list[int]:
+    """Which places of a step's list of prompts are this rank's. A mini-batch is a run of places, the same on
+    any number of ranks; of each, every rank gets equally many, the dearest first to who has the least work."""
+    P, world = len(indexes), ranks.world
+    if world == 1:
+        return list(range(P))
+    costs = dict(ranks.gather([(p, cost(indexes[p])) for p in range(ranks.rank, P, world)]))
+    mine, size = [], P // minibatches
+    for first in range(0, P, size):
+        hands, work = [[] for _ in range(world)], [0] * world
+        for p in sorted(range(first, first + size), key=lambda p: -costs[p]):
+            rank = min((r for r in range(world) if len(hands[r]) < size // world), key=lambda r: work[r])
+            hands[rank].append(p)
+            work[rank] += costs[p]
+        mine += sorted(hands[ranks.rank])
+    return mine
 
 
 def passes(crm, ranks: Ranks, work: list):

@@ -8,12 +8,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from conftest import ranks
+from parallel import Ranks, deal
 from test_scripts import ROOT, rows, run
 
 # four prompts, of which a rank of four has one; answers and prompts of different lengths; every step is saved
@@ -72,6 +74,38 @@ def resumed(source, folder, processes, *flags):
     torchrun(processes, WORK, "--resume", *flags, "--out", folder) if processes > 1 else \
         run(WORK, "--resume", *flags, "--out", folder)
     return folder
+
+
+@pytest.mark.parametrize("world, minibatches", [(1, 2), (2, 2), (4, 1), (4, 3)])
+def test_prompts_are_dealt_in_equal_numbers_and_nearly_equal_work(world, minibatches):
+    costs, P = np.random.default_rng(0).integers(100, 1000, 24).tolist(), 24
+
+    class One(Ranks):
+        def gather(self, items):                    # what the others would say
+            return [(p, costs[p]) for p in range(P)]
+
+    hands = [deal(list(range(P)), costs.__getitem__, One(rank, world), minibatches) for rank in range(world)]
+    assert sorted(sum(hands, [])) == list(range(P)) and {len(hand) for hand in hands} == {P // world}
+    size = P // minibatches
+    for m in range(minibatches):
+        batch = [hand[m * size // world:(m + 1) * size // world] for hand in hands]
+        assert sorted(sum(batch, [])) == list(range(m * size, (m + 1) * size))      # on any number of ranks
+        work = [sum(costs[p] for p in hand) for hand in batch]
+        assert max(work) - min(work) <= max(costs)
+
+
+def test_dealing_by_length_leaves_less_waiting_than_dealing_in_turn():
+    class One(Ranks):
+        def gather(self, items):
+            return list(enumerate(costs))
+
+    in_turn = dealt = 0
+    for seed in range(20):
+        costs = np.random.default_rng(seed).integers(100, 1000, 32).tolist()
+        hands = [deal(list(range(32)), costs.__getitem__, One(rank, 4), 1) for rank in range(4)]
+        dealt += max(sum(costs[p] for p in hand) for hand in hands) - sum(costs) / 4
+        in_turn += max(sum(costs[rank::4]) for rank in range(4)) - sum(costs) / 4
+    assert dealt < 0.2 * in_turn
 
 
 @pytest.mark.parametrize("kind", ["none", "ddp", "fsdp"])

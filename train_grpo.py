@@ -31,10 +31,11 @@ from asm import load_asm
 from attention import KINDS
 from bench.memory import dry_run
 from crm import Group, load_crm
-from data import MAX_PIXELS, MIN_PIXELS, BadRow, Sample, clip_to, fill_prompt, load_prompt, to_image, to_model
+from data import (MAX_PIXELS, MIN_PIXELS, BadRow, Sample, clip_to, fill_prompt, load_prompt, model_size,
+                  to_image, to_model)
 from monitor import PANELS, add_up, answer_rows, check_first_step, step_row, worries
 from parallel import KINDS as PARALLEL
-from parallel import Optimizer, Ranks, gathered, passes, read_torch, spread
+from parallel import Optimizer, Ranks, deal, gathered, passes, read_torch, spread
 from rewards import MODES, parse_answer, reward_terms, smooth_log, total_reward
 from run import Run, exit_on, flag, learning_rate, load_splits, parse_args, pick, say
 
@@ -284,12 +285,15 @@ def main(cfg: Config) -> None:
         spread(crm, cfg.parallel, ranks, cfg.offload)
         optimizer = Optimizer(crm.trainable(cfg.trainable), cfg.weight_decay, cfg.parallel, cfg.offload)
         first = run.begin(optimizer, cfg.steps)
-    # prompts are dealt out in turn, so that a mini-batch holds the same ones on any number of ranks
-    ours, share = slice(ranks.rank, None, ranks.world), mine // cfg.minibatches
+    share = mine // cfg.minibatches                                 # a rank's prompts in an optimizer step
     say(f"{optimizer.size:,} trainable parameters on {ranks.world} x {ranks.device}, {len(train)} "
         f"training samples, {cfg.prompts} prompts x {cfg.group} answers a step -> {run.folder}")
 
+    def pixels(i) -> int:                                           # what makes one prompt longer than others
+        return math.prod(model_size(train[i].image.size, cfg.resize, cfg.min_pixels, crm.max_pixels))
+
     def roll_out(places, indexes, step, attempt=0) -> list[Rollout]:
+        indexes = [indexes[p] for p in places]
         samples = [train[i] for i in indexes]
         prompts = [crm.encode(s.image, fill_prompt(template, s.query)) for s in samples]
         seeds = [(cfg.seed, 0, step, p, i, attempt) for p, i in zip(places, indexes)]  # not of the rank
@@ -313,15 +317,15 @@ def main(cfg: Config) -> None:
         clock = [time.perf_counter()]
 
         # 1. prompts, a pure function of seed and step; a group of answers to each, and what they earn
-        indexes = pick(len(train), cfg.prompts, cfg.seed, step)[ours]
-        places = range(cfg.prompts)[ours]
+        indexes = pick(len(train), cfg.prompts, cfg.seed, step)
+        places = deal(indexes, pixels, ranks, cfg.minibatches)
         with gathered(crm):
             batch = roll_out(places, indexes, step)
             for attempt in range(1, cfg.resample + 1):              # replace groups that teach nothing
                 dull = [p for p, r in enumerate(batch) if r.rewards.min() == r.rewards.max()]
-                fresh = pick(len(train), cfg.prompts, cfg.seed + 7919 * attempt, step)[ours]
-                again = [places[p] for p in dull], [fresh[p] for p in dull]
-                for p, r in zip(dull, roll_out(*again, step, attempt) if dull else []):
+                fresh = pick(len(train), cfg.prompts, cfg.seed + 7919 * attempt, step)
+                again = [places[p] for p in dull]
+                for p, r in zip(dull, roll_out(again, fresh, step, attempt) if dull else []):
                     batch[p] = r
         clock.append(time.perf_counter())
 
