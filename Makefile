@@ -51,6 +51,7 @@ bench-gpu: setup build/trl/ready
 	$(RUN) -m bench --peer $(AT_SIZE)
 	$(RUN) -m bench --roofline $(AT_SIZE)
 	$(RUN) -m bench $(AT_SIZE)
+	$(RUN) -m bench --roofline --ours=--cuda-graphs $(AT_SIZE)
 AT_SIZE = --random-model 3b --micro 16 --flags "--resize square:840 --max-pixels 705600 --group 16 --max-new-tokens 256"
 
 build/trl/ready: requirements.txt

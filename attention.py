@@ -8,10 +8,10 @@ Three ways to compute the same numbers, picked by name:
     rows    prompts attend causally, then every answer to [its prompt | itself]: little more than is needed
     flex    FlexAttention with a block mask, compiled: for CUDA, not yet measured
 
-Sampling keeps the same tree as a cache: a prompt's keys and values once, its answers' beside them.
+sampling.py keeps the same tree as a cache: a prompt's keys and values once, its answers' beside them.
 
-Shapes: S tokens in the stream, B packs, L longest prompt, N answers, T longest answer, P prompts, G answers
-each, h query heads, k key heads, r = h / k, d head size.
+Shapes: S tokens in the stream, B packs, L longest prompt, N answers, T longest answer, h query heads, k key
+heads, r = h / k, d head size.
 """
 from collections.abc import Sequence
 from functools import lru_cache
@@ -101,55 +101,6 @@ class Tree:
                        attn_mask=self.seen.repeat(1, 1, r, 1), scale=scale)     # key heads not copied r times
             out = torch.cat([out, rearrange(own, "n k (r t) d -> (n t) (k r) d", r=r)])
         return take(out, self.back)[None]
-
-
-class Cache:
-    """Keys and values while sampling G answers to each of P prompts.
-
-    For each layer (P, k, L + T G, d): the prompt's, stored once, then for every answer token a block of G,
-    one a row. All G rows of a prompt attend in one product; a bias hides the padding of shorter prompts and
-    the other rows' tokens: G times the arithmetic on the own tokens, no more memory traffic than needed."""
-
-    def __init__(self, kept, lengths, position, G: int, T: int, r: int):
-        """kept: each layer's prompt keys and values (P, L, k, d);
-        lengths and next position of the prompts (P,); r query heads share a key head."""
-        self.shape, self.L, self.r = (len(lengths), G), kept[0][0].shape[1], r
-        self.lengths, self.position = lengths, position
-        self.layers = [[torch.cat([rearrange(x, "p l k d -> p k l d"),
-                                   x.new_zeros(len(x), x.shape[2], T * G, x.shape[3])], 2) for x in pair]
-                       for pair in kept]
-        self._see(T)
-
-    def _see(self, T):
-        """The bias, (P, 1, G r, L + T G)."""
-        (P, G), like = self.shape, self.layers[0][0]
-        far = torch.arange(self.L, device=like.device) >= self.lengths[:, None]
-        other = ~torch.eye(G, dtype=torch.bool, device=like.device)
-        hidden = torch.cat([repeat(far, "p l -> p 1 n l", n=G * self.r),
-                            repeat(other, "g h -> p 1 (g r) (t h)", p=P, r=self.r, t=T)], 3)
-        self.bias = like.new_zeros(hidden.shape).masked_fill(hidden, -torch.inf)
-
-    def compact(self, done, t: int):
-        """Let finished rows go, as far as prompts with equally many rows allow, when that is a quarter of
-        them. done (P G,), with t tokens in the cache -> the rows that stay, as indices."""
-        (P, G), L, live = self.shape, self.L, ~done.view(self.shape)
-        prompts, width = live.any(1).nonzero()[:, 0], int(live.sum(1).max())
-        if len(prompts) * width > 0.75 * P * G:
-            return torch.arange(P * G, device=done.device)
-        columns = live[prompts].sort(dim=1, descending=True, stable=True).indices[:, :width]    # (p, w)
-        self.shape, self.lengths, self.position = \
-            (len(prompts), width), self.lengths[prompts], self.position[prompts]
-        T = (self.layers[0][0].shape[2] - L) // G
-
-        def move(x):
-            own = rearrange(x[prompts, :, L:L + t * G], "p k (t g) d -> p k t g d", g=G)
-            own = own.take_along_dim(columns[:, None, None, :, None], 3)
-            room = x.new_zeros(len(prompts), x.shape[1], (T - t) * width, x.shape[3])
-            return torch.cat([x[prompts, :, :L], own.flatten(2, 3), room], 2)
-
-        self.layers = [[move(x) for x in pair] for pair in self.layers]
-        self._see(T)
-        return (prompts[:, None] * G + columns).flatten()
 
 
 @lru_cache(1)

@@ -28,19 +28,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from PIL import Image
 from safetensors import SafetensorError
-from torch.nn.functional import scaled_dot_product_attention as sdpa
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from attention import KINDS, Cache, Tree
+from attention import KINDS, Tree
 from data import MAX_PIXELS, MIN_PIXELS, Frame, model_size, read_text
 from parallel import directly
+from sampling import Sampler
 
 # the chat format the checkpoints were trained on, around the image and the user's text
 CHAT = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>",
@@ -117,13 +116,13 @@ class CRM:
     encode, sample, score, save.
 
     Each trick has an off position, the slow and obvious way to the same numbers: attention "dense"
-    (attention.py), share_vision and drop_finished False. offload: the reference policy's copy stays in host
-    memory between its uses."""
+    (attention.py), share_vision, drop_finished and cuda_graphs False. offload: the reference policy's copy
+    stays in host memory between its uses."""
 
     def __init__(self, model, tokenizer, image_processor, lora_rank=0, lora_alpha=None, reference=False,
                  freeze_vision=False, checkpointing=False, resize="aspect", min_pixels=MIN_PIXELS,
                  max_pixels=MAX_PIXELS, attention="rows", share_vision=True, drop_finished=True,
-                 offload=False):
+                 offload=False, cuda_graphs=False):
         if attention not in KINDS:
             raise ValueError(f"attention {attention}: one of {', '.join(KINDS)}")
         self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
@@ -156,6 +155,9 @@ class CRM:
             raise ValueError(f"{tokenizer.name_or_path}: the tokenizer lacks one of "
                              f"{', '.join(END + BANNED)}")
         device, V = self.device, model.config.text_config.vocab_size
+        if cuda_graphs and device.type != "cuda":
+            raise ValueError(f"--cuda-graphs needs a CUDA device; this is {device.type}")
+        self.sampler = Sampler(self, graphs=True) if cuda_graphs else None      # else a fresh one each time
         self.end = torch.tensor(self.end_ids, device=device)
         self.allowed = torch.ones(V, dtype=torch.bool, device=device)
         self.allowed[banned] = False
@@ -253,86 +255,41 @@ class CRM:
         seed: one number, or one tuple of numbers a prompt. Row g of a prompt draws from its own stream, so an
         answer depends neither on the other rows nor on the batch it was sampled in."""
         self.model.eval()
-        P, T, device = len(prompts), max_new_tokens, self.device
+        P, T = len(prompts), max_new_tokens
         seeds = [(seed, i) for i in range(P)] if isinstance(seed, int) else seed
         uniform = np.stack([np.random.default_rng([*s, g]).random(T) for s in seeds for g in range(G)])
-        uniform = torch.from_numpy(uniform).to(device)                          # (N, T) float64
-        hidden, cache = self._prefill(prompts, G, T)                            # (P, D)
-        hidden = repeat(hidden, "p d -> (p g) d", g=G)
-        tokens = torch.full((P * G, T), self.end_ids[-1], device=device)
-        logp = torch.zeros(P * G, T, device=device)
-        lengths = torch.zeros(P * G, dtype=torch.long, device=device)
-        done = lengths > 0
-        rows = torch.arange(P * G, device=device)                               # those still in the batch
-        look = 1 if device.type == "cpu" else 8                                 # tokens between host syncs
-        for t in range(T):
-            token, token_logp = self._draw(hidden, uniform[rows, t], temperature)
-            tokens[rows, t] = torch.where(done[rows], tokens[rows, t], token)
-            logp[rows, t] = torch.where(done[rows], 0.0, token_logp)
-            lengths += ~done
-            done[rows] |= torch.isin(token, self.end)
-            if t + 1 == T or t % look == 0 and done.all():
-                break
-            if t % look == 0 and self.drop_finished:
-                stay = cache.compact(done[rows], t)
-                rows, token = rows[stay], token[stay]
-            hidden = self._decode(token, cache, t)
+        batch = self.sampler or Sampler(self)
+        batch.start(*self._prefill(prompts), torch.from_numpy(uniform).to(self.device), temperature)
+        look = 1 if self.device.type == "cpu" else 8                            # tokens between host syncs
+        for t in range(1, T):
+            if t % look == 0:
+                if batch.done.all():
+                    break
+                if self.drop_finished:
+                    batch.compact(t - 1)
+            batch.advance(t)
         groups = []
         for prompt, *rows in zip(prompts, *(rearrange(x, "(p g) ... -> p g ...", g=G)
-                                            for x in (tokens, lengths, logp, done))):
-            toks, lens, lps, ended = rows
+                                            for x in (batch.tokens, batch.lengths, batch.logp, batch.done))):
+            toks, lens, lps, ended = (x.clone() for x in rows)      # the sampler's memory is used again
             width = int(lens.max())
             texts = [self.tokenizer.decode(row[:n], skip_special_tokens=True) for row, n in zip(toks, lens)]
             groups.append(Group(prompt, toks[:, :width], lens, lps[:, :width], ended, texts))
         return groups
 
-    def _draw(self, hidden, uniform, temperature):
-        """One token a row by inverting the distribution function, and its log-probability.
-        hidden (n, D), uniform (n,) -> (n,), (n,)."""
-        logp = self._logits(hidden, temperature).log_softmax(-1)
-        if temperature == 0:
-            token = logp.argmax(-1)
-        else:
-            cdf = logp.exp().cumsum(-1, dtype=torch.float64)
-            # never of probability 0
-            token = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True)[:, 0]
-        return token, logp.gather(1, token[:, None])[:, 0]
-
-    def _logits(self, hidden, temperature):
+    def logits(self, hidden, temperature):
         """Logits / T in float32, those of the banned tokens so low that their probability is 0.
         (n, D) -> (n, V)."""
         logits = self.model.lm_head(hidden).float() / (temperature or 1.0)
         return logits.masked_fill(~self.allowed, BANNED_LOGIT)
 
-    def _prefill(self, prompts, G, T):
-        """Each prompt once through the model -> its last hidden state (P, D), the cache."""
+    def _prefill(self, prompts):
+        """Each prompt once through the model -> its last hidden state (P, D); of each layer keys and values
+        (P, L, k, d); the prompts' lengths and next positions (P,)."""
         hidden, tree = self._stream(prompts, [[]] * len(prompts), keep=True)
         lengths = torch.tensor([len(p.ids) for p in prompts], device=self.device)
         position = torch.stack([p.positions.max() + 1 for p in prompts])
-        config = self.model.config.text_config
-        r = config.num_attention_heads // config.num_key_value_heads
-        return hidden[lengths.cumsum(0) - 1], Cache(tree.kept, lengths, position, G, T, r)
-
-    def _decode(self, token, cache, t):
-        """One token a row through the model's own modules.
-        token (n,); t answer tokens came before -> (n, D)."""
-        model, (P, G) = self.model.model.language_model, cache.shape
-        x = model.embed_tokens(token)                                                           # (n, D)
-        position = repeat(cache.position + t, "p -> three (p g) 1", three=3, g=G)
-        cos, sin = (c[:, 0] for c in model.rotary_emb(x, position))                             # (n, d)
-        start, stop = cache.L + t * G, cache.L + (t + 1) * G
-        for layer, (keys, values) in zip(model.layers, cache.layers):
-            attention, h, d = layer.self_attn, layer.input_layernorm(x), keys.shape[-1]
-            q, key = apply_rotary_pos_emb(rearrange(attention.q_proj(h), "n (h d) -> n h d", d=d),
-                                          rearrange(attention.k_proj(h), "n (k d) -> n k d", d=d), cos, sin)
-            keys[:, :, start:stop] = rearrange(key, "(p g) k d -> p k g d", p=P)
-            values[:, :, start:stop] = rearrange(attention.v_proj(h), "(p g) (k d) -> p k g d", p=P, d=d)
-            q = rearrange(q, "(p g) (k r) d -> p k (g r) d", p=P, k=keys.shape[1])
-            out = sdpa(q, keys[:, :, :stop], values[:, :, :stop], cache.bias[..., :stop],
-                       scale=attention.scaling)
-            x = x + attention.o_proj(rearrange(out, "p k (g r) d -> (p g) (k r d)", g=G))
-            x = x + layer.mlp(layer.post_attention_layernorm(x))
-        return model.norm(x)
+        return hidden[lengths.cumsum(0) - 1], tree.kept, lengths, position
 
     # ------------------------------------------------------------ score
 
@@ -389,7 +346,7 @@ class CRM:
         """Log-probability of each target and entropy of its distribution. hidden (n, D), targets (n,)
         -> (n,), (n,). In chunks; recomputed in backward where n x V float32 logits are too many to keep."""
         def chunk(h, target):
-            logits = self._logits(h, temperature)
+            logits = self.logits(h, temperature)
             total = logits.logsumexp(-1)
             with torch.no_grad():                                   # sum of -p log p, log p = logit - total
                 p = (logits - total[:, None]).exp()

@@ -10,8 +10,9 @@ Writes predictions.jsonl (all that scoring needs), summary.json, table.md and ex
 interrupted evaluation goes on where it stopped. Every number is a mean over questions with its 95 % bootstrap
 interval. An answer that cannot be parsed is a refusal and scores 0 everywhere.
 
-A line of --predictions: {"id": …, "text": "<answer>{…}</answer>"}, or {"id": …, "bbox": [4], "points": [[2],
-[2]]}, in the frame that --frame states: pixels of the image file, norm1000 (0 to 1000 along each side), or model.
+A line of --predictions: {"id": …, "text": "<answer>{…}</answer>"}, or {"id": …, "bbox": [4], "points":
+[[2], [2]]}, in the frame that --frame states: pixels of the image file, norm1000 (0 to 1000 along each side),
+or model.
 
 Differences from the paper: a true pDice beside its 2I/U; intervals; the mask from points, from the box and
 from both of one and the same answer.
@@ -34,7 +35,7 @@ from rewards import Answer, box_iou, parse_answer, point_dice
 from parallel import Ranks
 from run import EMBEDDED, exit_on, flag, medoid, paired_bootstrap, parse_args, say
 
-PROMPTED = ("points", "box", "one", "both")         # what of an answer the segmenter is given (one: box, one point)
+PROMPTED = ("points", "box", "one", "both")     # what of an answer the segmenter gets (one: box, one point)
 
 
 @dataclass

@@ -107,6 +107,8 @@ def spread(crm, kind: str, ranks: Ranks, offload: bool = False) -> None:
         return
     if kind == "fsdp" and crm.lora:
         raise ValueError("--parallel fsdp cuts whole models; LoRA matrices are small: --parallel ddp")
+    if kind == "fsdp" and crm.sampler:
+        raise ValueError("--cuda-graphs needs weights that stay in place, which --parallel fsdp's do not")
     crm.model.forward = directly
     if kind == "ddp":
         crm.engine = DistributedDataParallel(crm.model, forward_sync_buffers=False)
@@ -147,7 +149,7 @@ def gathered(crm):
 
 def deal(indexes: list[int], cost, ranks: Ranks, minibatches: int) -> list[int]:
     """Which places of a step's list of prompts are this rank's. A mini-batch is a run of places, the same on
-    any number of ranks; of each, every rank gets equally many, the dearest first to who has the least work."""
+    any number of ranks; of each, every rank gets equally many, the dearest first to who has least work."""
     P, world = len(indexes), ranks.world
     if world == 1:
         return list(range(P))

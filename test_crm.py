@@ -5,9 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 import attention
+import sampling
 from conftest import noise_image, random_crm
 from crm import BANNED, END, load_crm
 from data import PROMPTS
@@ -107,6 +110,62 @@ def test_the_sampler_draws_what_a_loop_without_a_cache_draws(prompts, drop_finis
                 if token in crm.end:
                     break
             assert group.lengths[g] == t + 1 and group.finished[g] == (token in crm.end)
+
+
+class Tape(TorchDispatchMode):
+    """What a CUDA graph is, on a CPU: the kernels that ran, played again on the same memory, without Python."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.plays = [], 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        assert op.overloadpacket not in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero), "host waits"
+        out = op(*args, **(kwargs or {}))
+        self.calls.append((op, args, kwargs or {}, out))
+        return out
+
+    def play(self):
+        self.plays += 1
+        for op, args, kwargs, out in self.calls[:0] if self.plays == 1 else self.calls:     # recording ran them once
+            for old, new in zip(tree_leaves(out), tree_leaves(op(*args, **kwargs))):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+def test_a_step_replayed_from_a_graph_draws_what_the_step_itself_draws(prompts, monkeypatch):
+    tapes = []
+
+    def capture(step, pool):
+        tapes.append(Tape())
+        with tapes[-1]:
+            step()
+        return tapes[-1].play
+
+    monkeypatch.setattr(sampling, "capture", capture)
+    monkeypatch.setattr(sampling, "GRAIN", 8)
+    plain, graphs = random_crm(), random_crm()
+    graphs.sampler = sampling.Sampler(graphs, graphs=True)
+    plain.end = graphs.end = torch.arange(40, 80)
+    captured = []
+    for some, temperature, seed in ((prompts, 1.0, 0), (prompts, 1.0, 1), (prompts, 1.0, 0),    # the same memory,
+                                    (prompts[1:], 1.0, 2), (prompts[1:], 0.7, 3)):              # other shapes
+        played = sum(tape.plays for tape in tapes)
+        for a, b in zip(*(crm.sample(some, 6, 30, temperature, seed) for crm in (plain, graphs))):
+            assert torch.equal(a.tokens, b.tokens) and torch.equal(a.lengths, b.lengths)
+            torch.testing.assert_close(a.logp, b.logp, atol=1e-5, rtol=0)
+        assert sum(tape.plays for tape in tapes) > played + 10          # of 29 steps
+        captured.append(len(tapes))
+        for crm in (plain, graphs):                                     # graphs see weights that change in place
+            for p in crm.model.parameters():
+                p.data += 0.003 * torch.randn(p.shape, generator=torch.Generator().manual_seed(seed))
+    assert 3 < captured[0] and captured[2] < 2 * captured[0] and captured[4] > captured[2]     # few new ones, new ones
+
+
+def test_cuda_graphs_without_a_cuda_device_are_refused():
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="needs a CUDA device"):
+            random_crm(cuda_graphs=True)
 
 
 def test_a_frozen_vision_tower_runs_once_for_sampler_reference_and_policy(prompts, monkeypatch):
@@ -214,8 +273,8 @@ def test_temperature_zero_takes_the_likeliest_token(crm, prompts):
 @pytest.mark.parametrize("end", END)
 def test_either_end_token_ends_an_answer_and_is_its_last_token(crm, prompts, end, monkeypatch):
     end_id = crm.tokenizer.convert_tokens_to_ids(end)
-    monkeypatch.setattr(crm, "_draw", lambda hidden, uniform, temperature:
-                        (torch.tensor([end_id, 300])[-len(hidden):], torch.full((len(hidden),), -1.0)))
+    monkeypatch.setattr(sampling, "draw", lambda logits, uniform, temperature:
+                        (torch.tensor([end_id, 300])[-len(logits):], torch.full((len(logits),), -1.0)))
     group = crm.sample(prompts[:1], 2, 5)[0]
     assert group.lengths.tolist() == [1, 5] and group.finished.tolist() == [True, False]
     assert group.tokens[0, 0] == end_id and group.logp[0].tolist() == [-1, 0, 0, 0, 0]

@@ -103,6 +103,7 @@ class Config:
     attention: str = flag("rows", "how answers that share a prompt attend, see attention.py", KINDS)
     share_vision: bool = flag(True, "features of a frozen vision tower are computed once a step")
     drop_finished: bool = flag(True, "answers that ended leave the sampler's batch")
+    cuda_graphs: bool = flag(False, "replay the sampler's step as a CUDA graph; its cache stays in memory")
     pack_tokens: int = flag(8192, "most tokens scored at once; groups share a stream, longer ones are cut")
     # looking
     eval_every: int = flag(50, "steps between held-out evaluations (0: only first and last; -1: none)")
@@ -280,7 +281,7 @@ def main(cfg: Config) -> None:
                        freeze_vision=cfg.freeze_vision, checkpointing=cfg.checkpointing, resize=cfg.resize,
                        min_pixels=cfg.min_pixels, max_pixels=cfg.max_pixels, attention=cfg.attention,
                        share_vision=cfg.share_vision, drop_finished=cfg.drop_finished,
-                       offload=cfg.offload)
+                       offload=cfg.offload, cuda_graphs=cfg.cuda_graphs)
         crm.trainable(cfg.trainable)
         spread(crm, cfg.parallel, ranks, cfg.offload)
         optimizer = Optimizer(crm.trainable(cfg.trainable), cfg.weight_decay, cfg.parallel, cfg.offload)

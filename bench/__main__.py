@@ -99,7 +99,7 @@ def roofline(args) -> None:
     result["decode_of_copy"] = read / step["seconds/sample"] / top["bytes"]
     print(f"sampling reads {read / 1e9:.1f} GB: {result['decode_of_copy']:.0%} of the copy\n"
           f"the products alone would take {result['floor_seconds']:.2f} s")
-    record("roofline", result)
+    record("roofline" + args.ours.replace(" ", ""), result)
 
 
 def ours(flags: str, args, launch: tuple = (), **env) -> dict:
@@ -107,7 +107,7 @@ def ours(flags: str, args, launch: tuple = (), **env) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, *launch, "train_grpo.py", "@recipes/demo.args", "--crm", args.crm,
                    *shlex.split(OURS), "--steps", str(args.steps), "--out", f"{folder}/run",
-                   *shlex.split(args.flags), *shlex.split(flags)]
+                   *shlex.split(args.flags), *shlex.split(args.ours), *shlex.split(flags)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | env)
         rows = [json.loads(line) for line in open(f"{folder}/run/metrics.jsonl")][1:]
     keys = ["seconds", *(k for k in rows[0] if k.startswith("seconds/")), "length", "tokens_per_second"]
@@ -140,6 +140,9 @@ def switches(args) -> None:
     table = {"all on": ours("", args)}
     for name, flags in OFF.items():
         table[name] = ours(flags, args)
+    if torch.cuda.is_available():
+        table["flex attention"] = ours("--attention flex", args)
+        table["the sampler's step as a CUDA graph"] = ours("--cuda-graphs", args)
     print(f"{'':40} step s  sample  reference  update  tokens/s  GB")
     for name, r in table.items():
         print(f"{name:40} {r['seconds']:6.2f}  {r['seconds/sample']:6.2f}  {r['seconds/reference']:9.2f}  "
@@ -225,6 +228,7 @@ if __name__ == "__main__":
     parser.add_argument("--crm", default="demo/crm")
     parser.add_argument("--random-model", choices=SIZES, help="the real architecture instead of --crm, in build/")
     parser.add_argument("--flags", default="", help="of every run, ours and TRL's")
+    parser.add_argument("--ours", default="", help="flags of our runs only, e.g. --ours=--cuda-graphs")
     parser.add_argument("--steps", type=int, default=3, help="of a measurement; the first is not counted")
     parser.add_argument("--peer", action="store_true", help="TRL's GRPOTrainer beside ours")
     parser.add_argument("--peer-python", default="build/trl/bin/python")
