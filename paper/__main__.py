@@ -73,6 +73,7 @@ TABLES = {
 }
 METRICS = {"iou": "IoU", "pdice": "pDice", "dice_points": "Dice, points", "dice_box": "Dice, box",
            "dice_both": "Dice, box and points", "refused": "refusals"}
+CURVES = {"box_iou": "box IoU of training answers", "entropy": "entropy of a token, nats"}
 GIVEN = {"dice_points": "points", "dice_box": "box", "dice_one": "box, 1 point", "dice_both": "box, 2 points"}
 
 
@@ -109,9 +110,12 @@ def execute(name: str, seed: int, args) -> None:
     rows = [{"id": row["id"], "supercategory": row["supercategory"], "wording": row["wording"],
              **{key: value if value is None else round(value, 4) for key, value in scores(row).items()}}
             for row in read_predictions(out)]
+    log = Path(args.work) / f"{name}-{seed}/metrics.jsonl"
+    steps = [json.loads(line) for line in log.read_text().splitlines()] if RUNS[name].script == GRPO else []
     said = [shlex.join(["python" if c[0] == sys.executable else c[0], *c[1:]]) for c in todo]
     result = {"name": name, "seed": seed, "date": time.strftime("%Y-%m-%d"), "seconds": seconds,
-              "commands": said, "questions": rows}
+              "commands": said, "curves": {key: [round(step[key], 4) for step in steps] for key in CURVES},
+              "questions": rows}
     aside = args.results / f"{name}-{seed}.tmp"
     aside.write_text(json.dumps(result) + "\n")
     aside.replace(args.results / f"{name}-{seed}.json")
@@ -208,15 +212,42 @@ def plain_words(results: dict[str, Result], inside, outside) -> list[str]:
             *(notes.read_text().splitlines() if notes.exists() else []), ""]
 
 
+def picture(results: dict[str, Result], path: Path) -> None:
+    """How training went: a line a run, the mean of its seeds, each point the mean of the last five steps."""
+    import matplotlib
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(len(CURVES), len(TABLES), figsize=(15, 6), sharex=True, sharey="row")
+    for column, (title, names) in zip(axes.T, TABLES.items()):
+        column[0].set_title(title, fontsize=9)
+        for axis, key in zip(column, CURVES):
+            for name in (name for name in names if name in results and RUNS[name].script == GRPO):
+                y = np.mean([seed["curves"][key] for seed in results[name].seeds], 0)
+                y = [y[max(0, i - 4):i + 1].mean() for i in range(len(y))]
+                axis.plot(range(1, len(y) + 1), y, label=name, color="black" if name == "soft" else None)
+            axis.grid(alpha=0.25)
+            axis.spines[["top", "right"]].set_visible(False)
+        column[0].legend(frameon=False, fontsize=7)
+        column[-1].set_xlabel("step")
+    for axis, label in zip(axes[:, 0], CURVES.values()):
+        axis.set_ylabel(label)
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
+
+
 def markdown(head: list[str], rows: list[list[str]]) -> list[str]:
     return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)] + [""]
 
 
-def report(args) -> str:
-    found = {name: sorted(args.results.glob(f"{name}-[0-9].json")) for name in RUNS}
+def read_results(folder: Path) -> dict[str, Result]:
+    found = {name: sorted(folder.glob(f"{name}-[0-9].json")) for name in RUNS}
     results = {name: Result(files) for name, files in found.items() if files}
     if "start" not in results:
-        sys.exit(f"{args.results}: no start-0.json yet; python -m paper makes it")
+        sys.exit(f"{folder}: no start-0.json yet; python -m paper makes it")
+    return results
+
+
+def report(results: dict[str, Result]) -> str:
     start, seeds = results["start"], [seed for r in results.values() for seed in r.seeds]
     dates, minutes = sorted({seed["date"] for seed in seeds}), sum(sum(seed["seconds"]) for seed in seeds) / 60
     lines = ["# The paper's experiments, rerun", "",
@@ -238,6 +269,8 @@ def report(args) -> str:
             head = ["run", "seeds", *METRICS.values(), f"IoU against {names[0]}", "IoU by seed"]
             lines += [f"## {title}", "", *markdown(head, rows)]
 
+    lines += ["## Curves", "", "Each GRPO run while it trains: the mean of its seeds and of the last five steps. All "
+              "runs see the same questions in the same order, so the lines rise and fall together.", "", "![curves](curves.png)", ""]
     if ood := [name for name in ("sft", "sft-x5", "sft-ood", "soft", "soft-ood") if name in results]:
         lines += ["## Out of distribution (Table 6)", "",
                   f"The -ood runs train on {SEEN.replace('|', ', ')} only. What training adds to the start's IoU.", "",
@@ -296,6 +329,8 @@ if __name__ == "__main__":
     for name, seed in [] if args.report else todo:
         if not (args.results / f"{name}-{seed}.json").exists():
             execute(name, seed, args)
+    results = read_results(args.results)
     path = (HERE if args.results == RESULTS else args.results) / "RESULTS.md"
-    path.write_text(report(args))
+    picture(results, path.with_name("curves.png"))
+    path.write_text(report(results))
     print(f"-> {path}")

@@ -2,6 +2,9 @@
 import json
 from argparse import Namespace
 
+import numpy as np
+from PIL import Image
+
 import evaluate
 import train_grpo
 import train_sft
@@ -16,14 +19,14 @@ def result(folder, name, seed, iou, wording="seen", supercategory="Brain"):
                  for i, v in enumerate(iou)]
     (folder / f"{name}-{seed}.json").write_text(json.dumps(
         {"name": name, "seed": seed, "date": "2026-01-01", "seconds": [30.0, 30.0], "commands": ["a", "b"],
-         "questions": questions}))
+         "curves": {key: [0.1, 0.2, 0.3] for key in paper.CURVES}, "questions": questions}))
 
 
 def test_tables_average_answers_and_seeds_and_pair_the_questions(tmp_path):
     result(tmp_path, "start", 0, [0.1, 0.2, 0.3])
     for seed, gain in ((0, 0.1), (1, 0.3)):
         result(tmp_path, "soft", seed, [0.1 + gain, 0.2 + gain, 0.3 + gain])
-    text = paper.report(Namespace(results=tmp_path))
+    text = paper.report(paper.read_results(tmp_path))
     assert "| start | 1 | 20.0 | 50.0 | 10.0 | 20.0 | 40.0 | 0.0 |  | 20.0 |" in text
     assert "| soft | 2 | 40.0 | 50.0 | 10.0 | 20.0 | 40.0 | 0.0 | +20.0 [+20.0, +20.0] | 30.0, 50.0 |" in text
     assert f"2 of {len(paper.RUNS)} runs, 3 with all seeds, 3 minutes" in text and "3 held-out questions" in text
@@ -36,7 +39,7 @@ def test_tables_average_answers_and_seeds_and_pair_the_questions(tmp_path):
 
 def test_a_verdict_needs_an_interval_without_0_and_seeds_that_agree(tmp_path):
     def verdict():
-        return paper.report(Namespace(results=tmp_path)).split("improve on its start? **")[1].split("**")[0]
+        return paper.report(paper.read_results(tmp_path)).split("improve on its start? **")[1].split("**")[0]
 
     result(tmp_path, "start", 0, [0.2, 0.2, 0.2])
     result(tmp_path, "soft", 0, [0.4, 0.4, 0.4])
@@ -67,3 +70,12 @@ def test_every_command_of_every_run_parses():
 def test_an_unknown_run_is_refused():
     _, error = run("-m paper --only nonsense", check=2)
     assert "--only nonsense: not one of start" in error
+
+
+def test_curves_are_drawn_of_what_trained_with_grpo(tmp_path):
+    for name in ("start", "sft", "soft"):
+        result(tmp_path, name, 0, [0.1, 0.2])
+    run("-m paper --report --results", tmp_path)
+    assert "![curves](curves.png)" in (tmp_path / "RESULTS.md").read_text()
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert min(picture.size) > 400 and len(np.unique(np.asarray(picture), axis=None)) > 50
