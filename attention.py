@@ -25,6 +25,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 KINDS = ("rows", "dense", "flex")
+BATCHES = 4             # of answers of similar length, so that little is padding
 
 
 def take(x, where):
@@ -63,20 +64,24 @@ class Tree:
         return same & (self.pack[key] == self.pack[query]) & (key <= query)
 
     def _rows(self, prompts, answers, owner, device):
-        """Where in the stream each prompt (B, L) and answer (N, T) is, padded with 0; whom an answer sees."""
-        L = max(len(p) for p in prompts)
-        T = max((len(a) for a in answers), default=0)
-        width = torch.tensor([len(p) for p in prompts])[owner]
-        none = torch.zeros(0, T, dtype=torch.long)
-        P, A = pad_sequence(prompts, True), pad_sequence(answers, True) if answers else none
-        j = torch.arange(L + T)
-        seen = (j < width[:, None, None]) | (j >= L) & (j - L <= torch.arange(T)[:, None])  # (N, T, L + T)
-        place = torch.cat([b * L + torch.arange(len(p)) for b, p in enumerate(prompts)]
-                          + [len(prompts) * L + n * T + torch.arange(len(a)) for n, a in enumerate(answers)])
-        back = torch.empty_like(place)
-        back[torch.cat(prompts + answers)] = place                  # stream -> (B L + N T): undoes the gather
-        self.prompts, self.answers, self.seen, self.back, self.owner = \
-            (x.to(device) for x in (P, A, seen[:, None], back, torch.tensor(owner, dtype=torch.long)))
+        """Where in the stream each prompt (B, L) is and, in a few batches of similar length, each answer
+        (n, T), padded with 0; whom an answer sees."""
+        L, width, owner = max(map(len, prompts)), torch.tensor([len(p) for p in prompts]), torch.tensor(owner)
+        self.prompts, self.answers = pad_sequence(prompts, True).to(device), []
+        place, end = [b * L + torch.arange(len(p)) for b, p in enumerate(prompts)], len(prompts) * L
+        order = sorted(range(len(answers)), key=lambda i: len(answers[i]))
+        size = -(-len(order) // BATCHES) or 1
+        for some in (order[i:i + size] for i in range(0, len(order), size)):
+            where = pad_sequence([answers[i] for i in some], True)
+            T = where.shape[1]
+            i, j = torch.arange(T)[:, None], torch.arange(L + T)
+            seen = (j < width[owner[some], None, None]) | (j >= L) & (j - L <= i)           # (n, T, L + T)
+            self.answers.append([x.to(device) for x in (where, owner[some], seen[:, None])])
+            place += [end + n * T + torch.arange(len(answers[i])) for n, i in enumerate(some)]
+            end += where.numel()
+        self.back = torch.empty(self.size, dtype=torch.long)    # stream -> (B L + n T + …): undoes the gather
+        self.back[torch.cat(prompts + [answers[i] for i in order])] = torch.cat(place)
+        self.back = self.back.to(device)
 
     def attend(self, q, k, v, scale: float):
         """q (1, h, S, d), k and v (1, k, S, d), rotated -> (1, S, h, d)."""
@@ -93,14 +98,14 @@ class Tree:
         heads_first = "b l k d -> b k l d"
         out = sdpa(rearrange(q_prompt, heads_first), repeat(k_prompt, "b l k d -> b (k r) l d", r=r),
                    repeat(v_prompt, "b l k d -> b (k r) l d", r=r), is_causal=True, scale=scale)
-        out = rearrange(out, "b h l d -> (b l) h d")            # padding sits on the right: causal is enough
-        if len(self.answers):
-            keys, values = (rearrange(torch.cat([take(p, self.owner), take(x, self.answers)], 1), heads_first)
-                            for p, x in ((k_prompt, k), (v_prompt, v)))                     # (N, k, L + T, d)
-            own = sdpa(rearrange(take(q, self.answers), "n t (k r) d -> n k (r t) d", r=r), keys, values,
-                       attn_mask=self.seen.repeat(1, 1, r, 1), scale=scale)     # key heads not copied r times
-            out = torch.cat([out, rearrange(own, "n k (r t) d -> (n t) (k r) d", r=r)])
-        return take(out, self.back)[None]
+        out = [rearrange(out, "b h l d -> (b l) h d")]          # padding sits on the right: causal is enough
+        for where, owner, seen in self.answers:
+            keys, values = (rearrange(torch.cat([take(p, owner), take(x, where)], 1), heads_first)
+                            for p, x in ((k_prompt, k), (v_prompt, v)))                     # (n, k, L + T, d)
+            own = sdpa(rearrange(take(q, where), "n t (k r) d -> n k (r t) d", r=r), keys, values,
+                       attn_mask=seen.repeat(1, 1, r, 1), scale=scale)          # key heads not copied r times
+            out.append(rearrange(own, "n k (r t) d -> (n t) (k r) d", r=r))
+        return take(torch.cat(out), self.back)[None]
 
 
 @lru_cache(1)
