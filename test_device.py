@@ -13,7 +13,9 @@ import infer
 import parallel
 import train_grpo
 import train_sft
+from asm import load_asm
 from run import parse_args
+from test_asm import noise_image, small_sam
 
 GPU = torch.device("meta")          # a device that autograd knows on every machine
 MAY_MEET = {"_to_copy", "copy_", "index", "index_put", "index_put_", "_index_put_impl_"}        # CUDA, too, takes a host's indices
@@ -150,3 +152,13 @@ def test_a_script_does_on_the_gpu_what_it_does_on_the_host(script, flags, tmp_pa
     if "bfloat16" not in flags:                     # there the kernels' rounding decides what is sampled
         for a, b in zip(host, gpu):
             assert close(a, b), (a, b)
+
+
+@pytest.mark.parametrize("family", ["medsam", "sam-med2d"])
+def test_the_first_sams_do_on_the_gpu_what_they_do_on_the_host(family, tmp_path, monkeypatch, request):
+    spec, _ = small_sam(family, tmp_path, monkeypatch)
+    asked = noise_image(), [[20.0, 10.0, 150.0, 50.0]], [[[60.0, 30.0], [100.0, 40.0]]]
+    masks, scores = load_asm(spec, "cpu").segment(*asked)
+    request.getfixturevalue("gpu")
+    on_gpu = load_asm(spec, GPU).segment(*asked)
+    assert (on_gpu[0] == masks).mean() > 0.999 and abs(on_gpu[1] - scores).max() < 1e-4
