@@ -14,6 +14,7 @@ import gc
 import math
 import os
 import sys
+import time
 import traceback
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -58,6 +59,12 @@ class Ranks:
         """"auto" is bfloat16 on an accelerator and float32 elsewhere."""
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(
             name, torch.bfloat16 if self.device.type == "cuda" else torch.float32)
+
+    def clock(self) -> float:
+        """Seconds, once the device has done what it was asked for."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
 
     def stop(self, crm=None) -> None:
         """DDP is freed before its process group: the other way round can wait for a thread for ever."""

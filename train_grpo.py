@@ -19,7 +19,6 @@ Differences from the paper, each a flag:
   3. k3's value is unbiased, but its gradient is not that of the reverse KL; --kl k2 has that gradient.
 """
 import math
-import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -315,7 +314,7 @@ def main(cfg: Config) -> None:
     bar = tqdm(range(first, cfg.steps), initial=first, total=cfg.steps, disable=ranks.rank > 0, ncols=100)
     start, said, skipped = None, set(), 0       # the first step's numbers, warnings given, bad steps in a row
     for step in bar:
-        clock = [time.perf_counter()]
+        clock = [ranks.clock()]
 
         # 1. prompts, a pure function of seed and step; a group of answers to each, and what they earn
         indexes = pick(len(train), cfg.prompts, cfg.seed, step)
@@ -328,7 +327,7 @@ def main(cfg: Config) -> None:
                 again = [places[p] for p in dull]
                 for p, r in zip(dull, roll_out(again, fresh, step, attempt) if dull else []):
                     batch[p] = r
-        clock.append(time.perf_counter())
+        clock.append(ranks.clock())
 
         # 2. advantages, over the groups of all ranks
         rewards = torch.stack(ranks.gather([r.rewards for r in batch]))     # (P, G), rank after rank
@@ -347,7 +346,7 @@ def main(cfg: Config) -> None:
                 r.old_logp = logp
         for r in batch[:share]:
             r.old_logp = torch.zeros_like(r.group.logp)
-        clock.append(time.perf_counter())
+        clock.append(ranks.clock())
 
         # 4. updates: the loss of each is one weighted sum over the tokens of all ranks
         stats, grad_norms = {}, []
@@ -378,7 +377,7 @@ def main(cfg: Config) -> None:
             if update == 0:
                 at_start = dict(stats)
             grad_norms.append(optimizer.step(lr, cfg.max_grad_norm))
-        clock.append(time.perf_counter())
+        clock.append(ranks.clock())
 
         # 5. look: numbers over all ranks, the best and the worst answer, the held-out split, the pictures
         answers = ranks.gather([row for r in batch for row in answer_rows(r)])
