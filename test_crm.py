@@ -11,23 +11,11 @@ from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 import attention
 import sampling
+from bench import parity
+from bench.parity import naive_logp
 from conftest import noise_image, random_crm
 from crm import BANNED, END, load_crm
 from data import PROMPTS
-
-
-def naive_logp(crm, group, temperature):
-    """One answer at a time, the whole sequence, all logits, no packing, no cache. (G, T)"""
-    out, p = [], group.prompt
-    for tokens, n in zip(group.tokens, group.lengths.tolist()):
-        ids = torch.cat([p.ids, tokens[:n]])[None]
-        logits = crm.model(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=p.pixel_values,
-                           image_grid_thw=p.grid_thw, mm_token_type_ids=(ids == crm.image_id).int()).logits[0]
-        logits = logits[len(p.ids) - 1:-1].float() / temperature
-        logits[:, crm.tokenizer.convert_tokens_to_ids(list(BANNED))] = -torch.inf
-        logp = logits.log_softmax(-1).gather(1, tokens[:n, None])[:, 0]
-        out.append(torch.nn.functional.pad(logp, (0, group.tokens.shape[1] - n)))
-    return torch.stack(out)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 1.6])
@@ -166,6 +154,20 @@ def test_cuda_graphs_without_a_cuda_device_are_refused():
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="needs a CUDA device"):
             random_crm(cuda_graphs=True)
+
+
+def test_the_parity_check_finds_what_it_is_there_for(monkeypatch):
+    """What a GPU user runs first, here on the CPU: it passes, and a scale that is off by a hundredth fails it."""
+    monkeypatch.setattr(parity, "G", 4)
+    table = parity.parity("demo/crm", torch.device("cpu"))
+    ours = {name: row for name, row in table.items() if "transformers" not in name}
+    assert len(ours) == 6 and all(row["passed"] for row in ours.values()), table
+    assert table["bfloat16, rows"]["logp"] > 100 * table["float32, rows"]["logp"]
+    attend = attention.Tree.attend
+    monkeypatch.setattr(parity, "T", 16)
+    monkeypatch.setattr(attention.Tree, "attend", lambda tree, q, k, v, scale: attend(tree, q, k, v, 1.01 * scale))
+    table = parity.parity("demo/crm", torch.device("cpu"))
+    assert not any(row["passed"] for name, row in table.items() if name in ours and "float32" in name), table
 
 
 def test_a_frozen_vision_tower_runs_once_for_sampler_reference_and_policy(prompts, monkeypatch):

@@ -14,6 +14,7 @@ import parallel
 import train_grpo
 import train_sft
 from asm import load_asm
+from bench import parity
 from run import parse_args
 from test_asm import noise_image, small_sam
 
@@ -162,3 +163,9 @@ def test_the_first_sams_do_on_the_gpu_what_they_do_on_the_host(family, tmp_path,
     request.getfixturevalue("gpu")
     on_gpu = load_asm(spec, GPU).segment(*asked)
     assert (on_gpu[0] == masks).mean() > 0.999 and abs(on_gpu[1] - scores).max() < 1e-4
+
+
+def test_the_parity_check_runs_where_the_model_is(gpu, monkeypatch):
+    monkeypatch.setattr(parity, "T", 12)
+    table = parity.parity("demo/crm", GPU)
+    assert all(row["passed"] for name, row in table.items() if name.startswith("float32") and "passed" in row), table

@@ -1,14 +1,15 @@
 """How long a step of GRPO takes, by phase, switch and size, and beside TRL's GRPOTrainer.
 
     python -m bench                    # phases of a step, and each trick switched off (make bench)
-    python -m bench --peer             # the same work by TRL, alternately, in build/trl (make bench-trl)
-    python -m bench --growth --peer    # step time over group size and prompt length, a picture
+    python -m bench --peer trl         # the same work by TRL, alternately, in build/trl (make bench-trl)
+    python -m bench --peer trl --growth            # step time over group size and prompt length, a picture
     python -m bench --scaling          # the same step on one and on two processes of one thread each
     python -m bench --roofline         # how much of the machine's own matrix product and copy a step reaches
+    python -m bench --parity           # how far each way to compute on this device is from the slow one on the CPU
 
-On a GPU, at real size (make bench-gpu): --random-model 3b|7b builds the architecture with random weights, whose
-answers never end early, and --flags go to both sides, e.g. --flags "--resize square:840 --max-pixels 705600 --group 16
---max-new-tokens 256". TRL alone gets --force-length.
+At real size, on a GPU (make bench-gpu): --random-model 3b|7b builds the architecture with random weights, whose answers
+never end early (TRL's are kept from it), with LoRA at 840 x 840 px unless --flags say otherwise. --flags go to both
+sides, --ours to ours.
 
 Every measurement is a process of its own: a few steps of train_grpo.py (or of bench/peer_trl.py) on the embedded
 model, all weights trained, KL 0.01 to a reference, one update a step; the first step is warm-up. In a comparison the
@@ -29,6 +30,7 @@ from statistics import mean, median
 
 import torch
 
+from bench.parity import parity
 from bench.random_model import SIZES
 from crm import load_crm
 from data import PROMPTS, fill_prompt, load_prompt, load_samples
@@ -38,6 +40,7 @@ from train_grpo import Config
 RESULTS = Path(__file__).parent / "results"
 OURS = ("--prompts 8 --group 8 --weights '' --trainable '' --lr 1e-6 --minibatches 1 --kl-coef 0.01 --warmup 0 "
         "--eval-every -1 --data demo/data")
+AT_SIZE = "--resize square:840 --max-pixels 705600 --group 16 --max-new-tokens 256 --lora-rank 64 --checkpointing"
 OFF = {"attention dense": "--attention dense", "vision features not shared": "--no-share-vision",
        "finished answers stay": "--no-drop-finished", "one group a stream": "--pack-tokens 900",
        "no answer shares its prompt when scored": "--pack-tokens 1",
@@ -69,12 +72,14 @@ def machine() -> dict:
 def roofline(args) -> None:
     """Useful work of a step's phases over what the machine could do in the same time.
 
-    A forward is 2 operations a weight and token, a backward 4; every prompt counts once, the vocabulary projection
-    for answer tokens only, recomputation not at all, attention's own products not. Decoding reads all weights once a
-    token, and the keys and values of every row so far."""
+    A forward is 2 operations a weight and token, a backward 4, or 2 through frozen weights; every prompt counts once,
+    a frozen vision tower once a step, the vocabulary projection for answer tokens only, recomputation not at all,
+    attention's own products not. Decoding reads all weights once a token, and the keys and values of every row."""
     cfg = parse_args(Config, "", argv=["@recipes/demo.args", "--crm", args.crm, *shlex.split(OURS),
                                        *shlex.split(args.flags)])
-    crm, train = load_crm(args.crm, resize=cfg.resize, max_pixels=cfg.max_pixels), load_samples(cfg.data)
+    crm = load_crm(args.crm, dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32, resize=cfg.resize,
+                   max_pixels=cfg.max_pixels)
+    train = load_samples(cfg.data)
     prompts = [crm.encode(train[i].image, fill_prompt(load_prompt(cfg.prompt), train[i].query)) for i in range(16)]
     step, top, c = ours("", args), machine(), crm.model.config.text_config
     count = lambda module: sum(p.numel() for p in module.parameters())
@@ -84,13 +89,15 @@ def roofline(args) -> None:
     text = cfg.prompts * mean(len(p.ids) for p in prompts)
     patches = cfg.prompts * mean(len(p.pixel_values) for p in prompts)
     answers, width = cfg.prompts * cfg.group * step["length"], crm.model.lm_head.weight.element_size()
-    forward = 2 * (body * (text + answers) + head * answers + tower * patches + merger * patches / 4)
-    work = {"sample": forward, "reference": forward, "update": 3 * forward}
+    words, vision = 2 * (body * (text + answers) + head * answers), 2 * (tower * patches + merger * patches / 4)
+    lora = cfg.lora_rank > 0
+    work = {"sample": words + vision, "reference": words + vision * (not lora),
+            "update": (2 if lora else 3) * words + 3 * vision * (not lora)}
     cell = c.num_hidden_layers * 2 * c.num_key_value_heads * c.hidden_size // c.num_attention_heads * width
     read = cfg.max_new_tokens * ((body + head) * width + cell * text) + cell * answers * step["length"] / 2
     print(f"matrix product {top['flops'] / 1e9:.0f} GFLOP/s, copy {top['bytes'] / 1e9:.1f} GB/s; "
           f"a step {step['seconds']:.2f} s")
-    result = {"machine": top, "step": step, "floor_seconds": 5 * forward / top["flops"], "phases": {}}
+    result = {"machine": top, "step": step, "floor_seconds": sum(work.values()) / top["flops"], "phases": {}}
     for phase, flops in work.items():
         rate = flops / step[f"seconds/{phase}"]
         result["phases"][phase] = {"flop": flops, "of_matrix_product": rate / top["flops"]}
@@ -99,7 +106,7 @@ def roofline(args) -> None:
     result["decode_of_copy"] = read / step["seconds/sample"] / top["bytes"]
     print(f"sampling reads {read / 1e9:.1f} GB: {result['decode_of_copy']:.0%} of the copy\n"
           f"the products alone would take {result['floor_seconds']:.2f} s")
-    record("roofline" + args.ours.replace(" ", ""), result)
+    record("roofline", result, args)
 
 
 def ours(flags: str, args, launch: tuple = (), **env) -> dict:
@@ -127,8 +134,9 @@ def trl(flags: str, args) -> dict:
             "peak_memory_gb": row["peak_memory_gb"], "trl": row["trl"]}
 
 
-def record(name: str, result) -> None:
+def record(name: str, result, args) -> None:
     RESULTS.mkdir(exist_ok=True)
+    name = "_".join([name, *filter(None, [args.random_model])]) + ("_graphs" if "--cuda-graphs" in args.ours else "")
     about = {"command": "python -m bench " + shlex.join(sys.argv[1:]), "date": time.strftime("%Y-%m-%d"),
              "machine": f"{os.cpu_count()} x {platform.machine()}, " + (
                  torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"), "torch": torch.__version__}
@@ -139,7 +147,8 @@ def record(name: str, result) -> None:
 def switches(args) -> None:
     table = {"all on": ours("", args)}
     for name, flags in OFF.items():
-        table[name] = ours(flags, args)
+        if not (args.random_model and "pack-tokens 900" in flags):          # no group of real size is so small
+            table[name] = ours(flags, args)
     if torch.cuda.is_available():
         table["flex attention"] = ours("--attention flex", args)
         table["the sampler's step as a CUDA graph"] = ours("--cuda-graphs", args)
@@ -147,7 +156,17 @@ def switches(args) -> None:
     for name, r in table.items():
         print(f"{name:40} {r['seconds']:6.2f}  {r['seconds/sample']:6.2f}  {r['seconds/reference']:9.2f}  "
               f"{r['seconds/update']:6.2f}  {r['tokens_per_second']:8.0f}  {r['peak_memory_gb']:.2f}")
-    record("switches", table)
+    record("switches", table, args)
+
+
+def close(args) -> None:
+    table = parity(args.crm, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    print(f"{'relative error of':26} log-prob.  gradient  sampled  equal answers")
+    for name, r in table.items():
+        print(f"{name:26} {r['logp']:9.1e} {r['gradient']:9.1e} {r['sampled']:8.1e}" +
+              (f"  {r['equal answers']:13.2f}{'' if r['passed'] else '   <- too far'}" if "passed" in r else ""))
+    record("parity", table, args)
+    sys.exit(not all(r.get("passed", True) for r in table.values()))
 
 
 def pairs(args) -> None:
@@ -162,7 +181,7 @@ def pairs(args) -> None:
     speed, memory = (sorted(row[key] for row in rows) for key in ("speed", "memory"))
     print(f"median of {len(rows)}: {median(speed):.2f} x the speed [{speed[0]:.2f}, {speed[-1]:.2f}], "
           f"{median(memory):.2f} x the memory [{memory[0]:.2f}, {memory[-1]:.2f}]")
-    record(f"trl_batch_{args.micro}", rows)
+    record(f"trl_batch_{args.micro}", rows, args)
 
 
 def scaling(args) -> None:
@@ -176,7 +195,7 @@ def scaling(args) -> None:
     for kind in ("ddp", "fsdp"):
         gain = median(row["none"]["seconds"] / row[kind]["seconds"] for row in rows)
         print(f"two processes, {kind}: {gain:.2f} x the speed of one, {100 * gain / 2:.0f} % efficiency")
-    record("scaling", rows)
+    record("scaling", rows, args)
 
 
 def prompt_file(length: int, folder: str, args) -> str:
@@ -200,7 +219,7 @@ def growth(args) -> None:
                 tried = [trl(f"{flags} --micro {micro}", args) for micro in (16, 64) if micro <= 8 * x]
                 result[axis][x]["trl"] = min(tried, key=lambda r: r["seconds"])
             print(axis, x, {who: round(r["seconds"], 2) for who, r in result[axis][x].items()}, flush=True)
-    record("growth", result)
+    record("growth", result, args)
     picture(result)
 
 
@@ -227,23 +246,26 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--crm", default="demo/crm")
     parser.add_argument("--random-model", choices=SIZES, help="the real architecture instead of --crm, in build/")
-    parser.add_argument("--flags", default="", help="of every run, ours and TRL's")
+    parser.add_argument("--flags", help="of every run, ours and TRL's; of 3b and 7b: " + AT_SIZE)
     parser.add_argument("--ours", default="", help="flags of our runs only, e.g. --ours=--cuda-graphs")
     parser.add_argument("--steps", type=int, default=3, help="of a measurement; the first is not counted")
-    parser.add_argument("--peer", action="store_true", help="TRL's GRPOTrainer beside ours")
+    parser.add_argument("--peer", nargs="?", const="trl", choices=["trl"], help="TRL's GRPOTrainer beside ours")
     parser.add_argument("--peer-python", default="build/trl/bin/python")
     parser.add_argument("--micro", type=int, default=64, help="answers that TRL takes at once; the rest is accumulated")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--scaling", action="store_true", help="one and two processes")
     parser.add_argument("--roofline", action="store_true", help="against this machine's matrix product and copy")
     parser.add_argument("--growth", action="store_true", help="over group size and prompt length")
+    parser.add_argument("--parity", action="store_true", help="against the slow forward on the CPU")
     args = parser.parse_args()
     if args.peer and not Path(args.peer_python).exists():
         sys.exit(f"--peer-python {args.peer_python}: not there; make bench-trl makes it")
+    if args.flags is None:
+        args.flags = AT_SIZE if args.random_model in ("3b", "7b") else ""
     if args.random_model:
-        args.crm = f"build/random-{args.random_model}"
+        args.crm, args.ours = f"build/random-{args.random_model}", "--pack-tokens 8192 " + args.ours
         if not Path(args.crm).exists():
             subprocess.run([sys.executable, "-m", "bench.random_model", args.random_model, "--out", args.crm],
                            check=True)
-    (scaling if args.scaling else roofline if args.roofline else growth if args.growth else
+    (close if args.parity else scaling if args.scaling else roofline if args.roofline else growth if args.growth else
      pairs if args.peer else switches)(args)

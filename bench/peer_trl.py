@@ -3,7 +3,7 @@
     build/trl/bin/python -m bench.peer_trl --crm demo/crm --steps 4 --out build/peer.json
 
 Same checkpoint, prompts, images (already resized, so the processor leaves them as they are), group size, temperature,
-token limit, dtype, reward, KL coefficient with a reference model, and AdamW on all weights. --micro is its
+token limit, dtype, reward, KL coefficient with a reference, and AdamW on all weights or on LoRA matrices. --micro is its
 per-device batch; the rest is gradient accumulation, so that its own cheapest setting can be chosen.
 """
 import argparse
@@ -71,11 +71,16 @@ if __name__ == "__main__":
     parser.add_argument("--resize", default="aspect")
     parser.add_argument("--prompt", default="reasoning")
     parser.add_argument("--max-pixels", type=int, default=224 * 224)
+    parser.add_argument("--lora-rank", type=int, default=0)
+    parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--out", default="build/peer.json")
     args = parser.parse_args()
     library = allow_torchvision_on_cpu_torch()
     import trl
+    from peft import LoraConfig
     from transformers import Qwen2_5_VLForConditionalGeneration, TrainerCallback
+
+    from crm import LORA_TARGETS
 
     class Clock(TrainerCallback):
         seconds: list = []
@@ -97,17 +102,19 @@ if __name__ == "__main__":
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(args.crm, dtype=dtype)
     data = dataset(load_samples(args.data), args.steps * args.prompts, load_prompt(args.prompt), args.resize, 28 * 28,
                    args.max_pixels)
+    lora = LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules=LORA_TARGETS)
     with tempfile.TemporaryDirectory() as folder:
         config = trl.GRPOConfig(
             output_dir=folder, per_device_train_batch_size=args.micro, gradient_accumulation_steps=work // args.micro,
             num_generations=args.group, max_completion_length=args.max_new_tokens, temperature=1.0, beta=0.01,
             learning_rate=1e-6, lr_scheduler_type="constant", max_steps=args.steps, loss_type="grpo", delta=3.0,
-            shuffle_dataset=False, use_cpu=not cuda, bf16=cuda, gradient_checkpointing=cuda, report_to=[],
+            shuffle_dataset=False, use_cpu=not cuda, bf16=cuda, gradient_checkpointing=args.checkpointing, report_to=[],
             save_strategy="no", logging_steps=1, disable_tqdm=True,
             model_init_kwargs={"dtype": dtype},             # of the reference model, which it loads itself
             generation_kwargs={"min_new_tokens": args.max_new_tokens} if args.force_length else None)
         trainer = trl.GRPOTrainer(model=model, reward_funcs=reward, args=config, train_dataset=data,
-                                  processing_class=processor(args.crm), callbacks=[clock])
+                                  processing_class=processor(args.crm), callbacks=[clock],
+                                  peft_config=lora if args.lora_rank else None)
         trainer.train()
     logs = [row for row in trainer.state.log_history if "reward" in row]
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
