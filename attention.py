@@ -36,11 +36,12 @@ def take(x, where):
 class Tree:
     """Who sees whom in a stream.
 
-    packs: for each pack the length of its prompt and of its answers. keep: collect the prompts' keys and
-    values of every layer, (B, L, k, d) each, in self.kept."""
+    packs: for each pack the length of its prompt and of its answers. like: a tensor of the stream's device
+    and type. r: query heads a key head. keep: collect the prompts' keys and values of every layer,
+    (B, L, k, d) each, in self.kept."""
 
-    def __init__(self, packs: Sequence[tuple[int, Sequence[int]]], kind: str, device, keep: bool = False):
-        prompts, answers, owner, at = [], [], [], 0
+    def __init__(self, packs: Sequence[tuple[int, Sequence[int]]], kind: str, like, r: int, keep=False):
+        prompts, answers, owner, at, device = [], [], [], 0, like.device
         for b, (length, others) in enumerate(packs):
             prompts.append(torch.arange(at, at := at + length))
             for n in others:
@@ -48,7 +49,7 @@ class Tree:
                 owner.append(b)
         self.size, self.kind, self.kept = at, kind, [] if keep else None
         if kind == "rows" or keep:
-            self._rows(prompts, answers, owner, device)
+            self._rows(prompts, answers, owner, like, r)
         if kind != "rows":
             self.pack, self.segment = torch.zeros(2, at, dtype=torch.long)  # segment 0 is the prompt
             for b, where in [*enumerate(prompts), *zip(owner, answers)]:
@@ -63,10 +64,11 @@ class Tree:
         same = (self.segment[key] == 0) | (self.segment[key] == self.segment[query])
         return same & (self.pack[key] == self.pack[query]) & (key <= query)
 
-    def _rows(self, prompts, answers, owner, device):
+    def _rows(self, prompts, answers, owner, like, r):
         """Where in the stream each prompt (B, L) is and, in a few batches of similar length, each answer
-        (n, T), padded with 0; whom an answer sees."""
-        L, width, owner = max(map(len, prompts)), torch.tensor([len(p) for p in prompts]), torch.tensor(owner)
+        (n, T), padded with 0; the bias (n, 1, r T, L + T) that hides all but its prompt and itself."""
+        device, L, width = like.device, max(map(len, prompts)), torch.tensor([len(p) for p in prompts])
+        owner = torch.tensor(owner)
         self.prompts, self.answers = pad_sequence(prompts, True).to(device), []
         place, end = [b * L + torch.arange(len(p)) for b, p in enumerate(prompts)], len(prompts) * L
         order = sorted(range(len(answers)), key=lambda i: len(answers[i]))
@@ -76,7 +78,10 @@ class Tree:
             T = where.shape[1]
             i, j = torch.arange(T)[:, None], torch.arange(L + T)
             seen = (j < width[owner[some], None, None]) | (j >= L) & (j - L <= i)           # (n, T, L + T)
-            self.answers.append([x.to(device) for x in (where, owner[some], seen[:, None])])
+            # CUDA's kernels would copy, each time, a bias whose rows are no multiple of 8
+            bias = like.new_zeros(len(some), 1, r * T, -(-(L + T) // 8) * 8)[..., :L + T]
+            bias.masked_fill_(~seen.repeat(1, r, 1)[:, None].to(device), -torch.inf)
+            self.answers.append((where.to(device), owner[some].to(device), bias))
             place += [end + n * T + torch.arange(len(answers[i])) for n, i in enumerate(some)]
             end += where.numel()
         self.back = torch.empty(self.size, dtype=torch.long)    # stream -> (B L + n T + …): undoes the gather
@@ -87,8 +92,8 @@ class Tree:
         """q (1, h, S, d), k and v (1, k, S, d), rotated -> (1, S, h, d)."""
         if self.kept is not None:
             self.kept.append(tuple(x[0].transpose(0, 1)[self.prompts] for x in (k, v)))
-        if self.kind == "flex":
-            return _flex()(q, k, v, block_mask=self.mask, scale=scale, enable_gqa=True).transpose(1, 2)
+        if self.kind == "flex":                                 # whose own scale is the same, and a constant
+            return _flex()(q, k, v, block_mask=self.mask, enable_gqa=True).transpose(1, 2)
         r = q.shape[1] // k.shape[1]
         if self.kind == "dense":
             k, v = (x.repeat_interleave(r, 1) for x in (k, v))
@@ -99,11 +104,11 @@ class Tree:
         out = sdpa(rearrange(q_prompt, heads_first), repeat(k_prompt, "b l k d -> b (k r) l d", r=r),
                    repeat(v_prompt, "b l k d -> b (k r) l d", r=r), is_causal=True, scale=scale)
         out = [rearrange(out, "b h l d -> (b l) h d")]          # padding sits on the right: causal is enough
-        for where, owner, seen in self.answers:
+        for where, owner, bias in self.answers:
             keys, values = (rearrange(torch.cat([take(p, owner), take(x, where)], 1), heads_first)
                             for p, x in ((k_prompt, k), (v_prompt, v)))                     # (n, k, L + T, d)
             own = sdpa(rearrange(take(q, where), "n t (k r) d -> n k (r t) d", r=r), keys, values,
-                       attn_mask=seen.repeat(1, 1, r, 1), scale=scale)          # key heads not copied r times
+                       attn_mask=bias, scale=scale)                             # key heads not copied r times
             out.append(rearrange(own, "n k (r t) d -> (n t) (k r) d", r=r))
         return take(torch.cat(out), self.back)[None]
 

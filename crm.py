@@ -144,7 +144,7 @@ class CRM:
             from peft import LoraConfig, get_peft_model
             self.lora = get_peft_model(model, LoraConfig(r=lora_rank, lora_alpha=lora_alpha or 2 * lora_rank,
                                                          target_modules=LORA_TARGETS),
-                                       autocast_adapter_dtype=True)
+                                       autocast_adapter_dtype=False)    # parallel.Optimizer has the float32
         if self.freeze_vision:
             model.model.visual.requires_grad_(False)
         if checkpointing:
@@ -230,7 +230,8 @@ class CRM:
         """[prompt | answer 1 | … | answer g] of each prompt, end to end, through the language model
         -> hidden states (S, D), the tree. Only a prompt's own image span takes image features, so an image
         token that somehow got into an answer is a word like any other."""
-        words, rows, positions = self.model.get_input_embeddings(), [], []
+        words, config = self.model.get_input_embeddings(), self.model.config.text_config
+        rows, positions = [], []
         for prompt, own, image in zip(prompts, answers, self._features(prompts)):
             x = words(torch.cat([prompt.ids, *own]))
             a, b = prompt.image_at, prompt.image_at + len(image)
@@ -238,8 +239,8 @@ class CRM:
             after = [torch.arange(len(tokens), device=self.device) for tokens in own]
             positions += [prompt.positions, *((prompt.positions.max() + 1 + j).expand(3, -1) for j in after)]
         tree = Tree([(len(p.ids), [len(tokens) for tokens in own]) for p, own in zip(prompts, answers)],
-                    self.attention, self.device, keep)
-        mask = dict.fromkeys(self.model.config.text_config.layer_types, tree)
+                    self.attention, rows[0], config.num_attention_heads // config.num_key_value_heads, keep)
+        mask = dict.fromkeys(config.layer_types, tree)
         out = self.model.model.language_model(inputs_embeds=torch.cat(rows)[None], attention_mask=mask,
                                               position_ids=torch.cat(positions, 1)[:, None], use_cache=False)
         return out.last_hidden_state[0], tree

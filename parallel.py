@@ -1,7 +1,8 @@
 """From one process to many: torchrun's ranks, how the model is spread over them, and the optimizer.
 
     none   every rank holds the model; gradients are summed by hand after the last backward (the oracle)
-    ddp    the same, but DistributedDataParallel sums while the last backward still runs
+    ddp    the same, but DistributedDataParallel sums while the last backward still runs; of a bfloat16 model
+           it would add bfloat16 gradients, so those are still summed by hand, in float32
     fsdp   FSDP2: weights, gradients and AdamW's moments are cut over the ranks; a layer is gathered while
            it computes, and the whole model, in its compute type, while the sampler runs. Over several nodes
            they are cut within a node and repeated across (hybrid sharding)
@@ -46,6 +47,7 @@ class Ranks:
         transformers.logging.disable_progress_bar()
         cuda, local = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
         device = torch.device("cuda", local) if cuda else torch.device("cpu")
+        torch.backends.cuda.enable_cudnn_sdp(False)     # it plans every new shape anew, and ours are all new
         if "WORLD_SIZE" not in os.environ:
             return cls(device=device)
         if cuda:
@@ -103,15 +105,16 @@ def directly(call, *args):
     return call(*args)
 
 
-def spread(crm, kind: str, ranks: Ranks, offload: bool = False) -> None:
-    """Cut or wrap the policy and its reference. What trains must have been chosen before.
+def spread(crm, kind: str, ranks: Ranks, offload: bool = False) -> str:
+    """Cut or wrap the policy and its reference -> the kind that came of it. What trains has been chosen.
 
     Afterwards crm.engine(call, *args) runs `call` between the engine's hooks: the model's own forward is not
     what scores an answer."""
-    if offload and ranks.world > 1 and kind != "ddp":
-        raise ValueError(f"--offload goes with one process or --parallel ddp, not {kind}")
-    if kind == "none" or not dist.is_initialized():
-        return
+    if offload and ranks.world > 1 and kind == "fsdp":
+        raise ValueError("--offload goes with one process or --parallel ddp, not fsdp")
+    copied = offload or any(p.dtype != torch.float32 for p in crm.model.parameters() if p.requires_grad)
+    if kind == "none" or kind == "ddp" and copied or not dist.is_initialized():
+        return "none"
     if kind == "fsdp" and crm.lora:
         raise ValueError("--parallel fsdp cuts whole models; LoRA matrices are small: --parallel ddp")
     if kind == "fsdp" and crm.sampler:
@@ -119,7 +122,7 @@ def spread(crm, kind: str, ranks: Ranks, offload: bool = False) -> None:
     crm.model.forward = directly
     if kind == "ddp":
         crm.engine = DistributedDataParallel(crm.model, forward_sync_buffers=False)
-        return
+        return kind
     local = int(os.environ["LOCAL_WORLD_SIZE"])
     shape = (ranks.world // local, local) if ranks.world > local else (ranks.world,)
     mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=("node", "local")[-len(shape):])
@@ -134,6 +137,7 @@ def spread(crm, kind: str, ranks: Ranks, offload: bool = False) -> None:
         model(lambda: None)                     # the first call through the root makes it the root, whole
         model.reshard()
     crm.engine = crm.model
+    return kind
 
 
 @contextmanager
@@ -204,21 +208,20 @@ class Optimizer:
 
     A bfloat16 weight near 1 cannot move by 1e-6: the update would round away. So where the model computes in
     bfloat16, AdamW owns a float32 copy of every trainable parameter, gradients are added up in float32 on it
-    as backward makes them, and the model's weights are its rounding. Where the model is float32 (and for
-    LoRA, and under FSDP, whose shards are float32) there is no copy. offload: the copies, their gradients and
-    AdamW's moments live in host memory, 16 bytes a weight that the GPU then has for other things."""
+    as backward makes them, and the model's weights are its rounding. Where the model is float32 (and under
+    FSDP, whose shards are) there is no copy. offload: the copies, their gradients and AdamW's moments live in
+    host memory, 16 bytes a weight that the GPU then has for other things. kind: what `spread` returned."""
 
     def __init__(self, parameters: dict[str, torch.nn.Parameter], weight_decay: float = 0.01, kind="none",
                  offload: bool = False):
         self.names, self.models = list(parameters), list(parameters.values())
-        self.kind = kind if dist.is_initialized() else "none"
+        self.kind = kind
         self.size = sum(p.numel() for p in self.models)
         home = torch.device("cpu") if offload else self.models[0].device
         self.masters = [p if (p.dtype, p.device) == (torch.float32, home) else
                         p.detach().to(home, torch.float32).requires_grad_() for p in self.models]
         for p, master in self._copies():
-            if self.kind == "none":             # DDP needs the gradient where it put it
-                p.register_post_accumulate_grad_hook(lambda p, master=master: self._hand_over(p, master))
+            p.register_post_accumulate_grad_hook(lambda p, master=master: self._hand_over(p, master))
         self.adamw = torch.optim.AdamW(self.masters, lr=0.0, weight_decay=weight_decay,
                                        fused=offload or home.type == "cuda")
 
@@ -235,13 +238,11 @@ class Optimizer:
     def step(self, lr: float, max_norm: float) -> float:
         """One update with the gradients added up since the last; their norm before clipping.
         Where that is not finite, on any rank, nothing moves."""
-        for p, master in self._copies():
-            if p.grad is not None:
-                self._hand_over(p, master)
-        for p in self.masters:                  # a sum, not a mean: the loss's weights span all ranks already
+        for model, p in zip(self.models, self.masters):     # a sum, no mean: a loss's weights span all ranks
             if self.kind == "none" and dist.is_initialized():
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-                dist.all_reduce(p.grad)
+                total = (torch.zeros_like(p) if p.grad is None else p.grad).to(model.device)
+                dist.all_reduce(total)
+                p.grad = total.to(p.device)
             elif self.kind != "none" and p.grad is not None:
                 p.grad.mul_(dist.get_world_size())
         norm = torch.nn.utils.clip_grad_norm_(self.masters, max_norm)

@@ -29,9 +29,10 @@ SCORES = ("iou", "pdice", "reward", "parse_ok")            # of a held-out answe
 EMBEDDED = {"crm": ROOT / "demo/crm", "asm": ROOT / "demo/asm", "data": ROOT / "demo/data"}
 
 
-AT_LEAST = {"seed": 0, "dry_run": 0, "kl_coef": 0, "temperature": 0, "lora_rank": 0} | dict.fromkeys(
-    ("max_new_tokens", "minibatches", "micro_batch", "save_every", "inner_epochs", "eval_answers", "samples",
-     "pack_tokens", "batch"), 1)
+AT_LEAST = {"save_every": -1} | \
+    dict.fromkeys(("seed", "dry_run", "kl_coef", "temperature", "lora_rank"), 0) | \
+    dict.fromkeys(("max_new_tokens", "minibatches", "micro_batch", "inner_epochs", "eval_answers", "samples",
+                   "pack_tokens", "batch"), 1)
 
 
 # ---------------------------------------------------------------- command line
@@ -178,6 +179,7 @@ class Run:
         done = state["step"] if state else 0
         if done >= steps:
             raise ValueError(f"--steps {steps}: {self.folder} has {done} steps already; give more")
+        self.steps = steps
         for number in (signal.SIGINT, signal.SIGTERM):          # finish the step, save, leave
             signal.signal(number, self._stop)
         if state:
@@ -215,9 +217,16 @@ class Run:
         path = self.folder / f"{name}.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
-    def save(self, step: int, crm, optimizer: Optimizer) -> Path:
+    def due(self, step: int, now: bool) -> bool:
+        """Whether to save and draw: after every --save-every steps, after the last, or now."""
+        every = self.config.save_every
+        return bool(now or step == self.steps or every > 0 and step % every == 0)
+
+    def save(self, step: int, crm, optimizer: Optimizer) -> Path | str:
         """step_000100/: what from_pretrained loads, and trainer.pt to go on from. Written aside, then
         renamed, so that a kill at any moment leaves the last one whole. --keep of them and the best stay."""
+        if self.config.save_every < 0:
+            return "not saved"
         folder = self.folder / f"step_{step:06d}"
         aside, lead = folder.with_suffix(".tmp"), self.ranks.rank == 0
         try:
@@ -340,9 +349,9 @@ def _fsync(path: Path) -> None:
 
 
 def peak_memory(device: torch.device) -> float:
-    """Peak memory of this process in GB: the accelerator's where there is one, else resident."""
+    """Peak memory of this process in GB: what it took of the accelerator where there is one, else resident."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
+        return torch.cuda.max_memory_reserved(device) / 1e9
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             * (1 if sys.platform == "darwin" else 1024) / 1e9)
 

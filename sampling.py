@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
 
-GRAIN = 64              # answer tokens that one CUDA graph serves: it attends to at most so many too many
+GRAIN = 64              # on a GPU, tokens that share a shape of attention: it sees at most so many too many
 
 
 def draw(logits, uniform, temperature: float):
@@ -52,11 +52,12 @@ class Sampler:
     more memory traffic than needed.
 
     With graphs, every tensor that a step touches has one place in memory for good (`put`), in this batch and
-    the next; a graph serves one shape of the batch and GRAIN tokens."""
+    the next; a graph serves one shape of the batch and `grain` tokens. On a GPU without graphs, too, shapes
+    are few, because its libraries prepare themselves for every new one."""
 
     def __init__(self, crm, graphs: bool = False):
         self.crm, self.graphs, self.homes, self.key, self.L = crm, {} if graphs else None, {}, None, 0
-        config = crm.model.config.text_config
+        self.grain, config = GRAIN if graphs or crm.device.type == "cuda" else 1, crm.model.config.text_config
         self.r = config.num_attention_heads // config.num_key_value_heads
 
     def put(self, name, x):
@@ -74,7 +75,7 @@ class Sampler:
         (N, T), (P, L) = uniform.shape, kept[0][0].shape[:2]
         key = P, N, T, temperature
         if key != self.key or L > self.L:                           # no place is large enough, no graph fits
-            self.key, self.L = key, L
+            self.key, self.L = key, -(-L // self.grain) * self.grain
             self.homes.clear()
             if self.graphs is not None:
                 self.graphs.clear()
@@ -136,9 +137,9 @@ class Sampler:
     def advance(self, t: int) -> None:
         """One more token a row, t - 1 of which are in the cache. With graphs, the first step of a shape runs
         as it is written, which readies libraries, the second is captured, and from then on it is replayed."""
+        seen = min(self.T, -(-t // self.grain) * self.grain)
         if self.graphs is None:
-            return self.step(t)
-        seen = min(self.T, -(-t // GRAIN) * GRAIN)
+            return self.step(seen)
         key, step = (self.shape, seen), partial(self.step, seen)
         if key not in self.graphs:
             self.graphs[key] = None

@@ -16,6 +16,7 @@ from bench.parity import naive_logp
 from conftest import noise_image, random_crm
 from crm import BANNED, END, load_crm
 from data import PROMPTS
+from parallel import Optimizer
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 1.6])
@@ -132,19 +133,21 @@ def test_a_step_replayed_from_a_graph_draws_what_the_step_itself_draws(prompts, 
 
     monkeypatch.setattr(sampling, "capture", capture)
     monkeypatch.setattr(sampling, "GRAIN", 8)
-    plain, graphs = random_crm(), random_crm()
-    graphs.sampler = sampling.Sampler(graphs, graphs=True)
-    plain.end = graphs.end = torch.arange(40, 80)
+    plain, coarse, graphs = random_crm(), random_crm(), random_crm()
+    graphs.sampler, coarse.sampler = sampling.Sampler(graphs, graphs=True), sampling.Sampler(coarse)
+    coarse.sampler.grain = 8                                            # as on a GPU without graphs
+    plain.end = coarse.end = graphs.end = torch.arange(40, 80)
     captured = []
     for some, temperature, seed in ((prompts, 1.0, 0), (prompts, 1.0, 1), (prompts, 1.0, 0),    # the same memory,
                                     (prompts[1:], 1.0, 2), (prompts[1:], 0.7, 3)):              # other shapes
         played = sum(tape.plays for tape in tapes)
-        for a, b in zip(*(crm.sample(some, 6, 30, temperature, seed) for crm in (plain, graphs))):
-            assert torch.equal(a.tokens, b.tokens) and torch.equal(a.lengths, b.lengths)
-            torch.testing.assert_close(a.logp, b.logp, atol=1e-5, rtol=0)
+        for a, *others in zip(*(crm.sample(some, 6, 30, temperature, seed) for crm in (plain, coarse, graphs))):
+            for b in others:
+                assert torch.equal(a.tokens, b.tokens) and torch.equal(a.lengths, b.lengths)
+                torch.testing.assert_close(a.logp, b.logp, atol=1e-5, rtol=0)
         assert sum(tape.plays for tape in tapes) > played + 10          # of 29 steps
         captured.append(len(tapes))
-        for crm in (plain, graphs):                                     # graphs see weights that change in place
+        for crm in (plain, coarse, graphs):                             # graphs see weights that change in place
             for p in crm.model.parameters():
                 p.data += 0.003 * torch.randn(p.shape, generator=torch.Generator().manual_seed(seed))
     assert 3 < captured[0] and captured[2] < 2 * captured[0] and captured[4] > captured[2]     # few new ones, new ones
@@ -361,6 +364,13 @@ def test_lora_trains_only_its_matrices_and_switched_off_it_is_the_reference(tmp_
     torch.testing.assert_close(crm.logp(resampled, [0, 1]).detach(), resampled.logp, atol=1e-5, rtol=0)
     crm.save(tmp_path / "merged")
     torch.testing.assert_close(load_crm(tmp_path / "merged").logp(group, [0, 1]), moved, atol=1e-5, rtol=0)
+
+
+def test_lora_computes_in_the_models_type_and_trains_in_float32():
+    crm = load_crm("demo/crm", dtype=torch.bfloat16, lora_rank=4)
+    optimizer = Optimizer(crm.trainable())
+    assert {p.dtype for p in optimizer.models} == {torch.bfloat16}
+    assert {p.dtype for p in optimizer.masters} == {torch.float32}
 
 
 def test_a_frozen_vision_tower_gets_no_gradient():

@@ -109,7 +109,7 @@ def test_infer_says_why_when_no_answer_is_usable(tmp_path):
 
 
 def test_numbers_out_of_range_are_refused(capsys):
-    for flags in ("--minibatches 0", "--save-every 0", "--seed -1", "--kl-coef -0.1", "--max-new-tokens 0"):
+    for flags in ("--minibatches 0", "--save-every -2", "--seed -1", "--kl-coef -0.1", "--max-new-tokens 0"):
         with pytest.raises(SystemExit) as exit_:
             parse_args(train_grpo.Config, "", argv=shlex.split(flags))
         assert exit_.value.code == 2 and f"{flags}: at least" in capsys.readouterr().err

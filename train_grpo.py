@@ -108,7 +108,7 @@ class Config:
     eval_every: int = flag(50, "steps between held-out evaluations (0: only first and last; -1: none)")
     eval_answers: int = flag(4, "sampled answers to a held-out question")
     eval_limit: int = flag(0, "held-out samples used (0: all)")
-    save_every: int = flag(100, "steps between checkpoints (the last step is always saved)")
+    save_every: int = flag(100, "steps between checkpoints (0: only the last; -1: none)")
     keep: int = flag(0, "newest checkpoints kept, beside the best evaluated (0: all)")
 
 
@@ -282,8 +282,8 @@ def main(cfg: Config) -> None:
                        share_vision=cfg.share_vision, drop_finished=cfg.drop_finished,
                        offload=cfg.offload, cuda_graphs=cfg.cuda_graphs)
         crm.trainable(cfg.trainable)
-        spread(crm, cfg.parallel, ranks, cfg.offload)
-        optimizer = Optimizer(crm.trainable(cfg.trainable), cfg.weight_decay, cfg.parallel, cfg.offload)
+        kind = spread(crm, cfg.parallel, ranks, cfg.offload)
+        optimizer = Optimizer(crm.trainable(cfg.trainable), cfg.weight_decay, kind, cfg.offload)
         first = run.begin(optimizer, cfg.steps)
     share = mine // cfg.minibatches                                 # a rank's prompts in an optimizer step
     say(f"{optimizer.size:,} trainable parameters on {ranks.world} x {ranks.device}, {len(train)} "
@@ -402,7 +402,7 @@ def main(cfg: Config) -> None:
         by_reward = sorted(answers, key=lambda answer: answer["reward"])
         run.log("samples", {"step": done, "best": by_reward[-1], "worst": by_reward[0]})
         bar.set_postfix(reward=f"{row['reward']:.2f}", iou=f"{row['box_iou']:.2f}", s=f"{row['seconds']:.1f}")
-        if stopped or done == cfg.steps or done % cfg.save_every == 0 or row["skipped"]:
+        if run.due(done, stopped or row["skipped"]):
             saved = run.save(done, crm, optimizer)
             run.curves(PANELS)
         if skipped == cfg.max_skipped:

@@ -11,7 +11,6 @@ forward, prompts, samples, logs and checkpoints as train_grpo.py:
 Defaults are the paper's (lr 5e-6, cosine, warm-up 0.1, batch 128, 5 epochs) except the batch, which suits the
 embedded default. Difference from the paper: the trace is learned, too (--no-think leaves it out).
 """
-import time
 from dataclasses import dataclass
 
 import torch
@@ -69,7 +68,7 @@ class Config:
     eval_every: int = flag(0, "steps between held-out evaluations (0: only first and last; -1: none)")
     eval_answers: int = flag(4, "sampled answers to a held-out question")
     eval_limit: int = flag(0, "held-out samples used (0: all)")
-    save_every: int = flag(500, "steps between checkpoints (the last step is always saved)")
+    save_every: int = flag(500, "steps between checkpoints (0: only the last; -1: none)")
     keep: int = flag(0, "newest checkpoints kept, beside the best evaluated (0: all)")
 
 
@@ -90,8 +89,8 @@ def main(cfg: Config) -> None:
         crm = load_crm(cfg.crm, ranks.device, ranks.dtype(cfg.dtype), cfg.lora_rank,
                        freeze_vision=cfg.freeze_vision, checkpointing=cfg.checkpointing, resize=cfg.resize,
                        min_pixels=cfg.min_pixels, max_pixels=cfg.max_pixels)
-        spread(crm, cfg.parallel, ranks, cfg.offload)
-        optimizer = Optimizer(crm.trainable(), cfg.weight_decay, cfg.parallel, cfg.offload)
+        kind = spread(crm, cfg.parallel, ranks, cfg.offload)
+        optimizer = Optimizer(crm.trainable(), cfg.weight_decay, kind, cfg.offload)
         steps = cfg.steps or max(1, round(cfg.epochs * len(train) / cfg.batch))
         first = run.begin(optimizer, steps)
     say(f"{optimizer.size:,} trainable parameters on {ranks.world} x "
@@ -105,7 +104,7 @@ def main(cfg: Config) -> None:
         run.log("metrics", {"step": 0, **run.evaluate(crm, tests, template, {}, 0, greedy=True)})
     bar = tqdm(range(first, steps), initial=first, total=steps, disable=ranks.rank > 0, ncols=100)
     for step in bar:
-        start = time.perf_counter()
+        start = ranks.clock()
 
         # 1. samples, a pure function of seed and step; each a group of one answer, the true one
         indexes = pick(len(train), cfg.batch, cfg.seed, step)[ranks.rank * mine:][:mine]
@@ -124,7 +123,7 @@ def main(cfg: Config) -> None:
         grad_norm = optimizer.step(lr, cfg.max_grad_norm)
 
         # 3. look
-        done, seconds = step + 1, time.perf_counter() - start
+        done, seconds = step + 1, ranks.clock() - start
         row = {"step": done, "loss": sum(ranks.gather([loss])), "grad_norm": grad_norm, "lr": lr,
                "seconds": seconds, "tokens_per_second": tokens / seconds,
                "peak_memory_gb": peak_memory(ranks.device)}
@@ -133,7 +132,7 @@ def main(cfg: Config) -> None:
             row |= run.evaluate(crm, tests, template, {}, done, greedy=done == steps)
         run.log("metrics", row)
         bar.set_postfix(loss=f"{row['loss']:.3f}", s=f"{seconds:.1f}")
-        if stopped or done == steps or done % cfg.save_every == 0:
+        if run.due(done, stopped):
             saved = run.save(done, crm, optimizer)
             run.curves(PANELS)
         if stopped:

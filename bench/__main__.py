@@ -109,13 +109,19 @@ def roofline(args) -> None:
     record("roofline", result, args)
 
 
+def measure(*command, **env) -> None:
+    """RuntimeError with the last words of a command that fails."""
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | env)
+    if done.returncode:
+        raise RuntimeError(f"{shlex.join(command)}: status {done.returncode}\n{done.stderr.strip()[-2000:]}")
+
+
 def ours(flags: str, args, launch: tuple = (), **env) -> dict:
     """A few steps of train_grpo.py -> medians over all but the first: seconds, phases; peak memory."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, *launch, "train_grpo.py", "@recipes/demo.args", "--crm", args.crm,
-                   *shlex.split(OURS), "--steps", str(args.steps), "--out", f"{folder}/run",
-                   *shlex.split(args.flags), *shlex.split(args.ours), *shlex.split(flags)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | env)
+        measure(sys.executable, *launch, "train_grpo.py", "@recipes/demo.args", "--crm", args.crm, *shlex.split(OURS),
+                "--steps", str(args.steps), "--out", f"{folder}/run", *shlex.split(args.flags), *shlex.split(args.ours),
+                *shlex.split(flags), "--save-every", "-1", **env)
         rows = [json.loads(line) for line in open(f"{folder}/run/metrics.jsonl")][1:]
     keys = ["seconds", *(k for k in rows[0] if k.startswith("seconds/")), "length", "tokens_per_second"]
     return {key: median(row[key] for row in rows) for key in keys} | \
@@ -124,14 +130,23 @@ def ours(flags: str, args, launch: tuple = (), **env) -> dict:
 
 def trl(flags: str, args) -> dict:
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([args.peer_python, "-m", "bench.peer_trl", "--crm", args.crm, "--steps", str(args.steps),
-                        "--out", f"{folder}/peer.json", "--micro", str(args.micro), *shlex.split(args.flags),
-                        *shlex.split(flags),
-                        *(["--force-length"] if args.random_model else [])], check=True,
-                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        measure(args.peer_python, "-m", "bench.peer_trl", "--crm", args.crm, "--steps", str(args.steps),
+                "--out", f"{folder}/peer.json", *shlex.split(args.flags), *shlex.split(flags),
+                *(["--force-length"] if args.random_model else []))
         row = json.loads(Path(f"{folder}/peer.json").read_text())
     return {"micro": row["micro"], "seconds": median(row["seconds"][1:]), "length": median(row["length"][1:]),
             "peak_memory_gb": row["peak_memory_gb"], "trl": row["trl"]}
+
+
+def fastest_trl(flags: str, args, pieces) -> dict:
+    """TRL at the size of its pieces that is fastest; one at which it fails, for want of memory, say, is left out."""
+    tried = []
+    for micro in pieces:
+        try:
+            tried.append(trl(f"{flags} --micro {micro}", args))
+        except RuntimeError as error:
+            print(f"TRL, {micro} answers at once: {str(error).splitlines()[-1]}", flush=True)
+    return min(tried, key=lambda row: row["seconds"])
 
 
 def record(name: str, result, args) -> None:
@@ -145,13 +160,16 @@ def record(name: str, result, args) -> None:
 
 
 def switches(args) -> None:
-    table = {"all on": ours("", args)}
-    for name, flags in OFF.items():
-        if not (args.random_model and "pack-tokens 900" in flags):          # no group of real size is so small
-            table[name] = ours(flags, args)
+    tried, table = {"all on": ""} | OFF, {}
+    if args.random_model:
+        del tried["one group a stream"]                                     # no group of real size is so small
     if torch.cuda.is_available():
-        table["flex attention"] = ours("--attention flex", args)
-        table["the sampler's step as a CUDA graph"] = ours("--cuda-graphs", args)
+        tried |= {"flex attention": "--attention flex", "the sampler's step as a CUDA graph": "--cuda-graphs"}
+    for name, flags in tried.items():
+        try:
+            table[name] = ours(flags, args)
+        except RuntimeError as error:
+            print(f"{name} fails: {error}", flush=True)
     print(f"{'':40} step s  sample  reference  update  tokens/s  GB")
     for name, r in table.items():
         print(f"{name:40} {r['seconds']:6.2f}  {r['seconds/sample']:6.2f}  {r['seconds/reference']:9.2f}  "
@@ -163,16 +181,18 @@ def close(args) -> None:
     table = parity(args.crm, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     print(f"{'relative error of':26} log-prob.  gradient  sampled  equal answers")
     for name, r in table.items():
-        print(f"{name:26} {r['logp']:9.1e} {r['gradient']:9.1e} {r['sampled']:8.1e}" +
-              (f"  {r['equal answers']:13.2f}{'' if r['passed'] else '   <- too far'}" if "passed" in r else ""))
+        print(f"{name:26} " + (r["problem"] if "problem" in r else
+                               f"{r['logp']:9.1e} {r['gradient']:9.1e} {r['sampled']:8.1e}" +
+                               (f"  {r['equal answers']:13.2f}" if "equal answers" in r else "")),
+              "" if r.get("passed", True) else "  <- failed")
     record("parity", table, args)
     sys.exit(not all(r.get("passed", True) for r in table.values()))
 
 
 def pairs(args) -> None:
-    rows = []
+    rows, micro = [], args.micro[0] if len(args.micro) == 1 else fastest_trl("", args, args.micro)["micro"]
     for i in range(args.pairs):
-        a, b = ours("", args), trl("", args)
+        a, b = ours("", args), trl(f"--micro {micro}", args)
         rows.append({"ours": a, "trl": b, "speed": b["seconds"] / a["seconds"],
                      "memory": a["peak_memory_gb"] / b["peak_memory_gb"]})
         print(f"pair {i + 1}: ours {a['seconds']:.2f} s {a['peak_memory_gb']:.2f} GB, TRL {b['trl']} {b['seconds']:.2f} s "
@@ -181,7 +201,7 @@ def pairs(args) -> None:
     speed, memory = (sorted(row[key] for row in rows) for key in ("speed", "memory"))
     print(f"median of {len(rows)}: {median(speed):.2f} x the speed [{speed[0]:.2f}, {speed[-1]:.2f}], "
           f"{median(memory):.2f} x the memory [{memory[0]:.2f}, {memory[-1]:.2f}]")
-    record(f"trl_batch_{args.micro}", rows, args)
+    record(f"trl_batch_{micro}", rows, args)
 
 
 def scaling(args) -> None:
@@ -216,8 +236,8 @@ def growth(args) -> None:
         for axis, x, flags in work:
             result[axis][x] = {"ours": ours(flags + f" --pack-tokens {2048 + x * (axis == 'prompt')}", args)}
             if args.peer:                               # in pieces of 16 or 64 answers, whichever is faster
-                tried = [trl(f"{flags} --micro {micro}", args) for micro in (16, 64) if micro <= 8 * x]
-                result[axis][x]["trl"] = min(tried, key=lambda r: r["seconds"])
+                pieces = [micro for micro in (16, 64) if micro <= 8 * x]
+                result[axis][x]["trl"] = fastest_trl(flags, args, pieces)
             print(axis, x, {who: round(r["seconds"], 2) for who, r in result[axis][x].items()}, flush=True)
     record("growth", result, args)
     picture(result)
@@ -251,7 +271,8 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=3, help="of a measurement; the first is not counted")
     parser.add_argument("--peer", nargs="?", const="trl", choices=["trl"], help="TRL's GRPOTrainer beside ours")
     parser.add_argument("--peer-python", default="build/trl/bin/python")
-    parser.add_argument("--micro", type=int, default=64, help="answers that TRL takes at once; the rest is accumulated")
+    parser.add_argument("--micro", type=int, nargs="+", default=[64],
+                        help="answers that TRL takes at once, the rest is accumulated; of several the fastest")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--scaling", action="store_true", help="one and two processes")
     parser.add_argument("--roofline", action="store_true", help="against this machine's matrix product and copy")
@@ -265,7 +286,6 @@ if __name__ == "__main__":
     if args.random_model:
         args.crm, args.ours = f"build/random-{args.random_model}", "--pack-tokens 8192 " + args.ours
         if not Path(args.crm).exists():
-            subprocess.run([sys.executable, "-m", "bench.random_model", args.random_model, "--out", args.crm],
-                           check=True)
+            measure(sys.executable, "-m", "bench.random_model", args.random_model, "--out", args.crm)
     (close if args.parity else scaling if args.scaling else roofline if args.roofline else growth if args.growth else
      pairs if args.peer else switches)(args)

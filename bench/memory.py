@@ -38,8 +38,8 @@ def memory(model, lora_rank: int, group: int, tokens: int, prompt: int, prompts:
     S = max(pack, prompt + tokens)                      # longest stream: one answer is never cut
     wide = 3 * c.intermediate_size + 6 * c.hidden_size  # what one layer keeps of a token while it is recomputed
     out = {"weights, bfloat16": N * BF16,               # under FSDP: gathered to sample
-           "float32 masters": 0 if lora_rank else N * FP32 / shards,
-           "trained LoRA matrices, float32": trained * FP32 if lora_rank else 0,
+           "LoRA matrices, bfloat16": trained * BF16 if lora_rank else 0,
+           "float32 masters": trained * FP32 / shards,
            "gradients, float32": trained * FP32 / shards, "AdamW's two moments": trained * 2 * FP32 / shards,
            "reference": 0 if lora_rank or not reference else N * BF16 / shards,
            "cache while sampling": prompts * (prompt + group * tokens) * c.num_hidden_layers * 2

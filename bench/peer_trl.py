@@ -97,6 +97,7 @@ if __name__ == "__main__":
         texts = [c[0]["content"] for c in completions]
         return [total_reward(reward_terms(text, *json.loads(t)), "soft") for text, t in zip(texts, truth)]
 
+    torch.backends.cuda.enable_cudnn_sdp(False)             # as ours; its answers have a new length at every token
     cuda, clock, work = torch.cuda.is_available(), Clock(), args.prompts * args.group
     dtype = torch.bfloat16 if cuda else torch.float32
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(args.crm, dtype=dtype)
@@ -117,7 +118,7 @@ if __name__ == "__main__":
                                   peft_config=lora if args.lora_rank else None)
         trainer.train()
     logs = [row for row in trainer.state.log_history if "reward" in row]
-    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = torch.cuda.max_memory_reserved() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     result = {"trl": trl.__version__, "micro": args.micro, "seconds": clock.seconds, "peak_memory_gb": peak / 1e9,
               "length": [row["completions/mean_length"] for row in logs], "reward": [row["reward"] for row in logs],
               "kl": [row.get("kl") for row in logs]}
