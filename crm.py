@@ -267,7 +267,7 @@ class CRM:
                 if batch.done.all():
                     break
                 if self.drop_finished:
-                    batch.compact(t - 1)
+                    batch.compact()
             batch.advance(t)
         groups = []
         for prompt, *rows in zip(prompts, *(rearrange(x, "(p g) ... -> p g ...", g=G)

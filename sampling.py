@@ -1,10 +1,11 @@
 """Sampling: G answers to each of P prompts, a token a step.
 
-Image and prompt went through the model once; here their keys and values are stored once, and all G rows of a
-prompt attend to them in one product. Rows that ended leave the batch. A step is written out over the model's
-own modules, so that LoRA-wrapped layers keep working, and what it reads and writes are tensors only: on a GPU
-it can be captured as a CUDA graph and replayed, with no Python between its several hundred small kernels (not
-yet measured on a GPU; on a CPU a recording of its kernels, played again, draws the same answers).
+Image and prompt went through the model once; their keys and values are stored once, and all G rows of a prompt
+attend to them in one product, and each row to its own answer's, under one softmax. Rows that ended leave the
+batch. A step is written out over the model's own modules, so that LoRA-wrapped layers keep working, and what
+it reads and writes are tensors only: on a GPU it can be captured as a CUDA graph and replayed, with no Python
+between its several hundred small kernels (not yet measured on a GPU; on a CPU a recording of its kernels,
+played again, draws the same answers).
 
 Shapes: P prompts, G answers each, N = P*G rows laid out (p g), L longest prompt, T answer tokens,
 V vocabulary, D hidden, h query heads, k key heads, r = h / k, d head size. After `compact`, P and G are what
@@ -16,10 +17,9 @@ from functools import partial
 import torch
 from einops import rearrange, repeat
 from torch.nn.functional import pad
-from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
 
-GRAIN = 64              # on a GPU, tokens that share a shape of attention: it sees at most so many too many
+GRAIN = 64              # on a GPU: lengths are rounded up to it, so that products are aligned and graphs few
 
 
 def draw(logits, uniform, temperature: float):
@@ -44,21 +44,15 @@ def capture(step: Callable[[], None], pool) -> Callable[[], None]:
 
 
 class Sampler:
-    """The state of a batch of answers.
-
-    For each layer, keys and values are (P, k, L + T G, d): the prompt's, then for every answer token a block
-    of G, one a row. All G rows of a prompt attend in one product; a bias hides the padding of shorter
-    prompts, the other rows' tokens and what is not yet written: G times the arithmetic on the own tokens, no
-    more memory traffic than needed.
+    """The state of a batch of answers. For each layer, keys and values of the prompts (P, k, L, d) and of the
+    answers so far (P, k, G, T, d); a bias hides the padding of shorter prompts and what is not yet written.
 
     With graphs, every tensor that a step touches has one place in memory for good (`put`), in this batch and
-    the next; a graph serves one shape of the batch and `grain` tokens. On a GPU without graphs, too, shapes
-    are few, because its libraries prepare themselves for every new one."""
+    the next; a graph serves one shape of the batch and `grain` tokens."""
 
     def __init__(self, crm, graphs: bool = False):
         self.crm, self.graphs, self.homes, self.key, self.L = crm, {} if graphs else None, {}, None, 0
-        self.grain, config = GRAIN if graphs or crm.device.type == "cuda" else 1, crm.model.config.text_config
-        self.r = config.num_attention_heads // config.num_key_value_heads
+        self.grain = GRAIN if graphs or crm.device.type == "cuda" else 1
 
     def put(self, name, x):
         """x, at the place of that name. Its first use has the largest x."""
@@ -89,28 +83,21 @@ class Sampler:
         self.t = self.put("t", lengths.new_zeros(1))                            # answer tokens in the cache
         self.rows = self.put("rows", torch.arange(N, device=uniform.device))    # those still in the batch
         self.token = self.put("token", lengths.new_zeros(N))                    # the last token of each
-        self.prompt_lengths, self.position = lengths, self.put("position", position)
-        room = self.L - L + T * N // P
-        self.layers = [[self.put((i, side), pad(rearrange(x, "p l k d -> p k l d"), (0, 0, 0, room)))
-                        for side, x in enumerate(pair)] for i, pair in enumerate(kept)]
-        self._hide(0)
+        self.position = self.put("position", position)
+        self.layers = []
+        for i, pair in enumerate(kept):
+            prompt = [pad(rearrange(x, "p l k d -> p k l d"), (0, 0, 0, self.L - L)) for x in pair]
+            own = [x.new_zeros(P, x.shape[1], N // P, T, x.shape[3]) for x in prompt]
+            self.layers.append([self.put((i, name), x) for name, x in enumerate(prompt + own)])
+        hides = torch.arange(self.L + T, device=lengths.device) >= lengths[:, None]
+        bias = kept[0][0].new_zeros(hides.shape).masked_fill(hides, -torch.inf)
+        self.bias = self.put("bias", rearrange(bias, "p l -> p 1 1 1 l"))
         self._write(repeat(hidden, "p d -> (p g) d", g=N // P))
 
-    def _hide(self, t: int) -> None:
-        """The bias (P, 1, G r, L + T G) with t answer tokens in the cache, and what a step adds to it."""
-        (P, G), like = self.shape, self.layers[0][0]
-        far = torch.arange(self.L, device=like.device) >= self.prompt_lengths[:, None]
-        other = ~torch.eye(G, dtype=torch.bool, device=like.device)
-        other = repeat(other, "g h -> p 1 (g r) t h", p=P, r=self.r, t=self.T)
-        unwritten = torch.arange(self.T, device=like.device)[:, None] >= t
-        hidden = torch.cat([repeat(far, "p l -> p 1 n l", n=G * self.r), (other | unwritten).flatten(3)], 3)
-        self.bias, self.own = (self.put(name, like.new_zeros(x.shape).masked_fill(x, -torch.inf))
-                               for name, x in (("bias", hidden), ("own", other[..., 0, :])))
-
-    def compact(self, t: int) -> None:
+    def compact(self) -> None:
         """Let finished rows go, as far as prompts with equally many rows allow, when that is a quarter of
-        them. t answer tokens are in the cache."""
-        (P, G), L = self.shape, self.L
+        them."""
+        P, G = self.shape
         live = ~self.done[self.rows].view(P, G)
         count = live.sum(1)
         p, g = int((count > 0).sum()), int(count.max())
@@ -121,18 +108,12 @@ class Sampler:
         prompts = count.argsort(descending=True, stable=True)[:p]
         columns = live[prompts].sort(dim=1, descending=True, stable=True).indices[:, :g]        # (p, g)
         stay = (prompts[:, None] * G + columns).flatten()
-        self.shape, self.prompt_lengths = (p, g), self.prompt_lengths[prompts]
+        self.shape, self.position = (p, g), self.put("position", self.position[prompts])
         self.rows, self.token = self.put("rows", self.rows[stay]), self.put("token", self.token[stay])
-        self.position = self.put("position", self.position[prompts])
-
-        def move(x):
-            own = rearrange(x[prompts, :, L:L + t * G], "p k (t g) d -> p k t g d", g=G)
-            own = own.take_along_dim(columns[:, None, None, :, None], 3)
-            return pad(torch.cat([x[prompts, :, :L], own.flatten(2, 3)], 2), (0, 0, 0, (self.T - t) * g))
-
-        self.layers = [[self.put((i, side), move(x)) for side, x in enumerate(pair)]
-                       for i, pair in enumerate(self.layers)]
-        self._hide(t)
+        self.bias = self.put("bias", self.bias[prompts])
+        self.layers = [[self.put((i, name), x[prompts] if name < 2 else
+                                 rearrange(x[prompts[:, None], :, columns], "p g k t d -> p k g t d"))
+                        for name, x in enumerate(layer)] for i, layer in enumerate(self.layers)]
 
     def advance(self, t: int) -> None:
         """One more token a row, t - 1 of which are in the cache. With graphs, the first step of a shape runs
@@ -151,23 +132,25 @@ class Sampler:
     def step(self, seen: int) -> None:
         """Every row's last token through the model's own modules, and the next one drawn. How far it has come
         is in tensors only; seen: of how many answer tokens there is, at most, something to attend to."""
-        model, (P, G) = self.crm.model.model.language_model, self.shape
-        here = self.L + self.t * G + torch.arange(G, device=self.t.device)      # (G,) where the cache goes on
-        stop = self.L + seen * G
-        self.bias.index_copy_(3, here, self.own)
+        model, (P, G), L = self.crm.model.model.language_model, self.shape, self.L
+        self.bias.index_fill_(4, L + self.t, 0.0)
         x = model.embed_tokens(self.token)                                                      # (n, D)
         position = repeat(self.position + self.t, "p -> three (p g) 1", three=3, g=G)
         cos, sin = (c[:, 0] for c in model.rotary_emb(x, position))                             # (n, d)
-        for layer, (keys, values) in zip(model.layers, self.layers):
+        for layer, (keys, values, own_keys, own_values) in zip(model.layers, self.layers):
             attention, h, d = layer.self_attn, layer.input_layernorm(x), keys.shape[-1]
             q, key = apply_rotary_pos_emb(rearrange(attention.q_proj(h), "n (h d) -> n h d", d=d),
                                           rearrange(attention.k_proj(h), "n (k d) -> n k d", d=d), cos, sin)
-            keys.index_copy_(2, here, rearrange(key, "(p g) k d -> p k g d", p=P))
-            values.index_copy_(2, here, rearrange(attention.v_proj(h), "(p g) (k d) -> p k g d", p=P, d=d))
-            q = rearrange(q, "(p g) (k r) d -> p k (g r) d", p=P, k=keys.shape[1])
-            out = sdpa(q, keys[:, :, :stop], values[:, :, :stop], self.bias[..., :stop],
-                       scale=attention.scaling)
-            x = x + attention.o_proj(rearrange(out, "p k (g r) d -> (p g) (k r d)", g=G))
+            value = rearrange(attention.v_proj(h), "n (k d) -> n k d", d=d)
+            for own, new in ((own_keys, key), (own_values, value)):
+                own.index_copy_(3, self.t, rearrange(new, "(p g) k d -> p k g 1 d", p=P))
+            q = rearrange(q * attention.scaling, "(p g) (k r) d -> p k g r d", p=P, k=keys.shape[1])
+            scores = torch.cat([(q.flatten(2, 3) @ keys.mT).unflatten(2, (G, -1)),
+                                q @ own_keys[..., :seen, :].mT], -1).add_(self.bias[..., :L + seen])
+            weights = scores.softmax(-1, dtype=torch.float32).to(x.dtype)
+            out = (weights[..., :L].flatten(2, 3) @ values).unflatten(2, (G, -1))
+            out += weights[..., L:] @ own_values[..., :seen, :]
+            x = x + attention.o_proj(rearrange(out, "p k g r d -> (p g) (k r d)"))
             x = x + layer.mlp(layer.post_attention_layernorm(x))
         self.t += 1
         self._write(model.norm(x))
