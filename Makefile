@@ -42,8 +42,9 @@ bench: setup
 # beside TRL's GRPOTrainer, in an environment of its own
 .PHONY: bench-trl
 bench-trl: setup build/trl/ready
-	$(RUN) -m bench --peer
-	$(RUN) -m bench --peer --growth
+	$(RUN) -m bench --peer trl --micro 16 --steps 4
+	$(RUN) -m bench --peer trl --micro 64 --steps 4
+	$(RUN) -m bench --peer trl --growth
 
 # on one GPU of 80 GB: each way to compute against the slow one on the CPU; then 3B and 7B with random weights and LoRA,
 # 840 x 840 px, 16 answers of 256 tokens: beside TRL, against the card's own speed, and with each trick switched off

@@ -111,9 +111,9 @@ class Sampler:
         self.shape, self.position = (p, g), self.put("position", self.position[prompts])
         self.rows, self.token = self.put("rows", self.rows[stay]), self.put("token", self.token[stay])
         self.bias = self.put("bias", self.bias[prompts])
-        self.layers = [[self.put((i, name), x[prompts] if name < 2 else
-                                 rearrange(x[prompts[:, None], :, columns], "p g k t d -> p k g t d"))
-                        for name, x in enumerate(layer)] for i, layer in enumerate(self.layers)]
+        for i, layer in enumerate(self.layers):                     # a layer at a time: few are there twice
+            own = [rearrange(x[prompts[:, None], :, columns], "p g k t d -> p k g t d") for x in layer[2:]]
+            layer[:] = [self.put((i, name), x) for name, x in enumerate([x[prompts] for x in layer[:2]] + own)]
 
     def advance(self, t: int) -> None:
         """One more token a row, t - 1 of which are in the cache. With graphs, the first step of a shape runs
