@@ -29,7 +29,7 @@ demo: setup
 test: setup
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist worksteal
 
-# kills, signals and full disks, a hundred of them; about half an hour on two cores
+# kills, signals and full disks, a hundred of them; about nine minutes on two cores
 .PHONY: faults
 faults: setup
 	$(RUN) test_faults.py
