@@ -32,7 +32,7 @@ test: setup
 # kills, signals and full disks, a hundred of them; about nine minutes on two cores
 .PHONY: faults
 faults: setup
-	$(RUN) test_faults.py
+	$(RUN) tests/test_faults.py
 
 # seconds a step by phase, and with each trick switched off
 .PHONY: bench

@@ -37,7 +37,7 @@ from scipy import ndimage
 from torch import nn
 from transformers import SamConfig, SamModel
 
-from parallel import read_torch
+from runtime.files import read_torch
 
 SAM2_CONFIG = Path(sam2.__file__).parent / "configs/sam2.1/sam2.1_hiera_t.yaml"
 # MedSAM2's side, and what sam2's own build_sam2 adds: a single mask with a shaky edge yields to the three

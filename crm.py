@@ -36,9 +36,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from attention import KINDS, Tree
-from data import MAX_PIXELS, MIN_PIXELS, Frame, model_size, read_text
-from parallel import directly
+from scoring import KINDS, Tree
+from data import MAX_PIXELS, MIN_PIXELS, Frame, model_size
+from runtime.files import read_text
+from runtime.parallel import directly
 from sampling import Sampler
 
 # the chat format the checkpoints were trained on, around the image and the user's text

@@ -33,6 +33,8 @@ import numpy as np
 from PIL import Image, ImageOps
 from scipy.ndimage import distance_transform_edt
 
+from runtime.files import read_text
+
 Box = tuple[float, float, float, float]
 Point = tuple[float, float]
 
@@ -230,14 +232,6 @@ def _pillow(kind: str):
         raise ValueError(f"is not an {kind} that Pillow can read".replace("an m", "a m")) from None
     except (OSError, SyntaxError, EOFError) as error:
         raise ValueError(f"is a broken {kind} ({error})") from None
-
-
-def read_text(path: str | Path) -> str:
-    """UTF-8; ValueError names a file that is not."""
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error})") from None
 
 
 # ---------------------------------------------------------------- readers

@@ -30,10 +30,12 @@ from tqdm import tqdm
 from asm import load_asm, overlay
 from crm import load_crm
 from data import (MAX_PIXELS, MIN_PIXELS, BadRow, Frame, clip_to, fill_prompt, load_prompt, load_samples,
-                  model_size, read_text, to_image)
+                  model_size, to_image)
 from rewards import Answer, box_iou, parse_answer, point_dice
-from parallel import Ranks
-from run import EMBEDDED, exit_on, flag, medoid, paired_bootstrap, parse_args, say
+from runtime.cli import EMBEDDED, exit_on, flag, parse_args, print0
+from runtime.files import read_text
+from runtime.metrics import medoid, paired_bootstrap
+from runtime.parallel import Ranks
 
 PROMPTED = ("points", "box", "one", "both")     # what of an answer the segmenter gets (one: box, one point)
 
@@ -285,9 +287,9 @@ def from_file(cfg: Config, samples, asm) -> list[dict]:
         raise ValueError(f"{where}: {outside} of {boxes} boxes reach beyond their image, so --frame "
                          f"{cfg.frame} is wrong; give the frame they were written in")
     if outside:
-        say(f"{outside} of {boxes} boxes reach beyond their image and were clipped")
+        print0(f"{outside} of {boxes} boxes reach beyond their image and were clipped")
     if missing := len(known) - len(given):
-        say(f"{missing} of {len(known)} questions have no prediction: counted as refusals")
+        print0(f"{missing} of {len(known)} questions have no prediction: counted as refusals")
     return [prediction(samples[i], i, [answer], asm) for i, answer in tqdm(answers.items(), ncols=100)]
 
 
@@ -330,7 +332,7 @@ def main(cfg: Config) -> None:
         ranks, out, start = Ranks.start(), Path(cfg.out), time.perf_counter()
         samples = load_samples(cfg.data, cfg.split, cfg.skip_bad_rows)[:cfg.limit or None]
         if cfg.skip_bad_rows and samples.skipped:
-            say(f"{cfg.data}, {cfg.split}: {len(samples.skipped)} bad rows left out, "
+            print0(f"{cfg.data}, {cfg.split}: {len(samples.skipped)} bad rows left out, "
                 f"the first: {samples.skipped[0]}")
         asm = None if cfg.asm == "none" else load_asm(cfg.asm, ranks.device)
         config = json.dumps(asdict(cfg), indent=2) + "\n"
@@ -355,7 +357,7 @@ def main(cfg: Config) -> None:
                 os.remove(path)
             report(rows, out)
             examples(rows, samples, asm, out / "examples.png")
-            say(f"examples {out / 'examples.png'}, {time.perf_counter() - start:.0f} s in all")
+            print0(f"examples {out / 'examples.png'}, {time.perf_counter() - start:.0f} s in all")
         ranks.stop()
 
 

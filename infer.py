@@ -22,8 +22,9 @@ from asm import load_asm, overlay
 from crm import load_crm
 from data import MAX_PIXELS, MIN_PIXELS, clip_to, fill_prompt, load_image, load_prompt, to_image
 from rewards import parse_answer
-from parallel import Ranks
-from run import exit_on, flag, medoid, parse_args
+from runtime.cli import exit_on, flag, parse_args
+from runtime.metrics import medoid
+from runtime.parallel import Ranks
 
 
 @dataclass

@@ -27,13 +27,13 @@ GOLDEN_TERMS = {
 GOLDEN_BASE = dict(zip(("thinking", "segment", "iou", "bbox_l1", "points_l1"), BASE_TERMS))
 
 
-def say(box=GT_BOX, points=GT_POINTS, think="round, dark", between="\n"):
+def print0(box=GT_BOX, points=GT_POINTS, think="round, dark", between="\n"):
     fields = {"bbox": list(box), "points_1": list(points[0]), "points_2": list(points[1])}
     return f"<think>{think}</think>{between}<answer>{json.dumps(fields)}</answer>"
 
 
 def score(box=GT_BOX, points=GT_POINTS, official=False):
-    return reward_terms(say(box, points), GT_BOX, GT_POINTS, official)
+    return reward_terms(print0(box, points), GT_BOX, GT_POINTS, official)
 
 
 def answer(body, official=False):
@@ -166,7 +166,7 @@ def test_quirk_2_released_box_scale_never_falls_below_0_291():
 
 
 def test_quirk_3_released_base_has_dead_terms_and_wants_double_quotes():
-    text = say()
+    text = print0()
     for official, quote, expected in ((False, '"', (1, 1, 1, 1, 1)), (True, '"', (1, 1, 0, 0, 1)),
                                       (False, "'", (1, 1, 1, 1, 1)), (True, "'", (1, 0, 0, 0, 0))):
         terms = reward_terms(text.replace('"', quote), GT_BOX, GT_POINTS, official)
@@ -186,7 +186,7 @@ def test_quirk_4_released_accepts_inverted_boxes():
 
 def test_quirk_5_released_takes_an_answer_out_of_the_thoughts():
     draft, final = (0, 0, 50, 50), GT_BOX
-    text = say(final, think=say(draft).split("\n")[1])  # the second line of say() is its answer block
+    text = print0(final, think=print0(draft).split("\n")[1])  # the second line of print0() is its answer block
     assert parse_answer(text).bbox == final
     assert parse_answer(text, official=True).bbox == draft
     only_drafted = text.split("\n")[0]
@@ -217,11 +217,11 @@ def test_a_perfect_answer_scores_exactly_the_most(mode, most):
         box = (x, y, x + w, y + h)
         points = ((x + w / 7, y + h / 3), (x + w / 7 + 0.6 * w, y + h / 2))
         for pair in (points, points[::-1]):
-            assert total_reward(reward_terms(say(box, pair), box, points), mode) == most
+            assert total_reward(reward_terms(print0(box, pair), box, points), mode) == most
 
 
 def test_every_term_is_always_there():
-    for text in ("", say(), "<answer>{}</answer>", "<think>"):
+    for text in ("", print0(), "<answer>{}</answer>", "<think>"):
         for official in (False, True):
             assert reward_terms(text, GT_BOX, GT_POINTS, official).keys() == ALL_TERMS
     assert {name for mode in MODES.values() for name in mode} == ALL_TERMS
@@ -292,14 +292,14 @@ def test_degenerate_truth_gives_finite_rewards(gt_box, gt_points, official):
     pairs = [GT_POINTS, gt_points, ((0, 0), (1e-300, 0)), ((-1e308, 0), (1e308, 0)), ((1e200, 1), (1, 1e200))]
     for box in boxes:
         for points in pairs:
-            terms = reward_terms(say(box, points), gt_box, gt_points, official)
+            terms = reward_terms(print0(box, points), gt_box, gt_points, official)
             assert all(0 <= value <= 1 for value in terms.values()), terms
     assert 0 <= point_dice(pairs[2], ((0, 0), (0, 0)), official) <= 2
 
 
 def test_true_points_that_coincide_can_still_be_hit():
     twice = ((150, 150), (150, 150))
-    terms = reward_terms(say(points=twice), GT_BOX, twice)
+    terms = reward_terms(print0(points=twice), GT_BOX, twice)
     gate = 0.925  # inside, but 0 px apart: 0.7 + 0.3 (1 + 0.5) / 2
     assert (terms["point_dice"], terms["point_align"]) == pytest.approx((gate, gate))
     assert terms["point_angle"] == pytest.approx(0.1 * gate)  # no direction to get right
@@ -373,10 +373,10 @@ def test_graded_formats(text, think, think_format, problem):
 
 
 def test_base_think_wants_the_two_blocks_and_nothing_else():
-    think, tail = say().split("\n")
-    for text in (say(), say(between=""), say(between=" \n "), say(think="")):
+    think, tail = print0().split("\n")
+    for text in (print0(), print0(between=""), print0(between=" \n "), print0(think="")):
         assert reward_terms(text, GT_BOX, GT_POINTS)["base_think"] == 1
-    for text in ("x" + say(), say() + "x", say(between="so:"), think, tail, tail + think):
+    for text in ("x" + print0(), print0() + "x", print0(between="so:"), think, tail, tail + think):
         assert reward_terms(text, GT_BOX, GT_POINTS)["base_think"] == 0
 
 
@@ -447,7 +447,7 @@ POINTS = st.tuples(FINITE, FINITE)
 @given(st.tuples(FINITE, FINITE, FINITE, FINITE), st.tuples(POINTS, POINTS))
 @settings(max_examples=300, deadline=None)
 def test_what_is_said_is_what_is_read(box, points):
-    read = parse_answer(say(box, points).replace('"', "'"))
+    read = parse_answer(print0(box, points).replace('"', "'"))
     assert read.points == points
     assert read.bbox == (box if box[0] < box[2] and box[1] < box[3] else None)
     for official in (False, True):

@@ -27,16 +27,19 @@ from PIL import Image
 from tqdm import tqdm
 
 from asm import load_asm
-from attention import KINDS
 from bench.memory import dry_run
 from crm import Group, load_crm
 from data import (MAX_PIXELS, MIN_PIXELS, BadRow, Sample, clip_to, fill_prompt, load_prompt, model_size,
                   to_image, to_model)
-from monitor import PANELS, add_up, answer_rows, check_first_step, step_row, worries
-from parallel import KINDS as PARALLEL
-from parallel import Optimizer, Ranks, deal, gathered, passes, read_torch, spread
 from rewards import MODES, parse_answer, reward_terms, smooth_log, total_reward
-from run import Run, exit_on, flag, learning_rate, load_splits, parse_args, pick, say
+from runtime.cli import exit_on, flag, parse_args, print0
+from runtime.files import read_torch
+from runtime.metrics import PANELS, add_up, answer_rows, check_first_step, step_row, worries
+from runtime.optim import Optimizer
+from runtime.parallel import KINDS as PARALLEL
+from runtime.parallel import Ranks, deal, gathered, passes, spread
+from runtime.run import Run, learning_rate, load_splits, sample_indices
+from scoring import KINDS
 
 
 @dataclass
@@ -254,7 +257,7 @@ def replay(cfg: Config) -> None:
                             cfg.dual_clip, cfg.kl_coef, cfg.kl)
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         norm = torch.stack([g.float().norm() for g in gradients if g is not None]).norm().item()
-        say(f"{kept['id']}: loss {loss.item():.4g}, gradient {norm:.4g}, lowest log-probability "
+        print0(f"{kept['id']}: loss {loss.item():.4g}, gradient {norm:.4g}, lowest log-probability "
             f"{logp.min().item():.4g}" + ("" if math.isfinite(norm) else "   <- not finite"))
 
 
@@ -272,7 +275,7 @@ def main(cfg: Config) -> None:
             raise ValueError("--temperature must be positive: equal answers leave nothing to compare")
         train, tests = load_splits(cfg)
         if cfg.dry_run:
-            return say(dry_run(cfg, train))
+            return print0(dry_run(cfg, train))
         run, dtype = Run(cfg, ranks), ranks.dtype(cfg.dtype)
         asm = load_asm(cfg.asm, ranks.device) if "mask_dice" in factors else None
         torch.manual_seed(cfg.seed)                                 # LoRA's matrices: the same on every rank
@@ -286,7 +289,7 @@ def main(cfg: Config) -> None:
         optimizer = Optimizer(crm.trainable(cfg.trainable), cfg.weight_decay, kind, cfg.offload)
         first = run.begin(optimizer, cfg.steps)
     share = mine // cfg.minibatches                                 # a rank's prompts in an optimizer step
-    say(f"{optimizer.size:,} trainable parameters on {ranks.world} x {ranks.device}, {len(train)} "
+    print0(f"{optimizer.size:,} trainable parameters on {ranks.world} x {ranks.device}, {len(train)} "
         f"training samples, {cfg.prompts} prompts x {cfg.group} answers a step -> {run.folder}")
 
     def pixels(i) -> int:                                           # what makes one prompt longer than others
@@ -317,13 +320,13 @@ def main(cfg: Config) -> None:
         clock = [ranks.clock()]
 
         # 1. prompts, a pure function of seed and step; a group of answers to each, and what they earn
-        indexes = pick(len(train), cfg.prompts, cfg.seed, step)
+        indexes = sample_indices(len(train), cfg.prompts, cfg.seed, step)
         places = deal(indexes, pixels, ranks, cfg.minibatches)
         with gathered(crm):
             batch = roll_out(places, indexes, step)
             for attempt in range(1, cfg.resample + 1):              # replace groups that teach nothing
                 dull = [p for p, r in enumerate(batch) if r.rewards.min() == r.rewards.max()]
-                fresh = pick(len(train), cfg.prompts, cfg.seed + 7919 * attempt, step)
+                fresh = sample_indices(len(train), cfg.prompts, cfg.seed + 7919 * attempt, step)
                 again = [places[p] for p in dull]
                 for p, r in zip(dull, roll_out(again, fresh, step, attempt) if dull else []):
                     batch[p] = r
@@ -391,7 +394,7 @@ def main(cfg: Config) -> None:
         for worry in worries(row, start):
             if worry not in said:
                 said.add(worry)
-                say(f"\nstep {done}: {worry}")
+                print0(f"\nstep {done}: {worry}")
         skipped = skipped + 1 if row["skipped"] else 0
         if row["skipped"]:                              # what spoilt it can be looked for with --replay
             keep_batch(run.folder / f"skipped_{done:06d}_{ranks.rank}.pt", batch)
@@ -412,7 +415,7 @@ def main(cfg: Config) -> None:
             break
     if tests and not stopped:
         run.report()
-    say(f"weights {saved}, numbers {run.folder / 'metrics.jsonl'}, picture {run.folder / 'curves.png'}")
+    print0(f"weights {saved}, numbers {run.folder / 'metrics.jsonl'}, picture {run.folder / 'curves.png'}")
     ranks.stop(crm)
 
 

@@ -19,10 +19,12 @@ from tqdm import tqdm
 from bench.memory import dry_run
 from crm import load_crm
 from data import MAX_PIXELS, MIN_PIXELS, BadRow, fill_prompt, load_prompt, target_text
-from parallel import KINDS as PARALLEL
-from parallel import Optimizer, Ranks, passes, spread
 from rewards import MODES
-from run import Run, exit_on, flag, learning_rate, load_splits, parse_args, peak_memory, pick, say
+from runtime.cli import exit_on, flag, parse_args, print0
+from runtime.optim import Optimizer
+from runtime.parallel import KINDS as PARALLEL
+from runtime.parallel import Ranks, passes, peak_memory, spread
+from runtime.run import Run, learning_rate, load_splits, sample_indices
 
 
 @dataclass
@@ -83,7 +85,7 @@ def main(cfg: Config) -> None:
             raise ValueError(f"--batch must be a multiple of the {ranks.world} ranks; got {cfg.batch}")
         train, tests = load_splits(cfg)
         if cfg.dry_run:
-            return say(dry_run(cfg, train))
+            return print0(dry_run(cfg, train))
         run = Run(cfg, ranks)
         torch.manual_seed(cfg.seed)                 # LoRA's matrices: the same on every rank
         crm = load_crm(cfg.crm, ranks.device, ranks.dtype(cfg.dtype), cfg.lora_rank,
@@ -93,7 +95,7 @@ def main(cfg: Config) -> None:
         optimizer = Optimizer(crm.trainable(), cfg.weight_decay, kind, cfg.offload)
         steps = cfg.steps or max(1, round(cfg.epochs * len(train) / cfg.batch))
         first = run.begin(optimizer, steps)
-    say(f"{optimizer.size:,} trainable parameters on {ranks.world} x "
+    print0(f"{optimizer.size:,} trainable parameters on {ranks.world} x "
         f"{ranks.device}, {len(train)} training samples, {steps} steps of {cfg.batch} -> {run.folder}")
 
     def example(i):
@@ -107,7 +109,7 @@ def main(cfg: Config) -> None:
         start = ranks.clock()
 
         # 1. samples, a pure function of seed and step; each a group of one answer, the true one
-        indexes = pick(len(train), cfg.batch, cfg.seed, step)[ranks.rank * mine:][:mine]
+        indexes = sample_indices(len(train), cfg.batch, cfg.seed, step)[ranks.rank * mine:][:mine]
         groups = [example(i) for i in indexes]
 
         # 2. one denominator over all ranks, then cross-entropy, a few sequences at a time
@@ -139,7 +141,7 @@ def main(cfg: Config) -> None:
             break
     if tests and not stopped:
         run.report()
-    say(f"weights {saved}, numbers {run.folder / 'metrics.jsonl'}, picture {run.folder / 'curves.png'}")
+    print0(f"weights {saved}, numbers {run.folder / 'metrics.jsonl'}, picture {run.folder / 'curves.png'}")
     ranks.stop(crm)
 
 

@@ -34,7 +34,7 @@ from bench.parity import parity
 from bench.random_model import SIZES
 from crm import load_crm
 from data import PROMPTS, fill_prompt, load_prompt, load_samples
-from run import parse_args
+from runtime.cli import parse_args
 from train_grpo import Config
 
 RESULTS = Path(__file__).parent / "results"

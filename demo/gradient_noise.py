@@ -13,7 +13,7 @@ import torch
 from crm import load_crm
 from data import PROMPTS, fill_prompt, load_samples, to_model
 from rewards import reward_terms, total_reward
-from run import EMBEDDED
+from runtime.cli import EMBEDDED
 from train_grpo import group_advantages, token_weights
 
 QUESTIONS, GROUP, TOKENS, SEED = 64, 8, 128, 5

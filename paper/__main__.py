@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from evaluate import read_predictions, scores
-from run import paired_bootstrap
+from runtime.metrics import paired_bootstrap
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"

@@ -37,7 +37,7 @@ from scipy import ndimage
 
 from asm import overlay
 from data import box_from_mask, keypoints_from_mask, load_image, load_mask
-from run import exit_on
+from runtime.cli import exit_on
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 COLUMNS = ("image", "mask", "category", "supercategory", "modality", "patient")

@@ -1,11 +1,14 @@
 """The numbers of a GRPO step: what is logged, the warnings, the check before the first update."""
 import math
 
+import numpy as np
 import torch
 
-from rewards import parse_answer
-from run import peak_memory
+from data import fill_prompt, to_image, to_model
+from rewards import Answer, box_iou, parse_answer, point_dice, reward_terms, total_reward
+from runtime.parallel import Ranks, peak_memory
 
+SCORES = ("iou", "pdice", "reward", "parse_ok")            # of a held-out answer
 PANELS = {"reward": ["reward"], "held-out box IoU": ["sampled/iou", "greedy/iou"],
           "reward terms": ["think_format", "answer_format", "box_iou", "point_dice"],
           "answer length (tokens)": ["length"], "entropy": ["entropy"], "KL to the reference": ["kl"]}
@@ -78,3 +81,53 @@ def check_first_step(stats: dict, rows: list[dict], dtype: torch.dtype) -> None:
             (abs(stats.get("ratio_max", 1) - 1) < 1e-5, f"the first ratio is not 1: {stats}")):
         if not ok:
             raise RuntimeError(f"sanity check of the first step: {problem}")
+
+
+# ---------------------------------------------------------------- held-out evaluation
+
+def held_out(crm, samples, template: str, mode: str, weights: dict | None, ranks: Ranks,
+             answers: int = 4, temperature: float = 1.0, max_new_tokens: int = 512, batch: int = 16,
+             seed: int = 0, official: bool = False) -> list[dict]:
+    """Answers to every sample -> one row a sample, in the samples' order: id, and the mean over its answers
+    of the box IoU and true pDice (plain, image frame), the reward (model frame, without mask_dice), parse_ok.
+    An answer that cannot be parsed scores 0. temperature 0 needs one answer."""
+    rows, weights = [], {name: w for name, w in (weights or {}).items() if name != "mask_dice"}
+    for start in range(ranks.rank * batch, len(samples), ranks.world * batch):
+        part = [samples[i] for i in range(start, min(start + batch, len(samples)))]
+        prompts = [crm.encode(s.image, fill_prompt(template, s.query)) for s in part]
+        seeds = [(seed, 1, i) for i in range(start, start + len(part))]
+        for offset, (sample, group) in enumerate(zip(
+                part, crm.sample(prompts, answers, max_new_tokens, temperature, seeds))):
+            frame, scores = group.prompt.frame, []
+            for text in group.texts:
+                answer = parse_answer(text, official)
+                truth = to_model(sample.bbox, frame), to_model(sample.points, frame)
+                terms = reward_terms(text, *truth, official)
+                scores.append((box_iou(to_image(answer.bbox, frame), sample.bbox) if answer.bbox else 0.0,
+                               point_dice(to_image(answer.points, frame), sample.points)
+                               if answer.points else 0.0,
+                               total_reward(terms, mode, weights), float(not answer.problem)))
+            means = np.mean(scores, 0).tolist()
+            rows.append({"index": start + offset, "id": sample.id, **dict(zip(SCORES, means))})
+    return sorted(ranks.gather(rows), key=lambda row: row["index"])
+
+
+def medoid(answers: list[Answer]) -> tuple[int | None, float | None]:
+    """(index of the answer to keep, mean IoU of its box with the other boxes).
+    A box beats points alone; None if nothing can be used, and no agreement with fewer than two boxes."""
+    boxed = [i for i, answer in enumerate(answers) if answer.bbox]
+    if not boxed:
+        return next((i for i, answer in enumerate(answers) if answer.points), None), None
+    agreement = {i: np.mean([box_iou(answers[i].bbox, answers[j].bbox) for j in boxed if j != i] or [0])
+                 for i in boxed}
+    best = max(boxed, key=agreement.get)
+    return best, float(agreement[best]) if len(boxed) > 1 else None
+
+
+def paired_bootstrap(before, after, draws: int = 10_000, seed: int = 0) -> tuple[float, float, float]:
+    """Mean of after - before over the same samples,
+    with the ends of its 95 % percentile bootstrap interval."""
+    difference = np.asarray(after) - np.asarray(before)
+    picks = np.random.default_rng(seed).integers(0, len(difference), (draws, len(difference)))
+    low, high = np.percentile(difference[picks].mean(1), [2.5, 97.5])
+    return float(difference.mean()), float(low), float(high)

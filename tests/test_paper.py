@@ -9,7 +9,7 @@ import evaluate
 import train_grpo
 import train_sft
 from paper import __main__ as paper
-from run import parse_args
+from runtime.cli import parse_args
 from test_scripts import run
 
 

@@ -9,14 +9,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
-import attention
 import sampling
+import scoring
 from bench import parity
 from bench.parity import naive_logp
 from conftest import noise_image, random_crm
 from crm import BANNED, END, load_crm
 from data import PROMPTS
-from parallel import Optimizer
+from runtime.optim import Optimizer
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 1.6])
@@ -166,9 +166,9 @@ def test_the_parity_check_finds_what_it_is_there_for(monkeypatch):
     ours = {name: row for name, row in table.items() if "transformers" not in name}
     assert len(ours) == 6 and all(row["passed"] for row in ours.values()), table
     assert table["bfloat16, rows"]["logp"] > 100 * table["float32, rows"]["logp"]
-    attend = attention.Tree.attend
+    attend = scoring.Tree.attend
     monkeypatch.setattr(parity, "T", 16)
-    monkeypatch.setattr(attention.Tree, "attend", lambda tree, q, k, v, scale: attend(tree, q, k, v, 1.01 * scale))
+    monkeypatch.setattr(scoring.Tree, "attend", lambda tree, q, k, v, scale: attend(tree, q, k, v, 1.01 * scale))
     table = parity.parity("demo/crm", torch.device("cpu"))
     assert not any(row["passed"] for name, row in table.items() if name in ours and "float32" in name), table
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from conftest import noise_image, random_crm
-from monitor import worries
-from parallel import Optimizer
-from run import learning_rate, paired_bootstrap, pick
+from runtime.metrics import paired_bootstrap, worries
+from runtime.optim import Optimizer
+from runtime.run import learning_rate, sample_indices
 from train_grpo import Config, group_advantages, grpo_loss, step_weights, token_weights
 
 F = torch.float64
@@ -170,10 +170,10 @@ def test_truncated_answers_can_be_left_out(crm, prompts):
 
 
 def test_prompts_of_a_step_are_a_pure_function_and_an_epoch_sees_everything_once():
-    seen = [i for step in range(5) for i in pick(20, 4, seed=1, step=step)]
+    seen = [i for step in range(5) for i in sample_indices(20, 4, seed=1, step=step)]
     assert sorted(seen) == list(range(20))
-    assert pick(20, 4, 1, 3) == seen[12:16] and pick(20, 4, 2, 3) != seen[12:16]
-    assert len(pick(3, 8, 0, 0)) == 8                                       # a step may span epochs
+    assert sample_indices(20, 4, 1, 3) == seen[12:16] and sample_indices(20, 4, 2, 3) != seen[12:16]
+    assert len(sample_indices(3, 8, 0, 0)) == 8                                       # a step may span epochs
 
 
 def test_learning_rates_by_hand():

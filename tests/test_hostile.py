@@ -16,8 +16,8 @@ from asm import load_asm
 from conftest import noise_image
 from crm import load_crm
 from data import BadRow, load_image, load_mask, load_prompt, load_samples
-from parallel import read_torch
-from run import ROOT, parse_args
+from runtime.files import read_torch
+from runtime.cli import ROOT, parse_args
 
 FUZZ = settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
 FEW = settings(FUZZ, max_examples=20)

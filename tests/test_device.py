@@ -10,12 +10,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 import crm
 import evaluate
 import infer
-import parallel
+from runtime import parallel
 import train_grpo
 import train_sft
 from asm import load_asm
 from bench import parity
-from run import parse_args
+from runtime.cli import parse_args
 from test_asm import noise_image, small_sam
 
 GPU = torch.device("meta")          # a device that autograd knows on every machine

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from conftest import ranks
-from parallel import Ranks, deal
+from runtime.parallel import Ranks, deal
 from test_scripts import ROOT, rows, run
 
 # four prompts, of which a rank of four has one; answers and prompts of different lengths; every step is saved

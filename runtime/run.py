@@ -1,112 +1,23 @@
-"""What every training run shares and no paper is about: the command line, logs, checkpoints and the held-out
-evaluation. The algorithms are in train_grpo.py and train_sft.py, ranks and the optimizer in parallel.py.
+"""What every training run shares and no paper is about: schedules, data order, the run folder, checkpoints, curves.
 """
-import argparse
 import json
 import math
 import os
-import resource
-import shlex
 import shutil
 import signal
-import sys
-from contextlib import contextmanager
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
-import torch
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
-from data import fill_prompt, load_samples, to_image, to_model
-from parallel import Optimizer, Ranks, gathered, read_torch
-from rewards import Answer, box_iou, parse_answer, point_dice, reward_terms, total_reward
-
-ROOT = Path(__file__).parent
-SCORES = ("iou", "pdice", "reward", "parse_ok")            # of a held-out answer
-EMBEDDED = {"crm": ROOT / "demo/crm", "asm": ROOT / "demo/asm", "data": ROOT / "demo/data"}
-
-
-AT_LEAST = {"save_every": -1} | \
-    dict.fromkeys(("seed", "dry_run", "kl_coef", "temperature", "lora_rank"), 0) | \
-    dict.fromkeys(("max_new_tokens", "minibatches", "micro_batch", "inner_epochs", "eval_answers", "samples",
-                   "pack_tokens", "batch"), 1)
-
-
-# ---------------------------------------------------------------- command line
-
-def flag(default, help: str, choices=None, bare=None):
-    """One field of a Config: its default, what --help says, the values it may have, and the one that the bare
-    flag stands for, if it may stand bare."""
-    return field(default=default, metadata={"help": help, "choices": choices, "bare": bare})
-
-
-def parse_args(config_class, doc: str, recipe: str | None = None, argv: list[str] | None = None,
-               embedded=lambda config: EMBEDDED):
-    """A Config from the command line: one --flag a field,
-    `@FILE` for a file of flags (one a line, # comments).
-
-    An unknown flag, a wrong value or an unknown choice ends the program with status 2.
-    Where --crm, --asm or --data are fields and not given, the embedded default is taken,
-    its recipe's flags with it, and that is said. embedded: which of them a parsed Config needs."""
-    parser = argparse.ArgumentParser(description=doc, fromfile_prefix_chars="@", allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    def words(line):
-        try:
-            return shlex.split(line, comments=True)
-        except ValueError as error:
-            parser.error(f"a line of an @file, {line}: {error}")
-
-    parser.convert_arg_line_to_args = words
-    for f in fields(config_class):
-        kind = next(iter(get_args(f.type)), f.type)                          # float | None -> float
-        several = get_args(kind)                                             # tuple[str, str] -> two of str
-        kind = several[0] if several else kind
-        required = f.default is MISSING or f.default == "required"
-        how = {"action": argparse.BooleanOptionalAction} if kind is bool else \
-              {"type": kind, "choices": f.metadata["choices"], "const": f.metadata["bare"],
-               "nargs": "?" if f.metadata["bare"] else len(several) or None,
-               "metavar": None if f.metadata["choices"] else kind.__name__}
-        parser.add_argument(
-            "--" + f.name.replace("_", "-"), default=None if required else f.default, required=required,
-            help=f.metadata["help"] + ("" if required or f.default is None else f" ({f.default})"), **how)
-    argv = sys.argv[1:] if argv is None else argv
-    try:
-        config = parser.parse_args(argv)
-    except (ValueError, RecursionError) as error:
-        parser.error(f"an @file is not UTF-8 text, or names itself ({type(error).__name__})")
-    if recipe and config.crm is None:
-        config = parser.parse_args([f"@{ROOT / recipe}", *argv])
-        say(f"no --crm given: the embedded tiny model, with {recipe} (flags given here win)")
-    for name, low in AT_LEAST.items():
-        if (value := getattr(config, name, None)) is not None and value < low:
-            parser.error(f"--{name.replace('_', '-')} {value}: at least {low}")
-    for name in embedded(config):
-        if getattr(config, name, "") is None:
-            path = EMBEDDED[name]
-            setattr(config, name, str(path))
-            say(f"no --{name} given: the embedded {path.relative_to(ROOT)}")
-    return config_class(**vars(config))
-
-
-def say(*words) -> None:
-    """Print on the first rank only."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(*words, flush=True)
-
-
-@contextmanager
-def exit_on(*errors: type[Exception]):
-    """Bad input ends the program with one line and status 2:
-    ValueError (whose text says file, key and fix) and files that cannot be opened while setting up;
-    only BadRow later, when any other error is a bug of ours."""
-    try:
-        yield
-    except errors as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
+from data import load_samples
+from runtime.cli import print0
+from runtime.files import read_torch
+from runtime.metrics import SCORES, held_out, paired_bootstrap
+from runtime.optim import Optimizer
+from runtime.parallel import Ranks, gathered
 
 
 # ---------------------------------------------------------------- schedules
@@ -120,7 +31,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str
     return peak * shape[schedule]
 
 
-def pick(count: int, n: int, seed: int, step: int) -> list[int]:
+def sample_indices(count: int, n: int, seed: int, step: int) -> list[int]:
     """The samples of a step, a pure function of (seed, step):
     epochs are permutations of range(count), read in order."""
     at = np.arange(step * n, (step + 1) * n)
@@ -133,7 +44,7 @@ def load_splits(config):
     def load(split, path):
         samples = load_samples(path, split, config.skip_bad_rows)
         if samples.skipped:
-            say(f"{path}, {split}: {len(samples.skipped)} bad rows left out, the first: {samples.skipped[0]}")
+            print0(f"{path}, {split}: {len(samples.skipped)} bad rows left out, the first: {samples.skipped[0]}")
         return samples
 
     train = load("train", config.data)
@@ -169,7 +80,7 @@ class Run:
             try:
                 return folder, read_torch(folder / "trainer.pt")
             except (OSError, ValueError) as error:
-                say(f"{folder}: cannot be read ({error}), so the one before it is taken")
+                print0(f"{folder}: cannot be read ({error}), so the one before it is taken")
         return None, None
 
     def begin(self, optimizer: Optimizer, steps: int) -> int:
@@ -203,7 +114,7 @@ class Run:
 
     def _stop(self, *_):
         self.stop = True
-        say("\nstopping after this step")
+        print0("\nstopping after this step")
 
     def log(self, name: str, *rows: dict) -> None:
         if self.ranks.rank == 0:
@@ -278,7 +189,7 @@ class Run:
                                   c.max_new_tokens, official=getattr(c, "official", False))
             self.log("held_out", *({"step": step, "kind": kind, **score} for score in scores))
             row |= {f"{kind}/{key}": float(np.mean([score[key] for score in scores])) for key in SCORES}
-        say(f"step {step}, held out: " + ", ".join(f"{key} {value:.3f}" for key, value in row.items()))
+        print0(f"step {step}, held out: " + ", ".join(f"{key} {value:.3f}" for key, value in row.items()))
         return row
 
     def report(self) -> None:
@@ -288,7 +199,7 @@ class Run:
             return
         rows, metrics = self.read("held_out"), [row for row in self.read("metrics") if "seconds" in row]
         steps = sorted({row["step"] for row in rows})
-        say(f"\nheld-out split, step {steps[0]} -> {steps[-1]}, "
+        print0(f"\nheld-out split, step {steps[0]} -> {steps[-1]}, "
             "mean over questions [95 % paired bootstrap interval]")
         for kind in ("sampled", "greedy"):
             first, last = ([row for row in rows if row["step"] == step and row["kind"] == kind]
@@ -296,10 +207,10 @@ class Run:
             for key in SCORES:
                 before, after = ([row[key] for row in side] for side in (first, last))
                 change, low, high = paired_bootstrap(before, after)
-                say(f"  {kind:8} {key:9} {np.mean(before):.3f} -> {np.mean(after):.3f}   "
+                print0(f"  {kind:8} {key:9} {np.mean(before):.3f} -> {np.mean(after):.3f}   "
                     f"{change:+.3f} [{low:+.3f}, {high:+.3f}]")
         seconds = sorted(row["seconds"] for row in metrics)
-        say(f"a step took {seconds[len(seconds) // 2]:.2f} s (median), "
+        print0(f"a step took {seconds[len(seconds) // 2]:.2f} s (median), "
             f"all {len(seconds)} {sum(seconds) / 60:.1f} min, "
             f"peak memory {max(row['peak_memory_gb'] for row in metrics):.2f} GB")
 
@@ -346,61 +257,3 @@ def _fsync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def peak_memory(device: torch.device) -> float:
-    """Peak memory of this process in GB: what it took of the accelerator where there is one, else resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device) / 1e9
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            * (1 if sys.platform == "darwin" else 1024) / 1e9)
-
-
-# ---------------------------------------------------------------- held-out evaluation
-
-def held_out(crm, samples, template: str, mode: str, weights: dict | None, ranks: Ranks,
-             answers: int = 4, temperature: float = 1.0, max_new_tokens: int = 512, batch: int = 16,
-             seed: int = 0, official: bool = False) -> list[dict]:
-    """Answers to every sample -> one row a sample, in the samples' order: id, and the mean over its answers
-    of the box IoU and true pDice (plain, image frame), the reward (model frame, without mask_dice), parse_ok.
-    An answer that cannot be parsed scores 0. temperature 0 needs one answer."""
-    rows, weights = [], {name: w for name, w in (weights or {}).items() if name != "mask_dice"}
-    for start in range(ranks.rank * batch, len(samples), ranks.world * batch):
-        part = [samples[i] for i in range(start, min(start + batch, len(samples)))]
-        prompts = [crm.encode(s.image, fill_prompt(template, s.query)) for s in part]
-        seeds = [(seed, 1, i) for i in range(start, start + len(part))]
-        for offset, (sample, group) in enumerate(zip(
-                part, crm.sample(prompts, answers, max_new_tokens, temperature, seeds))):
-            frame, scores = group.prompt.frame, []
-            for text in group.texts:
-                answer = parse_answer(text, official)
-                truth = to_model(sample.bbox, frame), to_model(sample.points, frame)
-                terms = reward_terms(text, *truth, official)
-                scores.append((box_iou(to_image(answer.bbox, frame), sample.bbox) if answer.bbox else 0.0,
-                               point_dice(to_image(answer.points, frame), sample.points)
-                               if answer.points else 0.0,
-                               total_reward(terms, mode, weights), float(not answer.problem)))
-            means = np.mean(scores, 0).tolist()
-            rows.append({"index": start + offset, "id": sample.id, **dict(zip(SCORES, means))})
-    return sorted(ranks.gather(rows), key=lambda row: row["index"])
-
-
-def medoid(answers: list[Answer]) -> tuple[int | None, float | None]:
-    """(index of the answer to keep, mean IoU of its box with the other boxes).
-    A box beats points alone; None if nothing can be used, and no agreement with fewer than two boxes."""
-    boxed = [i for i, answer in enumerate(answers) if answer.bbox]
-    if not boxed:
-        return next((i for i, answer in enumerate(answers) if answer.points), None), None
-    agreement = {i: np.mean([box_iou(answers[i].bbox, answers[j].bbox) for j in boxed if j != i] or [0])
-                 for i in boxed}
-    best = max(boxed, key=agreement.get)
-    return best, float(agreement[best]) if len(boxed) > 1 else None
-
-
-def paired_bootstrap(before, after, draws: int = 10_000, seed: int = 0) -> tuple[float, float, float]:
-    """Mean of after - before over the same samples,
-    with the ends of its 95 % percentile bootstrap interval."""
-    difference = np.asarray(after) - np.asarray(before)
-    picks = np.random.default_rng(seed).integers(0, len(difference), (draws, len(difference)))
-    low, high = np.percentile(difference[picks].mean(1), [2.5, 97.5])
-    return float(difference.mean()), float(low), float(high)

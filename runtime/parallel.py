@@ -1,4 +1,4 @@
-"""From one process to many: torchrun's ranks, how the model is spread over them, and the optimizer.
+"""From one process to many: torchrun's ranks, and how the model is spread over them.
 
     none   every rank holds the model; gradients are summed by hand after the last backward (the oracle)
     ddp    the same, but DistributedDataParallel sums while the last backward still runs; of a bfloat16 model
@@ -12,23 +12,19 @@ whose weights span the tokens of all ranks. So the numbers depend neither on the
 """
 import datetime
 import gc
-import math
 import os
+import resource
 import sys
 import time
 import traceback
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import transformers
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 KINDS = ("none", "ddp", "fsdp")
@@ -97,6 +93,14 @@ def _say_which_rank(kind, error, trace):
     hint = "; another rank is gone or waits elsewhere, its own message says why" if lost else ""
     who = f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}"
     print("".join(lines) + f"error: {who}: {kind.__name__}{hint}", file=sys.stderr, flush=True)
+
+
+def peak_memory(device: torch.device) -> float:
+    """Peak memory of this process in GB: what it took of the accelerator where there is one, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / 1e9
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            * (1 if sys.platform == "darwin" else 1024) / 1e9)
 
 
 # ---------------------------------------------------------------- the model over the ranks
@@ -186,107 +190,3 @@ def passes(crm, ranks: Ranks, work: list):
         ddp = isinstance(crm.engine, DistributedDataParallel)
         with crm.engine.no_sync() if ddp and i < len(todo) else nullcontext():
             yield one
-
-
-# ---------------------------------------------------------------- the optimizer
-
-UNREADABLE = (UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError,
-              AssertionError, OverflowError, OSError)    # what torch.load says of garbage, by fuzzing it
-
-
-def read_torch(file, device="cpu"):
-    """What torch.save wrote, plain tensors and containers; nothing in it is run. ValueError names it."""
-    with open(file, "rb") as opened:                # a missing file is an OSError of its own
-        try:
-            return torch.load(opened, map_location=device, weights_only=True)
-        except UNREADABLE as error:
-            raise ValueError(f"{file}: no torch file of plain tensors ({type(error).__name__})") from error
-
-
-class Optimizer:
-    """AdamW on float32 master weights, gradients summed over ranks.
-
-    A bfloat16 weight near 1 cannot move by 1e-6: the update would round away. So where the model computes in
-    bfloat16, AdamW owns a float32 copy of every trainable parameter, gradients are added up in float32 on it
-    as backward makes them, and the model's weights are its rounding. Where the model is float32 (and under
-    FSDP, whose shards are) there is no copy. offload: the copies, their gradients and AdamW's moments live in
-    host memory, 16 bytes a weight that the GPU then has for other things. kind: what `spread` returned."""
-
-    def __init__(self, parameters: dict[str, torch.nn.Parameter], weight_decay: float = 0.01, kind="none",
-                 offload: bool = False):
-        self.names, self.models = list(parameters), list(parameters.values())
-        self.kind = kind
-        self.size = sum(p.numel() for p in self.models)
-        home = torch.device("cpu") if offload else self.models[0].device
-        self.masters = [p if (p.dtype, p.device) == (torch.float32, home) else
-                        p.detach().to(home, torch.float32).requires_grad_() for p in self.models]
-        for p, master in self._copies():
-            p.register_post_accumulate_grad_hook(lambda p, master=master: self._hand_over(p, master))
-        self.adamw = torch.optim.AdamW(self.masters, lr=0.0, weight_decay=weight_decay,
-                                       fused=offload or home.type == "cuda")
-
-    def _copies(self):
-        return [(p, master) for p, master in zip(self.models, self.masters) if master is not p]
-
-    @staticmethod
-    def _hand_over(p, master):
-        gradient = p.grad.to(master)            # its type and place
-        master.grad = gradient if master.grad is None else master.grad.add_(gradient)
-        p.grad = None
-
-    @torch.no_grad()
-    def step(self, lr: float, max_norm: float) -> float:
-        """One update with the gradients added up since the last; their norm before clipping.
-        Where that is not finite, on any rank, nothing moves."""
-        for model, p in zip(self.models, self.masters):     # a sum, no mean: a loss's weights span all ranks
-            if self.kind == "none" and dist.is_initialized():
-                total = (torch.zeros_like(p) if p.grad is None else p.grad).to(model.device)
-                dist.all_reduce(total)
-                p.grad = total.to(p.device)
-            elif self.kind != "none" and p.grad is not None:
-                p.grad.mul_(dist.get_world_size())
-        norm = torch.nn.utils.clip_grad_norm_(self.masters, max_norm)
-        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-        for group in self.adamw.param_groups:
-            group["lr"] = lr
-        if math.isfinite(norm):
-            self.adamw.step()
-        self.adamw.zero_grad(set_to_none=True)
-        for p, master in self._copies():
-            p.copy_(master)
-        return norm
-
-    def _state(self) -> dict:
-        """{"masters", "exp_avg", "exp_avg_sq", "step": {name: tensor}}, AdamW's own tensors."""
-        for p in self.masters:                  # AdamW makes its state at the first update
-            if p not in self.adamw.state:
-                self.adamw.state[p] = {"step": torch.zeros((), device=p.device if p.is_cuda else "cpu"),
-                                       "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-        held = [{"masters": p.detach(), **self.adamw.state[p]} for p in self.masters]
-        return {key: {name: one[key] for name, one in zip(self.names, held)}
-                for key in ("masters", "exp_avg", "exp_avg_sq", "step")}
-
-    def save(self, folder: Path, step: int, rank: int) -> None:
-        """trainer.pt by rank 0, with all; under FSDP the tensors go to optimizer/, every rank its part."""
-        if self.kind == "fsdp":
-            dcp.save(self._state(), checkpoint_id=folder / "optimizer")
-        if rank == 0:
-            torch.save({"step": step} | ({} if self.kind == "fsdp" else {"optimizer": self._state()}),
-                       folder / "trainer.pt")
-
-    @torch.no_grad()
-    def load(self, folder: Path, saved: dict) -> None:
-        """What `save` wrote, on any number of ranks and of any kind. saved: its trainer.pt."""
-        own = self._state()
-        if "optimizer" in saved:
-            for key, tensors in own.items():
-                for name, tensor in tensors.items():
-                    full = saved["optimizer"][key][name].to(tensor.device)
-                    if isinstance(tensor, DTensor):         # every rank read the whole: nothing to send
-                        full = distribute_tensor(full, tensor.device_mesh, tensor.placements,
-                                                 src_data_rank=None)
-                    tensor.copy_(full)
-        else:
-            dcp.load(own, checkpoint_id=folder / "optimizer")
-        for p, master in self._copies():
-            p.copy_(master)

@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).parents[1]))     # the scripts are not a package
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from PIL import Image
 from crm import CHAT
 from data import PROMPTS
 from demo.make_crm import tiny_crm
-from run import ROOT
+from runtime.cli import ROOT
 
 TEXTS = [*PROMPTS.values(), *CHAT, "What could the elongated shadow on the left be? 0 1 2 3 4 5 6 7 8 9"] * 3
 
