@@ -63,7 +63,7 @@ def prompts_at_once(crm: CRM, prompts: Sequence[Prompt], G: int, max_new_tokens:
     head_size = config.hidden_size // config.num_attention_heads
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_size * \
         crm.model.lm_head.weight.element_size()
-    longest = max(len(p.ids) for p in prompts)
+    longest = max((len(p.ids) for p in prompts), default=0)
     free = torch.cuda.mem_get_info(crm.device)[0] // 2 if crm.device.type == "cuda" else HOST_CACHE_BYTES
     return max(1, int(free // (per_token * (longest + G * max_new_tokens))))
 

@@ -34,11 +34,11 @@ from crm import CRM, Group, load_crm
 from data import BadRow, Sample, clip_to, fill_prompt, load_prompt, to_image, to_model
 from rewards import MODES, parse_answer, reward_terms, smooth_log, total_reward
 from runtime.cli import RunConfig, exit_on, flag, parse_args, print0
-from runtime.metrics import (PANELS, check_first_step, completion_rows, mask_dice, step_row, total_stats,
-                             warnings_of)
+from runtime.metrics import mask_dice
 from runtime.optim import Optimizer
 from runtime.parallel import Ranks, equal_passes, shard, unsharded
 from runtime.run import Run, learning_rate, load_splits, sample_indices
+from runtime.step import PANELS, add_up, check_first_step, completion_rows, step_row, total_stats
 from sampling import sample
 from scoring import all_logp, make_packs, score
 
@@ -262,7 +262,7 @@ def main(cfg: Config) -> None:
         clock.append(ranks.clock())
 
         # 4. updates: the loss of each is one weighted sum over the tokens of all ranks
-        stats, grad_norms = [], []
+        stats, grad_norms = {}, []
         lr = learning_rate(step, cfg.steps, cfg.lr, cfg.warmup, cfg.schedule)
         entropy_coef = cfg.entropy_coef * (1 - step / cfg.steps)
         for update in range(updates):
@@ -279,30 +279,38 @@ def main(cfg: Config) -> None:
                     ref_logp = None if r.ref_logp is None else r.ref_logp[rows]
                     loss, s = grpo_loss(logp, old_logp, ref_logp, r.advantages[rows], weights, cfg.clip_low,
                                         cfg.clip_high, cfg.dual_clip, cfg.kl_coef, cfg.kl, cfg.ratio)
-                    losses.append(loss - entropy_coef * (weights * entropy).sum())
-                    stats.append(s | {"update": update, "loss": losses[-1].detach(), "weight": weights.sum(),
-                                      "entropy": (weights * entropy.detach()).sum(),
-                                      "logp_gap": ((logp.detach() - r.logp[rows]).abs(), weights)})
+                    bonus = (weights * entropy).sum()
+                    losses.append(loss - entropy_coef * bonus)
+                    add_up(stats, s | {"loss": losses[-1], "entropy": bonus, "scored": weights.sum()})
+                    if update == 0:                     # how far the sampler is from the scorer
+                        gap = (logp.detach() - r.logp[rows]).abs()
+                        add_up(stats, {"logp_gap": gap.max(), "gap_sum": (weights * gap).sum()})
                 sum(losses).backward()
+            if update == 0:
+                at_start = dict(stats)
             grad_norms.append(optimizer.step(lr, cfg.max_grad_norm))
         clock.append(ranks.clock())
 
-        # 5. numbers over all ranks, the held-out split, checkpoints
-        rows = ranks.gather([row for r in batch for row in completion_rows(r)])
-        row = step_row(rows, total_stats(stats, ranks), grad_norms, lr, clock, ranks.device)
+        # 5. numbers over all ranks, warnings, the held-out split, checkpoints
+        done, completions = step + 1, ranks.gather([row for r in batch for row in completion_rows(r)])
+        row = {"step": done, **step_row(completions, total_stats(stats, ranks), grad_norms, lr, clock, ranks.device)}
         if step == 0:
-            check_first_step(row, rows, crm.model.dtype)
-        stopped = run.end_of_step(step + 1, row, rows)
-        if tests and run.evaluation_due(step + 1):
-            row |= run.evaluate(crm, tests, template, factors, step + 1, greedy=step + 1 == cfg.steps)
+            check_first_step(total_stats(at_start, ranks), completions, crm.model.dtype)
+        run.warn(row)
+        stopped = run.stopped()
+        if tests and run.evaluation_due(done):
+            row |= run.evaluate(crm, tests, template, factors, done, greedy=done == cfg.steps)
         run.log("metrics", row)
+        ranked = sorted(completions, key=lambda completion: completion["reward"])
+        run.log("samples", {"step": done, "best": ranked[-1], "worst": ranked[0]})
         bar.set_postfix(reward=f"{row['reward']:.2f}", iou=f"{row['box_iou']:.2f}", s=f"{row['seconds']:.1f}")
-        if run.due(step + 1, stopped):
-            run.save(step + 1, crm, optimizer)
+        if run.due(done, stopped):
+            run.save(done, crm, optimizer)
             run.curves(PANELS)
+        run.give_up_after(cfg.max_skipped)
         if stopped:
             break
-    run.finish()
+    run.finish(tests and not stopped)
     ranks.stop()
 
 

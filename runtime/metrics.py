@@ -7,6 +7,7 @@ import torch
 from data import fill_prompt, to_image, to_model
 from rewards import Answer, box_iou, parse_answer, point_dice, reward_terms, total_reward
 from runtime.parallel import Ranks, peak_memory
+from sampling import sample
 
 SCORES = ("iou", "pdice", "reward", "parse_ok")            # of a held-out answer
 PANELS = {"reward": ["reward"], "held-out box IoU": ["sampled/iou", "greedy/iou"],
@@ -97,7 +98,7 @@ def held_out(crm, samples, template: str, mode: str, weights: dict | None, ranks
         prompts = [crm.encode(s.image, fill_prompt(template, s.query)) for s in part]
         seeds = [(seed, 1, i) for i in range(start, start + len(part))]
         for offset, (sample, group) in enumerate(zip(
-                part, crm.sample(prompts, answers, max_new_tokens, temperature, seeds))):
+                part, sample(crm, prompts, answers, max_new_tokens, temperature, seeds))):
             frame, scores = group.prompt.frame, []
             for text in group.texts:
                 answer = parse_answer(text, official)
@@ -131,3 +132,7 @@ def paired_bootstrap(before, after, draws: int = 10_000, seed: int = 0) -> tuple
     picks = np.random.default_rng(seed).integers(0, len(difference), (draws, len(difference)))
     low, high = np.percentile(difference[picks].mean(1), [2.5, 97.5])
     return float(difference.mean()), float(low), float(high)
+
+
+def mask_dice(mask, truth) -> float:
+    return float(2 * (mask & truth).sum() / max(1, mask.sum() + truth.sum()))

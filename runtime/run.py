@@ -17,7 +17,7 @@ from runtime.cli import print0
 from runtime.files import read_torch
 from runtime.metrics import SCORES, held_out, paired_bootstrap
 from runtime.optim import Optimizer
-from runtime.parallel import Ranks, gathered
+from runtime.parallel import Ranks, unsharded
 
 
 # ---------------------------------------------------------------- schedules
@@ -133,6 +133,14 @@ class Run:
         every = self.config.save_every
         return bool(now or step == self.steps or every > 0 and step % every == 0)
 
+    def warn(self, row): self.row=row
+    def evaluation_due(self, done):
+        every = self.config.eval_every
+        return done == self.steps or every > 0 and done % every == 0
+    def give_up_after(self, n): pass
+    def finish(self, whole):
+        if whole: self.report()
+
     def save(self, step: int, crm, optimizer: Optimizer) -> Path | str:
         """step_000100/: what from_pretrained loads, and trainer.pt to go on from. Written aside, then
         renamed, so that a kill at any moment leaves the last one whole. --keep of them and the best stay."""
@@ -145,7 +153,7 @@ class Run:
                 shutil.rmtree(aside, ignore_errors=True)
                 aside.mkdir(parents=True)
             self.ranks.wait()
-            with gathered(crm):
+            with unsharded(crm):
                 if lead:
                     crm.save(aside)
             optimizer.save(aside, step, self.ranks.rank)
@@ -184,7 +192,7 @@ class Run:
         a row for metrics.jsonl."""
         c, row = self.config, {}
         for kind, answers, temperature in (("sampled", c.eval_answers, 1.0), ("greedy", 1, 0.0))[:1 + greedy]:
-            with gathered(crm):
+            with unsharded(crm):
                 scores = held_out(crm, tests, template, c.mode, weights, self.ranks, answers, temperature,
                                   c.max_new_tokens, official=getattr(c, "official", False))
             self.log("held_out", *({"step": step, "kind": kind, **score} for score in scores))
