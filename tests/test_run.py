@@ -50,7 +50,7 @@ def cfg(tmp_path):
 
 
 def begun(cfg, steps=12, ranks=Ranks(), **changes):
-    run = Run(replace(cfg, **changes), ranks)
+    run = Run(replace(cfg, steps=steps, **changes), ranks)
     run.begin(StubOptimizer(), steps)
     return run
 
@@ -177,9 +177,9 @@ def test_resume_refuses_flags_that_change_what_is_learned(cfg, change, says):
 
 def test_resume_takes_other_steps_intervals_and_ways_to_compute_the_same(cfg):
     train(begun(cfg), 2, save=(2,))
-    changes = dict(steps=20, timeout=5.0, parallel="fsdp", offload=True, checkpointing=True, eval_every=7, eval_answers=2,
+    changes = dict(timeout=5.0, parallel="fsdp", offload=True, checkpointing=True, eval_every=7, eval_answers=2,
                    eval_limit=9, save_every=3, keep=2)
-    run = begun(cfg, 20, resume="auto", **changes)
+    run = begun(cfg, steps=20, resume="auto", **changes)
     assert run.start == 2 and json.loads((run.folder / "config.json").read_text())["keep"] == 2
 
 
