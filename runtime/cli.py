@@ -1,11 +1,12 @@
 """The command line: one --flag per field of a Config, @files of flags, embedded defaults, one-line errors."""
 import argparse
+import difflib
 import math
 import os
 import shlex
 import sys
 from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import get_args
 
@@ -20,11 +21,8 @@ EMBEDDED = {"crm": ROOT / "demo/crm", "asm": ROOT / "demo/asm", "data": ROOT / "
 def flag(default, help: str, choices=None, bare=None, low=None, high=None, above=None, off=None):
     """One field of a Config: its default ("required" if it has none) and what --help says.
 
-    choices      the values it may have
-    bare         the value when the flag is given without one
-    low, high    smallest and largest value, inclusive
-    above        exclusive lower bound
-    off          a value that is allowed outside the bounds and switches the feature off"""
+    choices: the values it may have; bare: the value when the flag stands alone; low, high: bounds, inclusive;
+    above: a lower bound, exclusive; off: a value outside the bounds that is allowed, and switches it off."""
     return field(default=default, metadata={"help": help, "choices": choices, "bare": bare, "low": low,
                                             "high": high, "above": above, "off": off})
 
@@ -74,7 +72,7 @@ class RunConfig(ModelConfig):
     max_new_tokens: int = flag(128, "longest completion in tokens (paper: 2048)", low=1)
     temperature: float = flag(1.0, "softmax temperature of sampling and scoring", above=0)
     # evaluation and checkpoints
-    eval_every: int = flag(50, "steps between held-out evaluations (0: first and last only; -1: none)", low=-1)
+    eval_every: int = flag(50, "steps between held-out evaluations (0: first and last; -1: none)", low=-1)
     eval_answers: int = flag(4, "sampled completions per held-out question", low=1)
     eval_limit: int = flag(0, "number of held-out samples (0: all)", low=0)
     save_every: int = flag(100, "steps between checkpoints (0: only the last; -1: none)", low=-1)
@@ -83,73 +81,144 @@ class RunConfig(ModelConfig):
 
 # ---------------------------------------------------------------- the command line
 
-def parse_args(config_class, doc: str, recipe: str | None = None, argv: list[str] | None = None,
-               embedded=lambda config: EMBEDDED):
-    """A Config from the command line: one --flag a field,
-    `@FILE` for a file of flags (one a line, # comments).
+FOREIGN_NAMES = {       # our flag: its names in TRL, verl and EasyR1; of a dotted name the last parts
+    "crm": "model_name_or_path model.path model_path", "data": "dataset_name train_files",
+    "out": "output_dir default_local_dir", "resume": "resume_from_checkpoint resume_mode",
+    "steps": "max_steps total_training_steps num_train_epochs total_epochs",
+    "prompts": "per_device_train_batch_size train_batch_size rollout_batch_size generation_batch_size",
+    "batch": "per_device_train_batch_size train_batch_size global_batch_size",
+    "micro_batch": "gradient_accumulation_steps ppo_micro_batch_size_per_gpu",
+    "pack_tokens": "gradient_accumulation_steps ppo_micro_batch_size_per_gpu ppo_max_token_len_per_gpu",
+    "group": "num_generations rollout.n", "inner_epochs": "num_iterations ppo_epochs",
+    "minibatches": "steps_per_generation ppo_mini_batch_size global_batch_size",
+    "max_new_tokens": "max_completion_length max_response_length",
+    "lr": "learning_rate", "schedule": "lr_scheduler_type lr_warmup_style",
+    "warmup": "warmup_steps lr_warmup_steps", "max_grad_norm": "grad_clip",
+    "clip_low": "epsilon clip_ratio clip_ratio_low", "clip_high": "epsilon_high clip_ratio_high",
+    "dual_clip": "delta clip_ratio_c clip_ratio_dual",
+    "kl": "kl_loss_type kl_penalty", "kl_coef": "beta kl_loss_coef", "entropy_coef": "entropy_coeff",
+    "agg": "loss_type loss_agg_mode loss_avg_mode", "norm": "scale_rewards norm_adv_by_std_in_grpo",
+    "ratio": "importance_sampling_level", "mask_truncated": "mask_truncated_completions",
+    "resample": "online_filtering filter_groups.enable",
+    "weights": "reward_weights reward_funcs reward_function", "lora_rank": "lora_r lora.rank use_peft",
+    "checkpointing": "gradient_checkpointing enable_gradient_checkpointing",
+    "offload": "param_offload optimizer_offload offload_params offload_optimizer",
+    "freeze_vision": "freeze_vision_tower freeze_vision_modules", "save_every": "save_steps save_freq",
+    "eval_every": "eval_steps test_freq val_freq", "keep": "save_total_limit save_limit",
+}
 
-    An unknown flag, a wrong value or an unknown choice ends the program with status 2.
-    Where --crm, --asm or --data are fields and not given, the embedded default is taken,
-    its recipe's flags with it, and that is said. embedded: which of them a parsed Config needs."""
-    parser = argparse.ArgumentParser(description=doc, fromfile_prefix_chars="@", allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    def words(line):
+
+class Parser(argparse.ArgumentParser):
+    """argparse, whose errors are one line on the first rank."""
+
+    def error(self, message):
+        if int(os.environ.get("RANK", 0)) == 0:
+            print("error:", " ".join(message.split()), file=sys.stderr, flush=True)
+        raise SystemExit(2)
+
+    def convert_arg_line_to_args(self, line):
         try:
             return shlex.split(line, comments=True)
         except ValueError as error:
-            parser.error(f"a line of an @file, {line}: {error}")
+            self.error(f"a line of an @file, {line}: {error}")
 
-    parser.convert_arg_line_to_args = words
+    def given(self, argv: list[str], names: list[str]) -> dict:
+        """{field: value} of the flags in argv and in its @files. names: the fields of the Config."""
+        try:
+            given, unknown = self.parse_known_args(argv)
+        except (ValueError, RecursionError) as error:
+            self.error(f"an @file is not UTF-8 text, or names itself ({type(error).__name__})")
+        if unknown:
+            self.error(unknown_flag(unknown[0], names))
+        return vars(given)
+
+
+def parse_args(config_class, doc: str, recipe: str | None = None, argv: list[str] | None = None,
+               embedded=lambda config: EMBEDDED):
+    """A Config from the command line: one --flag per field, `@FILE` for a file of flags (# starts a comment).
+
+    An unknown flag, a wrong value or one outside its bounds ends the program with one line and status 2.
+    Where --crm is not given, `recipe` is read first: flags given by hand win, and --mode by hand drops its
+    --weights. Where --crm, --asm or --data are fields and not given, the embedded ones are used,
+    and that is printed. embedded: the names among these that a Config needs."""
+    names = [f.name for f in fields(config_class)]
+    known = [f"  {dashed(ours):18} {theirs}" for ours, theirs in FOREIGN_NAMES.items() if ours in names]
+    parser = Parser(description=doc, fromfile_prefix_chars="@", allow_abbrev=False,
+                    epilog="\n".join(["names in TRL, verl and EasyR1:", *known]),
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(config_class):
-        kind = next(iter(get_args(f.type)), f.type)                          # float | None -> float
-        several = get_args(kind)                                             # tuple[str, str] -> two of str
-        kind = several[0] if several else kind
-        required = f.default is MISSING or f.default == "required"
-        how = {"action": argparse.BooleanOptionalAction} if kind is bool else \
-              {"type": kind, "choices": f.metadata["choices"], "const": f.metadata["bare"],
-               "nargs": "?" if f.metadata["bare"] else len(several) or None,
-               "metavar": None if f.metadata["choices"] else kind.__name__}
-        parser.add_argument(
-            "--" + f.name.replace("_", "-"), default=None if required else f.default, required=required,
-            help=f.metadata["help"] + ("" if required or f.default is None else f" ({f.default})"), **how)
-    argv = sys.argv[1:] if argv is None else argv
-    try:
-        config = parser.parse_args(argv)
-    except (ValueError, RecursionError) as error:
-        parser.error(f"an @file is not UTF-8 text, or names itself ({type(error).__name__})")
-    if recipe and config.crm is None:
-        config = parser.parse_args([f"@{ROOT / recipe}", *argv])
+        add_flag(parser, f)
+    given = parser.given(sys.argv[1:] if argv is None else argv, names)
+    values = given
+    if recipe and given.get("crm") is None:
         print0(f"no --crm given: the embedded tiny model, with {recipe} (flags given here win)")
-    for f in fields(config_class):
-        problem = out_of_range(getattr(config, f.name), f.metadata)
+        values = parser.given([f"@{ROOT / recipe}"], names) | given
+        if "mode" in given and "weights" not in given and values.pop("weights", ""):
+            print0(f"--mode given: the --weights of {recipe} are not used")
+    config = config_class(**values)
+    for f in fields(config):
+        value = getattr(config, f.name)
+        problem = "is required" if value == "required" else out_of_range(value, f.metadata)
         if problem:
-            parser.error(f"--{f.name.replace('_', '-')} {getattr(config, f.name)}: {problem}")
+            parser.error(f"{dashed(f.name)} {problem}")
     for name in embedded(config):
         if getattr(config, name, "") is None:
-            path = EMBEDDED[name]
-            setattr(config, name, str(path))
-            print0(f"no --{name} given: the embedded {path.relative_to(ROOT)}")
-    return config_class(**vars(config))
+            print0(f"no {dashed(name)} given: the embedded {EMBEDDED[name].relative_to(ROOT)}")
+            setattr(config, name, str(EMBEDDED[name]))
+    return config
+
+
+def add_flag(parser: Parser, f) -> None:
+    """One field of a Config as an argument, which the parser leaves out where it is not given."""
+    kind = next(iter(get_args(f.type)), f.type)                              # float | None -> float
+    several = get_args(kind)                                                 # tuple[str, str] -> two of str
+    kind = several[0] if several else kind
+    rule = f.metadata
+    if kind is bool:
+        how = {"action": argparse.BooleanOptionalAction}
+    else:
+        how = {"type": kind, "choices": rule["choices"], "const": rule["bare"],
+               "nargs": "?" if rule["bare"] else len(several) or None,
+               "metavar": None if rule["choices"] else kind.__name__}
+    shown = "" if f.default in (None, "", "required") else f" ({f.default})"
+    how["help"] = rule["help"].replace("%", "%%") + shown
+    parser.add_argument(dashed(f.name), default=argparse.SUPPRESS, **how)
+
+
+def dashed(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def unknown_flag(word: str, names: list[str]) -> str:
+    """One line about a word of the command line that is no flag of ours, with the flag that is meant."""
+    name = word.partition("=")[0]
+    parts = name.lstrip("-").replace("-", "_").split(".")
+    spellings = {parts[-1], ".".join(parts[-2:])}
+    ours = [n for n in names if n in spellings or spellings & set(FOREIGN_NAMES.get(n, "").split())]
+    near = difflib.get_close_matches(parts[-1], names, 1)
+    if ours:
+        return f"unknown flag {name}: it is {dashed(ours[0])} here"
+    return f"unknown flag {name}: " + (f"did you mean {dashed(near[0])}?" if near else "see --help")
 
 
 def out_of_range(value, rule) -> str:
-    """What is wrong with a number, by its flag's bounds; "" if nothing."""
+    """What is wrong with a number, by its flag's bounds; "" if nothing is."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return ""
     if not math.isfinite(value):
-        return "must be a finite number"
+        return f"{value}: must be a finite number"
     low, high, above, off = (rule[key] for key in ("low", "high", "above", "off"))
-    if value == off:
+    if off is not None and value == off:
         return ""
-    allowed = "" if off is None else f"{off} or "
-    if low is not None and value < low:
-        return f"must be {allowed}at least {low}"
-    if above is not None and value <= above:
-        return f"must be {allowed}greater than {above}"
-    if high is not None and value > high:
-        return f"must be {allowed}at most {high}"
+    for broken, bound in ((low is not None and value < low, f"at least {low}"),
+                          (above is not None and value <= above, f"greater than {above}"),
+                          (high is not None and value > high, f"at most {high}")):
+        if broken:
+            return f"{value}: must be " + (bound if off is None else f"{off} or {bound}")
     return ""
 
+
+# ---------------------------------------------------------------- output
 
 def print0(*words) -> None:
     """Print on the first rank only."""
@@ -159,11 +228,10 @@ def print0(*words) -> None:
 
 @contextmanager
 def exit_on(*errors: type[Exception]):
-    """Bad input ends the program with one line and status 2:
-    ValueError (whose text says file, key and fix) and files that cannot be opened while setting up;
-    only BadRow later, when any other error is a bug of ours."""
+    """Bad input ends the program with one line and status 2. errors: ValueError (whose text says file, key
+    and fix) and OSError while setting up; only BadRow later, when any other error is a bug of ours."""
     try:
         yield
     except errors as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
         raise SystemExit(2) from None
