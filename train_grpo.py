@@ -34,7 +34,7 @@ from data import (MAX_PIXELS, MIN_PIXELS, BadRow, Sample, clip_to, fill_prompt, 
 from rewards import MODES, parse_answer, reward_terms, smooth_log, total_reward
 from runtime.cli import exit_on, flag, parse_args, print0
 from runtime.files import read_torch
-from runtime.metrics import PANELS, add_up, answer_rows, check_first_step, step_row, worries
+from runtime.step import PANELS, add_up, check_first_step, completion_rows, step_row, to_floats, warnings_of
 from runtime.optim import Optimizer
 from runtime.parallel import KINDS as PARALLEL
 from runtime.parallel import Ranks, deal, gathered, passes, spread
@@ -383,15 +383,15 @@ def main(cfg: Config) -> None:
         clock.append(ranks.clock())
 
         # 5. look: numbers over all ranks, the best and the worst answer, the held-out split, the pictures
-        answers = ranks.gather([row for r in batch for row in answer_rows(r)])
+        answers = ranks.gather([row for r in batch for row in completion_rows(r)])
         if step == 0:
             check_first_step(at_start, answers, dtype)
         done, total = step + 1, {}
-        for other in ranks.gather([stats]):
+        for other in ranks.gather([to_floats(stats)]):
             add_up(total, other)
         row = {"step": done, **step_row(answers, total, grad_norms, lr, clock, ranks.device)}
         start = start or row
-        for worry in worries(row, start):
+        for worry in warnings_of(row, start):
             if worry not in said:
                 said.add(worry)
                 print0(f"\nstep {done}: {worry}")

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from data import load_samples
 from runtime.cli import print0
 from runtime.files import read_torch
-from runtime.metrics import SCORES, held_out, paired_bootstrap
+from runtime.metrics import held_out, held_out_means, summary_lines
 from runtime.optim import Optimizer
 from runtime.parallel import Ranks, gathered
 
@@ -182,13 +182,15 @@ class Run:
     def evaluate(self, crm, tests, template: str, weights: dict, step: int, greedy: bool) -> dict:
         """The held-out split, sampled as in training and, at both ends of a run, greedy;
         a row for metrics.jsonl."""
-        c, row = self.config, {}
-        for kind, answers, temperature in (("sampled", c.eval_answers, 1.0), ("greedy", 1, 0.0))[:1 + greedy]:
-            with gathered(crm):
-                scores = held_out(crm, tests, template, c.mode, weights, self.ranks, answers, temperature,
-                                  c.max_new_tokens, official=getattr(c, "official", False))
-            self.log("held_out", *({"step": step, "kind": kind, **score} for score in scores))
-            row |= {f"{kind}/{key}": float(np.mean([score[key] for score in scores])) for key in SCORES}
+        c = self.config
+        kinds = {"sampled": (c.eval_answers, getattr(c, "temperature", 1.0))}
+        if greedy:
+            kinds["greedy"] = (1, 0.0)
+        with gathered(crm):
+            rows = held_out(crm, tests, template, kinds, c.mode, weights, self.ranks, c.max_new_tokens,
+                            official=getattr(c, "official", False))
+        self.log("held_out", *({"step": step, **scores} for scores in rows))
+        row = held_out_means(rows)
         print0(f"step {step}, held out: " + ", ".join(f"{key} {value:.3f}" for key, value in row.items()))
         return row
 
@@ -201,14 +203,8 @@ class Run:
         steps = sorted({row["step"] for row in rows})
         print0(f"\nheld-out split, step {steps[0]} -> {steps[-1]}, "
             "mean over questions [95 % paired bootstrap interval]")
-        for kind in ("sampled", "greedy"):
-            first, last = ([row for row in rows if row["step"] == step and row["kind"] == kind]
-                           for step in (steps[0], steps[-1]))
-            for key in SCORES:
-                before, after = ([row[key] for row in side] for side in (first, last))
-                change, low, high = paired_bootstrap(before, after)
-                print0(f"  {kind:8} {key:9} {np.mean(before):.3f} -> {np.mean(after):.3f}   "
-                    f"{change:+.3f} [{low:+.3f}, {high:+.3f}]")
+        print0("\n".join(summary_lines(*([row for row in rows if row["step"] == step]
+                                         for step in (steps[0], steps[-1])))))
         seconds = sorted(row["seconds"] for row in metrics)
         print0(f"a step took {seconds[len(seconds) // 2]:.2f} s (median), "
             f"all {len(seconds)} {sum(seconds) / 60:.1f} min, "
