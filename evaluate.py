@@ -33,8 +33,8 @@ from tqdm import tqdm
 
 from asm import BOX_COLOUR, MASK_COLOUR, POINT_COLOURS, load_asm, overlay
 from crm import load_crm
-from data import MAX_PIXELS, MIN_PIXELS, BadRow, clip_to, load_prompt, load_samples
-from runtime.cli import EMBEDDED, exit_on, flag, parse_args, print0
+from data import BadRow, clip_to, load_prompt, load_samples
+from runtime.cli import EMBEDDED, ModelConfig, exit_on, flag, parse_args, print0
 from runtime.metrics import QUESTION_METRICS, ask, change_text, interval, iou, mask_dice, mean, parsed, pdice
 from runtime.parallel import Ranks
 from runtime.predictions import (decode_mask, encode_mask, finished, from_file, question_ids,
@@ -46,13 +46,11 @@ WHITE = (255, 255, 255)
 
 
 @dataclass
-class Config:
-    # what
-    crm: str | None = flag(None, "Qwen2.5-VL folder or hub name")
+class Config(ModelConfig):
     data: str | None = flag(None, "folder or .parquet file, see data.py")
     asm: str | None = flag(None, "segmenter for the mask's Dice, or none")
     split: str = flag("test", "split of --data")
-    limit: int = flag(0, "questions used (0: all)")
+    limit: int = flag(0, "questions used (0: all)", low=0)
     out: str = flag("eval", "folder for predictions.jsonl, summary.json, table.md, examples.png")
     skip_bad_rows: bool = flag(False, "leave out rows that cannot be used, and count them")
     # instead of a model
@@ -61,17 +59,11 @@ class Config:
     rescore: str | None = flag(None, "an --out folder: compute its tables again")
     compare: tuple[str, str] | None = flag(None, "two --out folders: what the second changes")
     # completions
-    samples: int = flag(1, "completions per question")
-    temperature: float | None = flag(None, "0 takes the most likely token (0 for one sample, 1 for several)")
-    max_new_tokens: int = flag(512, "most tokens of a completion")
-    seed: int = flag(0, "of the sampling")
-    batch: int = flag(0, "questions sampled at once (0: as many as fit into memory)")
-    prompt: str = flag("reasoning", "reasoning, direct, or a text file with {query}")
-    resize: str = flag("aspect", "aspect, or square:SIDE")
-    min_pixels: int = flag(MIN_PIXELS, "smallest image, model frame")
-    max_pixels: int = flag(MAX_PIXELS, "largest image, model frame")
-    dtype: str = flag("auto", "of the model: auto is bfloat16 on CUDA, float32 elsewhere",
-                      ("auto", "float32", "bfloat16"))
+    samples: int = flag(1, "completions per question", low=1)
+    temperature: float | None = flag(None, "of sampling; 0 takes the most likely token (default: 0 for one "
+                                     "completion per question, else 1)", low=0)
+    max_new_tokens: int = flag(512, "longest completion in tokens", low=1)
+    batch: int = flag(0, "questions sampled at once (0: as many as fit into memory)", low=0)
 
 
 # ---------------------------------------------------------------- metrics of a prediction
@@ -178,8 +170,7 @@ def add_masks(p: dict, sample, asm) -> dict:
     p["dice"], p["mask"] = None, None
     p["truth"]["mask"] = None if sample.mask is None else encode_mask(sample.mask)
     if asm:
-        completion = p["completions"][p["kept"]] if p["kept"] is not None else {"bbox": None, "points": None}
-        masks = {kind: segment(asm, sample, completion, kind) for kind in GIVEN}
+        masks = {kind: segment(asm, sample, shown(p), kind) for kind in GIVEN}
         p["mask"] = encode_mask(masks["both"]) if masks["both"].any() else None
         if sample.mask is not None:
             p["dice"] = {kind: mask_dice(mask, sample.mask) for kind, mask in masks.items()}
@@ -206,8 +197,9 @@ def from_model(cfg: Config, samples, asm, ranks: Ranks) -> list[dict]:
     done = set(ranks.gather([row["index"] for row in finished(out)] if ranks.rank == 0 else []))
     todo = [i for i in range(len(samples)) if i not in done][ranks.rank::ranks.world]
     if todo:
-        crm = load_crm(cfg.crm, ranks.device, ranks.dtype(cfg.dtype), resize=cfg.resize,
-                       min_pixels=cfg.min_pixels, max_pixels=cfg.max_pixels)
+        sizes = {"resize": cfg.resize, "min_pixels": cfg.min_pixels, "max_pixels": cfg.max_pixels}
+        crm = load_crm(cfg.crm, ranks.device, ranks.dtype(cfg.dtype),
+                       **{key: value for key, value in sizes.items() if value is not None})
         temperature = float(cfg.samples > 1) if cfg.temperature is None else cfg.temperature
         answered = ask(crm, samples, todo, template, {"": (cfg.samples, temperature)}, cfg.max_new_tokens,
                        cfg.seed, cfg.batch)
@@ -233,7 +225,7 @@ def examples(rows: list[dict], samples, path: Path, most: int = 12) -> None:
     import matplotlib
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
-    order = sorted(rows, key=lambda row: (mean(row, iou) or 0, row["index"]))
+    order = sorted(rows, key=lambda row: (iou(row, shown(row)) or 0, row["index"]))
     picks = np.unique(np.linspace(0, len(order) - 1, most).round().astype(int))
     columns = min(4, len(picks))
     lines = -(-len(picks) // columns)
@@ -242,8 +234,9 @@ def examples(rows: list[dict], samples, path: Path, most: int = 12) -> None:
         axis.axis("off")
     for axis, pick in zip(axes.flat, picks):
         draw_example(axis, order[pick], samples[order[pick]["index"]])
-    legend = {"box": ("-", BOX_COLOUR), "point 1": ("o", POINT_COLOURS[0]), "point 2": ("o", POINT_COLOURS[1]),
-              "mask": ("s", MASK_COLOUR), "true box": ("--", WHITE), "true mask": (":", WHITE)}
+    legend = {"box": ("-", BOX_COLOUR), "mask": ("s", MASK_COLOUR), "true box": ("--", WHITE),
+              "true mask": (":", WHITE),
+              **{f"point {n}": ("o", colour) for n, colour in enumerate(POINT_COLOURS, 1)}}
     handles = [plt.plot([], [], style, color=np.divide(colour, 255))[0] for style, colour in legend.values()]
     figure.legend(handles, legend, loc="lower center", ncols=3, facecolor="dimgrey", labelcolor="white")
     figure.tight_layout(rect=(0, 0.8 / figure.get_figheight(), 1, 1))
@@ -251,9 +244,14 @@ def examples(rows: list[dict], samples, path: Path, most: int = 12) -> None:
     plt.close(figure)
 
 
+def shown(p: dict) -> dict:
+    """The kept completion, or the first one if none can be used."""
+    return p["completions"][p["kept"] or 0]
+
+
 def draw_example(axis, p: dict, sample) -> None:
-    completion, (W, H) = p["completions"][p["kept"] or 0], sample.image.size
-    bbox, points = (completion[key] and clip_to((W, H), completion[key]) for key in ("bbox", "points"))
+    completion, (W, H) = shown(p), sample.image.size
+    bbox, points = (xy and clip_to((W, H), xy) for xy in (completion["bbox"], completion["points"]))
     picture = overlay(sample.image, p["mask"] and decode_mask(p["mask"]), bbox, points)
     axis.imshow(picture, extent=(0, W, H, 0))
     (x1, y1, x2, y2), white = p["truth"]["bbox"], np.divide(WHITE, 255)

@@ -5,9 +5,8 @@ its box and points to the image frame as they are, never clipped; a question's s
 completions. A completion with a problem (rewards.parse_answer) is a refusal. What can still be read of it
 counts: a good box keeps its IoU beside malformed points. What cannot be read scores 0.
 """
-import math
+from collections import namedtuple
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,21 +15,26 @@ from data import STRIDE, fill_prompt, model_size, to_image, to_model
 from rewards import Answer, box_iou, parse_answer, point_dice, reward_terms, total_reward
 from runtime.parallel import Ranks
 
+Interval = namedtuple("Interval", "mean low high")
+
 
 # ---------------------------------------------------------------- scores of a prediction
 
 def prediction(sample, index: int, texts: list[str], frame, official: bool = False) -> dict:
     """One question with its completions, as JSON can hold it; boxes and points in the image frame. kept: the
-    completion whose box agrees most with the others (see medoid), None if none can be used."""
+    completion whose box agrees most with the others (see medoid), None if none can be used. names and wording
+    come from the sample's extra: a list of names, and unseen_wording, true or false."""
     answers = [parse_answer(text, official) for text in texts]
     completions = [{"text": text, "bbox": answer.bbox and to_image(answer.bbox, frame),
                     "points": answer.points and to_image(answer.points, frame), "problem": answer.problem}
                    for text, answer in zip(texts, answers)]
-    wording = {True: "unseen", False: "seen"}.get(sample.extra.get("unseen_wording"))
+    names, unseen = sample.extra.get("names"), sample.extra.get("unseen_wording")
     return {"id": sample.id, "index": index, "size": sample.image.size, "query": sample.query,
-            "supercategory": sample.supercategory, "category": sample.category, "wording": wording,
-            "names": sample.extra.get("names"), "truth": {"bbox": sample.bbox, "points": sample.points},
-            "asked": ["bbox", "points"], "completions": completions, "kept": medoid(answers)[0]}
+            "supercategory": sample.supercategory, "category": sample.category,
+            "names": [str(name).lower() for name in names] if isinstance(names, list) else [],
+            "wording": ("unseen" if unseen else "seen") if isinstance(unseen, bool) else None,
+            "truth": {"bbox": sample.bbox, "points": sample.points}, "asked": ["bbox", "points"],
+            "completions": completions, "kept": medoid(answers)[0]}
 
 
 def iou(p: dict, completion: dict) -> float | None:
@@ -44,8 +48,7 @@ def pdice(p: dict, completion: dict, published: bool = False) -> float | None:
     """True pDice, or as published 2I/U; 0 without readable points, None where no points were asked for."""
     if "points" not in p["asked"]:
         return None
-    points = completion["points"]
-    return point_dice(points, p["truth"]["points"], published) if points else 0.0
+    return point_dice(completion["points"], p["truth"]["points"], published) if completion["points"] else 0.0
 
 
 def parsed(p: dict, completion: dict) -> bool:
@@ -53,9 +56,9 @@ def parsed(p: dict, completion: dict) -> bool:
 
 
 def named(p: dict, completion: dict) -> bool | None:
-    """Whether the trace names the target: one of the data's names (lower case) occurs in it. None without."""
+    """Whether the trace names the target: one of its names occurs in it. None where the data has no names."""
     trace = (parse_answer(completion["text"]).think or "").lower()
-    return any(name in trace for name in p["names"]) if p.get("names") else None
+    return any(name in trace for name in p["names"]) if p["names"] else None
 
 
 def mean(p: dict, score, where=None) -> float | None:
@@ -95,7 +98,7 @@ def medoid(answers: list[Answer]) -> tuple[int | None, float | None]:
 
 def batch_size(crm, G: int, max_new_tokens: int) -> int:
     """Questions sampled at once: 16 on a CPU; on CUDA as many as have their keys and values in half of the
-    free memory, if images have the largest size, texts 512 tokens and completions the greatest length."""
+    free memory, for the largest image size, 512 tokens of text and completions of max_new_tokens."""
     if crm.device.type != "cuda":
         return 16
     width, height = model_size((4000, 4000), crm.resize, crm.min_pixels, crm.max_pixels)
@@ -108,7 +111,7 @@ def batch_size(crm, G: int, max_new_tokens: int) -> int:
 
 def ask(crm, samples, indexes, template: str, kinds: dict[str, tuple[int, float]], max_new_tokens: int,
         seed: int, batch: int = 0, official: bool = False) -> Iterator[tuple]:
-    """Put questions to the CRM -> (kind, sample, frame, prediction) for each question and kind.
+    """Put questions to the CRM -> (kind, sample, group, prediction) for each question and kind.
 
     kinds: {name: (completions per question, temperature)}; temperature 0 takes the most likely token. A
     prompt is encoded once for all kinds. batch: questions sampled at once (0: batch_size)."""
@@ -119,10 +122,9 @@ def ask(crm, samples, indexes, template: str, kinds: dict[str, tuple[int, float]
         prompts = [crm.encode(s.image, fill_prompt(template, s.query)) for s in chosen]
         for kind, (completions, temperature) in kinds.items():
             seeds = [(seed, 1, i) for i in part]
-            for i, sample, group in zip(part, chosen, crm.sample(prompts, completions, max_new_tokens,
-                                                                 temperature, seeds)):
-                frame = group.prompt.frame
-                yield kind, sample, frame, prediction(sample, i, group.texts, frame, official)
+            groups = crm.sample(prompts, completions, max_new_tokens, temperature, seeds)
+            for i, sample, group in zip(part, chosen, groups):
+                yield kind, sample, group, prediction(sample, i, group.texts, group.prompt.frame, official)
 
 
 def held_out(crm, samples, template: str, kinds: dict[str, tuple[int, float]], mode: str,
@@ -132,9 +134,9 @@ def held_out(crm, samples, template: str, kinds: dict[str, tuple[int, float]], m
     kind, index, id, wording, QUESTION_METRICS, and the mean reward (model frame, without mask_dice)."""
     weights = {name: weight for name, weight in (weights or {}).items() if name != "mask_dice"}
     mine, rows = range(len(samples))[ranks.rank::ranks.world], []
-    for kind, sample, frame, p in ask(crm, samples, mine, template, kinds, max_new_tokens, seed, batch,
-                                      official):
-        truth = to_model(sample.bbox, frame), to_model(sample.points, frame)
+    asked = ask(crm, samples, mine, template, kinds, max_new_tokens, seed, batch, official)
+    for kind, sample, group, p in asked:
+        truth = [to_model(xy, group.prompt.frame) for xy in (sample.bbox, sample.points)]
         rewards = [total_reward(reward_terms(c["text"], *truth, official), mode, weights)
                    for c in p["completions"]]
         rows.append({"kind": kind, "index": p["index"], "id": p["id"], "wording": p["wording"],
@@ -170,12 +172,6 @@ def summary_lines(before: list[dict], after: list[dict]) -> list[str]:
 
 # ---------------------------------------------------------------- intervals
 
-class Interval(NamedTuple):
-    mean: float
-    low: float
-    high: float
-
-
 def interval(values, draws: int = 2000, seed: int = 0) -> Interval | None:
     """Mean and 95 % percentile bootstrap interval of the values that are not None; None if there are none."""
     values = np.array([value for value in values if value is not None], dtype=float)
@@ -192,14 +188,13 @@ def paired_bootstrap(before, after, draws: int = 2000, seed: int = 0) -> Interva
 
 
 def change_text(before: list, after: list, percent: bool = False) -> str:
-    """"0.250 -> 0.300   +0.050 [+0.010, +0.090]" over the questions where both sides are defined, how many if
-    not all; "" if there are none."""
+    """"0.250 -> 0.300   +0.050 [+0.010, +0.090]" over the questions where both are defined; "" if none."""
     pairs = [pair for pair in zip(before, after) if None not in pair]
     if not pairs:
         return ""
-    factor, digits = (100, 1) if percent else (1, 3)
-    old, new = factor * np.mean(pairs, axis=0)
-    change, low, high = (factor * value for value in paired_bootstrap(*zip(*pairs)))
-    text = f"{old:5.{digits}f} -> {new:5.{digits}f}   {change:+.{digits}f} " \
-           f"[{low:+.{digits}f}, {high:+.{digits}f}]"
-    return text if len(pairs) == len(before) else f"{text}   {len(pairs)} of {len(before)} questions"
+    numbers = np.array([*np.mean(pairs, axis=0), *paired_bootstrap(*zip(*pairs))])
+    form = "{:.3f} -> {:.3f}   {:+.3f} [{:+.3f}, {:+.3f}]"
+    if percent:
+        form, numbers = "{:5.1f} -> {:5.1f}   {:+.1f} [{:+.1f}, {:+.1f}]", 100 * numbers
+    some = "" if len(pairs) == len(before) else f"   {len(pairs)} of {len(before)} questions"
+    return form.format(*numbers) + some

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from data import Frame, model_size
+from data import MAX_PIXELS, MIN_PIXELS, Frame, model_size
 from runtime.cli import print0
 from runtime.files import read_text
 from runtime.metrics import prediction
@@ -99,14 +99,16 @@ def read_given(path: str) -> tuple[dict[str, dict], list[str]]:
     return given, sorted(asked or {"bbox", "points"})
 
 
-def largest_image(cfg) -> int:
-    """The most pixels of an image that --crm is given, as load_crm has it."""
+def model_sizes(cfg) -> tuple[str, int, int]:
+    """resize, min_pixels and max_pixels of data.model_size, as load_crm(cfg.crm) has them."""
     try:
-        processor = Qwen2VLImageProcessorPil.from_pretrained(cfg.crm)
+        largest = Qwen2VLImageProcessorPil.from_pretrained(cfg.crm).size["longest_edge"]
     except (OSError, ValueError):
-        raise ValueError(f"--crm {cfg.crm}: its image sizes are needed for --frame model, but it has no "
-                         "preprocessor_config.json") from None
-    return min(cfg.max_pixels, processor.size["longest_edge"])
+        raise ValueError(f"--crm {cfg.crm}: --frame model needs its preprocessor_config.json") from None
+    file = Path(cfg.crm) / "frame.json"
+    saved = json.loads(read_text(file)) if file.is_file() else {}
+    smallest = cfg.min_pixels or saved.get("min_pixels", MIN_PIXELS)
+    return cfg.resize or saved.get("resize", "aspect"), smallest, min(cfg.max_pixels or MAX_PIXELS, largest)
 
 
 def from_file(cfg, samples) -> list[dict]:
@@ -117,13 +119,13 @@ def from_file(cfg, samples) -> list[dict]:
     if unknown := list(given.keys() - set(ids)):
         raise ValueError(f"{where}: {len(unknown)} of {len(given)} ids are not in --data {cfg.data}, split "
                          f"{cfg.split}, the first: {min(unknown)!r}")
-    largest = largest_image(cfg) if cfg.frame == "model" else 0
+    sizes = model_sizes(cfg) if cfg.frame == "model" else None
     rows, boxes, outside = [], 0, 0
     for i, name in enumerate(ids):
         sample, row = samples[i], given.get(name, {"text": ""})
         size = sample.image.size
-        if cfg.frame == "model":
-            frame = Frame(size, model_size(size, cfg.resize, cfg.min_pixels, largest))
+        if sizes:
+            frame = Frame(size, model_size(size, *sizes))
         else:
             frame = Frame(size, size if cfg.frame == "pixels" else (1000, 1000))
         text = row.get("text")
