@@ -209,12 +209,17 @@ def from_model(cfg: Config, samples, asm, ranks: Ranks) -> list[dict]:
                 file.flush()
     ranks.wait()
     rows = sorted(finished(out), key=lambda row: row["index"])
-    indexes = [row["index"] for row in rows]
-    if indexes != list(range(len(samples))):
-        missing, extra = len(set(range(len(samples))) - set(indexes)), len(indexes) - len(set(indexes))
-        raise ValueError(f"--out {out}: {missing} of {len(samples)} questions are missing, {extra} are there "
-                         "twice; remove part-*.jsonl in it and run again")
+    check_complete(rows, len(samples), out)
     return rows
+
+
+def check_complete(rows: list[dict], n: int, out: Path) -> None:
+    """ValueError unless the rows are those of questions 0 to n - 1, each once, in order."""
+    indexes = [row["index"] for row in rows]
+    if indexes != list(range(n)):
+        missing, extra = len(set(range(n)) - set(indexes)), len(indexes) - len(set(indexes))
+        raise ValueError(f"--out {out}: {missing} of {n} questions are missing, {extra} are there twice; remove "
+                         "part-*.jsonl in it and run again")
 
 
 # ---------------------------------------------------------------- pictures
