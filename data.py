@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -282,6 +282,10 @@ class Samples(Sequence):
             return view
         return _sample(self.rows, self.keep[i])
 
+    def ids(self) -> list[str]:
+        """All ids, in order, without decoding an image; BadRow for a row that cannot be read."""
+        return [self.rows.row(i, partial(_need, self.rows, i))["id"] for i in self.keep]
+
     def only(self, pattern: str) -> "Samples":
         """A view of those whose super-category has a match of a regular expression; ValueError if none."""
         try:
@@ -294,11 +298,14 @@ class Samples(Sequence):
         return view
 
 
+def _need(rows, i: int, ok, key: str, problem: str) -> None:
+    if not ok:
+        raise BadRow(f"{rows.where(i)}, {key}: {problem}; fix the row or use --skip-bad-rows")
+
+
 def _sample(rows, i: int) -> Sample:
     """Row i, decoded and checked."""
-    def need(ok, key, problem):
-        if not ok:
-            raise BadRow(f"{rows.where(i)}, {key}: {problem}; mend the row or use --skip-bad-rows")
+    need = partial(_need, rows, i)
 
     def decode(key, loader):
         try:

@@ -1,116 +1,86 @@
-"""The numbers of a GRPO step: what is logged, the warnings, the check before the first update."""
-import math
+"""What is measured of completions: scores, their means over held-out questions, the intervals around them.
+
+Held-out evaluation and evaluate.py's tables score a completion in one way: `prediction` reads it and takes
+its box and points to the image frame as they are, never clipped; a question's score is the mean over its
+completions. A completion with a problem (rewards.parse_answer) is a refusal. What can still be read of it
+counts: a good box keeps its IoU beside malformed points. What cannot be read scores 0.
+"""
+from collections import namedtuple
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 
-from data import fill_prompt, to_image, to_model
+from data import STRIDE, fill_prompt, model_size, to_image, to_model
 from rewards import Answer, box_iou, parse_answer, point_dice, reward_terms, total_reward
-from runtime.parallel import Ranks, peak_memory
+from runtime.parallel import Ranks
 from sampling import sample
 
-SCORES = ("iou", "pdice", "reward", "parse_ok")            # of a held-out answer
-PANELS = {"reward": ["reward"], "held-out box IoU": ["sampled/iou", "greedy/iou"],
-          "reward terms": ["think_format", "answer_format", "box_iou", "point_dice"],
-          "answer length (tokens)": ["length"], "entropy": ["entropy"], "KL to the reference": ["kl"]}
-EXTREMES = {"ratio_max": max, "ratio_min": min, "logp_gap": max}        # all other statistics add up
+Interval = namedtuple("Interval", "mean low high")
 
 
-def add_up(total: dict, new: dict) -> None:
-    for key, value in new.items():
-        value = float(value)
-        total[key] = EXTREMES[key](total[key], value) if key in total and key in EXTREMES else \
-            value if key in EXTREMES else total.get(key, 0.0) + value
+# ---------------------------------------------------------------- scores of a prediction
+
+def prediction(sample, index: int, texts: list[str], frame, official: bool = False) -> dict:
+    """One question with its completions, as JSON can hold it; boxes and points in the image frame. kept: the
+    completion whose box agrees most with the others (see medoid), None if none can be used. names and wording
+    come from the sample's extra: a list of names, and unseen_wording, true or false."""
+    answers = [parse_answer(text, official) for text in texts]
+    completions = [{"text": text, "bbox": answer.bbox and to_image(answer.bbox, frame),
+                    "points": answer.points and to_image(answer.points, frame), "problem": answer.problem}
+                   for text, answer in zip(texts, answers)]
+    names, unseen = sample.extra.get("names"), sample.extra.get("unseen_wording")
+    return {"id": sample.id, "index": index, "size": sample.image.size, "query": sample.query,
+            "supercategory": sample.supercategory, "category": sample.category,
+            "names": [str(name).lower() for name in names] if isinstance(names, list) else [],
+            "wording": ("unseen" if unseen else "seen") if isinstance(unseen, bool) else None,
+            "truth": {"bbox": sample.bbox, "points": sample.points}, "asked": ["bbox", "points"],
+            "completions": completions, "kept": medoid(answers)[0]}
 
 
-def answer_rows(r) -> list[dict]:
-    """What is logged of each answer of a Rollout: words for samples.jsonl, numbers for metrics.jsonl."""
-    texts, flat = r.group.texts, float(r.rewards.min() == r.rewards.max())
-    same = 1 - (len(set(texts)) - 1) / (len(texts) - 1)
-    return [{"id": r.sample.id, "query": r.sample.query, "text": text, "reward": float(total),
-             "reward_std": float(r.rewards.std()), "zero_std": flat, "identical": same, "length": int(length),
-             "parse_ok": float(not parse_answer(text).problem), "finished": float(ended), **terms}
-            for text, total, terms, length, ended
-            in zip(texts, r.rewards, r.terms, r.group.lengths, r.group.finished)]
+def iou(p: dict, completion: dict) -> float | None:
+    """Box IoU; 0 without a readable box, None where no box was asked for."""
+    if "bbox" not in p["asked"]:
+        return None
+    return box_iou(completion["bbox"], p["truth"]["bbox"]) if completion["bbox"] else 0.0
 
 
-def means(answers: list[dict]) -> dict[str, float]:
-    keys = [key for key, value in answers[0].items() if not isinstance(value, str)]
-    return {key: sum(answer[key] for answer in answers) / len(answers) for key in keys}
+def pdice(p: dict, completion: dict, published: bool = False) -> float | None:
+    """True pDice, or as published 2I/U; 0 without readable points, None where no points were asked for."""
+    if "points" not in p["asked"]:
+        return None
+    return point_dice(completion["points"], p["truth"]["points"], published) if completion["points"] else 0.0
 
 
-def step_row(answers, stats, grad_norms, lr, clock, device) -> dict[str, float]:
-    """A line of metrics.jsonl: means over all answers, statistics of the loss, seconds by phase."""
-    scored, _ = stats.pop("scored", 1.0), stats.pop("gap_sum", 0.0)
-    share = dict.fromkeys(("kl", "entropy", "clip_frac"), max(scored, 1e-9)) | {"loss": len(grad_norms)}
-    finite = [norm for norm in grad_norms if math.isfinite(norm)]
-    seconds = {name: b - a for name, a, b in zip(("sample", "reference", "update"), clock, clock[1:])}
-    total = clock[-1] - clock[0]
-    return {**means(answers), **{key: value / share.get(key, 1) for key, value in stats.items()},
-            "grad_norm": sum(finite) / max(1, len(finite)), "skipped": len(grad_norms) - len(finite),
-            "lr": lr, "seconds": total, **{f"seconds/{name}": value for name, value in seconds.items()},
-            "tokens_per_second": sum(answer["length"] for answer in answers) / total,
-            "peak_memory_gb": peak_memory(device)}
+def parsed(p: dict, completion: dict) -> bool:
+    return not completion["problem"]
 
 
-def worries(row: dict, first: dict) -> list[str]:
-    """What in a step's numbers will not mend itself, and the flag that helps.
-    first: the numbers of the run's first step."""
-    longer = row["length"] > 2 * first["length"] + 16
-    surer = row.get("entropy", 1) < 0.1 * first.get("entropy", 0)
-    signs = ((row["skipped"], "a gradient is not finite and its update was skipped: lower --lr"),
-             (row["parse_ok"] < 0.05, "almost no answer parses: warm up with train_sft.py"),
-             (row["finished"] < 0.5, "most answers are cut: raise --max-new-tokens or give --mask-truncated"),
-             (row["zero_std"] > 0.8, "most groups have equal rewards: raise --temperature or --group"),
-             (surer, "entropy has collapsed: lower --lr or raise --kl-coef"),
-             (longer, "answers grow and grow, so length pays: try --agg constant"),
-             (row.get("kl", 0) > 1, "the policy has left the reference: lower --lr or raise --kl-coef"),
-             (row.get("logp_gap", 0) > 5, "sampled and scored log-probabilities differ: try --dtype float32"))
-    return [sentence for seen, sentence in signs if seen]
+def named(p: dict, completion: dict) -> bool | None:
+    """Whether the trace names the target: one of its names occurs in it. None where the data has no names."""
+    trace = (parse_answer(completion["text"]).think or "").lower()
+    return any(name in trace for name in p["names"]) if p["names"] else None
 
 
-def check_first_step(stats: dict, rows: list[dict], dtype: torch.dtype) -> None:
-    """Before hours of compute: what must have been true just before the very first update."""
-    exact = dtype == torch.float32                          # in bfloat16 two kernels differ: take the mean
-    gap = stats.get("logp_gap", 0) if exact else stats.get("gap_sum", 0) / max(stats.get("scored", 0), 1e-9)
-    near = 1e-4 if exact else 0.05
-    for ok, problem in (
-            (all(row["length"] for row in rows), "an answer is empty"),
-            (not stats or math.isfinite(stats["loss"]), "the loss is not finite"),
-            (gap < near, f"sampled and scored log-probabilities differ: {stats}"),
-            (abs(stats.get("kl", 0)) < near, f"the KL to a fresh reference is not 0: {stats}"),
-            (abs(stats.get("ratio_max", 1) - 1) < 1e-5, f"the first ratio is not 1: {stats}")):
-        if not ok:
-            raise RuntimeError(f"sanity check of the first step: {problem}")
+def mean(p: dict, score, where=None) -> float | None:
+    """Mean of score(p, completion) over the completions for which where(p, completion) is true; else None."""
+    values = [score(p, c) for c in p["completions"] if where is None or where(p, c)]
+    return sum(values) / len(values) if values and None not in values else None
 
 
-# ---------------------------------------------------------------- held-out evaluation
+QUESTION_METRICS = {       # name: (title, function of a prediction -> float, or None where undefined)
+    "iou": ("IoU", lambda p: mean(p, iou)),
+    "pdice": ("pDice", lambda p: mean(p, pdice)),
+    "parse_ok": ("parse rate", lambda p: mean(p, parsed)),
+    "iou_parsed": ("IoU, parsed", lambda p: mean(p, iou, where=parsed)),
+    "named": ("named right", lambda p: mean(p, named)),
+    "iou_named": ("IoU, named right", lambda p: mean(p, iou, where=named)),
+}
 
-def held_out(crm, samples, template: str, mode: str, weights: dict | None, ranks: Ranks,
-             answers: int = 4, temperature: float = 1.0, max_new_tokens: int = 512, batch: int = 16,
-             seed: int = 0, official: bool = False) -> list[dict]:
-    """Answers to every sample -> one row a sample, in the samples' order: id, and the mean over its answers
-    of the box IoU and true pDice (plain, image frame), the reward (model frame, without mask_dice), parse_ok.
-    An answer that cannot be parsed scores 0. temperature 0 needs one answer."""
-    rows, weights = [], {name: w for name, w in (weights or {}).items() if name != "mask_dice"}
-    for start in range(ranks.rank * batch, len(samples), ranks.world * batch):
-        part = [samples[i] for i in range(start, min(start + batch, len(samples)))]
-        prompts = [crm.encode(s.image, fill_prompt(template, s.query)) for s in part]
-        seeds = [(seed, 1, i) for i in range(start, start + len(part))]
-        for offset, (sample, group) in enumerate(zip(
-                part, sample(crm, prompts, answers, max_new_tokens, temperature, seeds))):
-            frame, scores = group.prompt.frame, []
-            for text in group.texts:
-                answer = parse_answer(text, official)
-                truth = to_model(sample.bbox, frame), to_model(sample.points, frame)
-                terms = reward_terms(text, *truth, official)
-                scores.append((box_iou(to_image(answer.bbox, frame), sample.bbox) if answer.bbox else 0.0,
-                               point_dice(to_image(answer.points, frame), sample.points)
-                               if answer.points else 0.0,
-                               total_reward(terms, mode, weights), float(not answer.problem)))
-            means = np.mean(scores, 0).tolist()
-            rows.append({"index": start + offset, "id": sample.id, **dict(zip(SCORES, means))})
-    return sorted(ranks.gather(rows), key=lambda row: row["index"])
+
+def mask_dice(mask: np.ndarray, truth: np.ndarray) -> float:
+    """Dice 2|M T| / (|M| + |T|) of two (H, W) bool masks, in [0, 1]; 0 when both are empty."""
+    return float(2 * (mask & truth).sum() / max(1, mask.sum() + truth.sum()))
 
 
 def medoid(answers: list[Answer]) -> tuple[int | None, float | None]:
@@ -125,14 +95,107 @@ def medoid(answers: list[Answer]) -> tuple[int | None, float | None]:
     return best, float(agreement[best]) if len(boxed) > 1 else None
 
 
-def paired_bootstrap(before, after, draws: int = 10_000, seed: int = 0) -> tuple[float, float, float]:
-    """Mean of after - before over the same samples,
-    with the ends of its 95 % percentile bootstrap interval."""
-    difference = np.asarray(after) - np.asarray(before)
-    picks = np.random.default_rng(seed).integers(0, len(difference), (draws, len(difference)))
-    low, high = np.percentile(difference[picks].mean(1), [2.5, 97.5])
-    return float(difference.mean()), float(low), float(high)
+# ---------------------------------------------------------------- held-out questions
+
+def batch_size(crm, G: int, max_new_tokens: int) -> int:
+    """Questions sampled at once: 16 on a CPU; on CUDA as many as have their keys and values in half of the
+    free memory, for the largest image size, 512 tokens of text and completions of max_new_tokens."""
+    if crm.device.type != "cuda":
+        return 16
+    width, height = model_size((4000, 4000), crm.resize, crm.min_pixels, crm.max_pixels)
+    c, L = crm.model.config.text_config, width * height // STRIDE ** 2 + 512
+    values = c.num_key_value_heads * c.hidden_size // c.num_attention_heads
+    per_token = c.num_hidden_layers * 2 * values * crm.model.dtype.itemsize
+    free, _ = torch.cuda.mem_get_info(crm.device)
+    return max(1, free // 2 // (per_token * (L + G * max_new_tokens)))
 
 
-def mask_dice(mask, truth) -> float:
-    return float(2 * (mask & truth).sum() / max(1, mask.sum() + truth.sum()))
+def ask(crm, samples, indexes, template: str, kinds: dict[str, tuple[int, float]], max_new_tokens: int,
+        seed: int, batch: int = 0, official: bool = False) -> Iterator[tuple]:
+    """Put questions to the CRM -> (kind, sample, group, prediction) for each question and kind.
+
+    kinds: {name: (completions per question, temperature)}; temperature 0 takes the most likely token. A
+    prompt is encoded once for all kinds. batch: questions sampled at once (0: batch_size)."""
+    batch = batch or batch_size(crm, max(n for n, _ in kinds.values()), max_new_tokens)
+    for start in range(0, len(indexes), batch):
+        part = indexes[start:start + batch]
+        chosen = [samples[i] for i in part]
+        prompts = [crm.encode(s.image, fill_prompt(template, s.query)) for s in chosen]
+        for kind, (completions, temperature) in kinds.items():
+            seeds = [(seed, 1, i) for i in part]
+            groups = sample(crm, prompts, completions, max_new_tokens, temperature, seeds)
+            for i, sample, group in zip(part, chosen, groups):
+                yield kind, sample, group, prediction(sample, i, group.texts, group.prompt.frame, official)
+
+
+def held_out(crm, samples, template: str, kinds: dict[str, tuple[int, float]], mode: str,
+             weights: dict | None, ranks: Ranks, max_new_tokens: int = 512, batch: int = 0, seed: int = 0,
+             official: bool = False) -> list[dict]:
+    """Every sample's question under every kind (see `ask`) -> one row per kind and sample, in that order:
+    kind, index, id, wording, QUESTION_METRICS, and the mean reward (model frame, without mask_dice)."""
+    weights = {name: weight for name, weight in (weights or {}).items() if name != "mask_dice"}
+    mine, rows = range(len(samples))[ranks.rank::ranks.world], []
+    asked = ask(crm, samples, mine, template, kinds, max_new_tokens, seed, batch, official)
+    for kind, sample, group, p in asked:
+        truth = [to_model(xy, group.prompt.frame) for xy in (sample.bbox, sample.points)]
+        rewards = [total_reward(reward_terms(c["text"], *truth, official), mode, weights)
+                   for c in p["completions"]]
+        rows.append({"kind": kind, "index": p["index"], "id": p["id"], "wording": p["wording"],
+                     **{key: metric(p) for key, (_, metric) in QUESTION_METRICS.items()},
+                     "reward": sum(rewards) / len(rewards)})
+    return sorted(ranks.gather(rows), key=lambda row: (list(kinds).index(row["kind"]), row["index"]))
+
+
+def held_out_means(rows: list[dict]) -> dict[str, float]:
+    """{"sampled/iou": …} over held_out's rows; a score that no row has is left out."""
+    means = {}
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        for key in (*QUESTION_METRICS, "reward"):
+            values = [row[key] for row in rows if row["kind"] == kind and row[key] is not None]
+            if values:
+                means[f"{kind}/{key}"] = sum(values) / len(values)
+    return means
+
+
+def summary_lines(before: list[dict], after: list[dict]) -> list[str]:
+    """Two held_out results for the same questions, compared: a line per kind and score, then the same over
+    the wordings seen in training and over the unseen ones."""
+    lines = []
+    for kind in dict.fromkeys(row["kind"] for row in before):
+        for wording, place in ((None, kind), ("seen", f"{kind}, seen"), ("unseen", f"{kind}, unseen")):
+            sides = [[row for row in rows if row["kind"] == kind and wording in (None, row["wording"])]
+                     for rows in (before, after)]
+            for key in (*QUESTION_METRICS, "reward"):
+                if text := change_text(*([row[key] for row in side] for side in sides)):
+                    lines.append(f"  {place:15} {key:10} {text}")
+    return lines
+
+
+# ---------------------------------------------------------------- intervals
+
+def interval(values, draws: int = 2000, seed: int = 0) -> Interval | None:
+    """Mean and 95 % percentile bootstrap interval of the values that are not None; None if there are none."""
+    values = np.array([value for value in values if value is not None], dtype=float)
+    if not len(values):
+        return None
+    picks = np.random.default_rng(seed).integers(0, len(values), (draws, len(values)))
+    low, high = np.percentile(values[picks].mean(1), [2.5, 97.5])
+    return Interval(float(values.mean()), float(low), float(high))
+
+
+def paired_bootstrap(before, after, draws: int = 2000, seed: int = 0) -> Interval | None:
+    """`interval` of after - before over the same questions; one with None on either side is left out."""
+    return interval([b - a for a, b in zip(before, after) if None not in (a, b)], draws, seed)
+
+
+def change_text(before: list, after: list, percent: bool = False) -> str:
+    """"0.250 -> 0.300   +0.050 [+0.010, +0.090]" over the questions where both are defined; "" if none."""
+    pairs = [pair for pair in zip(before, after) if None not in pair]
+    if not pairs:
+        return ""
+    numbers = np.array([*np.mean(pairs, axis=0), *paired_bootstrap(*zip(*pairs))])
+    form = "{:.3f} -> {:.3f}   {:+.3f} [{:+.3f}, {:+.3f}]"
+    if percent:
+        form, numbers = "{:5.1f} -> {:5.1f}   {:+.1f} [{:+.1f}, {:+.1f}]", 100 * numbers
+    some = "" if len(pairs) == len(before) else f"   {len(pairs)} of {len(before)} questions"
+    return form.format(*numbers) + some

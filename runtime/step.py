@@ -78,12 +78,13 @@ def warnings_of(row: dict, first: dict) -> list[str]:
         "entropy has collapsed: lower --lr or raise --kl-coef":
             row.get("entropy", 1) < 0.1 * first.get("entropy", 0),
         "the policy is far from the reference: lower --lr or raise --kl-coef": row.get("kl", 0) > 1,
-        "sampled and scored log-probabilities differ: try --dtype float32": row.get("logp_gap_mean", 0) > 0.05}
+        "sampled and scored log-probabilities differ: try --dtype float32":
+            row.get("logp_gap_mean", 0) > 0.05}
     return [sentence for sentence, found in problems.items() if found]
 
 
 def check_first_step(stats: dict, completions: list[dict], dtype: torch.dtype) -> None:
-    """What must be true just before the very first update; RuntimeError, rather than hours of wrong training."""
+    """What must be true just before the very first update; else a RuntimeError, before hours of compute."""
     mean_gap = stats.get("gap_sum", 0) / max(stats.get("scored", 0), 1e-9)
     exact = dtype == torch.float32                          # in bfloat16 two kernels differ: take the mean
     gap, near = (stats.get("logp_gap", 0), 1e-4) if exact else (mean_gap, 0.05)

@@ -76,13 +76,13 @@ def _script(args, env, before, files):
     (runpy.run_module if module else runpy.run_path)(sys.argv[0], run_name="__main__")
 
 
-def ranks(processes, *command):
-    """What torchrun starts, started here: a Script a rank."""
+def ranks(processes, *command, before=None):
+    """What torchrun starts, started here: one Script per rank."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         meet = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(processes),
                 "LOCAL_WORLD_SIZE": str(processes)}
-    return [Script(*command, **meet, RANK=str(r), LOCAL_RANK=str(r)) for r in range(processes)]
+    return [Script(*command, before=before, **meet, RANK=str(r), LOCAL_RANK=str(r)) for r in range(processes)]
 
 
 def random_crm(seed=0, **options):

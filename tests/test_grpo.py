@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from conftest import noise_image, random_crm
-from runtime.metrics import paired_bootstrap, worries
 from runtime.optim import Optimizer
 from runtime.run import learning_rate, sample_indices
 from train_grpo import Config, group_advantages, grpo_loss, step_weights, token_weights
@@ -218,17 +217,6 @@ def test_master_weights_add_up_gradients_in_float32():
     assert optimizer.masters[0].grad.item() == pytest.approx(2.0)
 
 
-def test_paired_bootstrap_covers_at_its_nominal_rate():
-    g = torch.Generator().manual_seed(0)
-    hits = 0
-    for trial in range(200):
-        before = torch.randn(60, generator=g).numpy()
-        after = before + 0.3 + torch.randn(60, generator=g).numpy()
-        _, low, high = paired_bootstrap(before, after, draws=500, seed=trial)
-        hits += low <= 0.3 <= high
-    assert 180 <= hits <= 199                                               # 95 % of 200, three standard deviations
-
-
 def test_grpo_teaches_a_random_model_a_new_habit():
     """The whole of it in ten lines: reward the share of one token among the answers; it must become the rule."""
     crm = random_crm()
@@ -253,14 +241,3 @@ def test_a_gradient_that_is_not_finite_moves_nothing():
         assert not np.isfinite(optimizer.step(0.1, 1.0)) and torch.equal(weight, torch.ones(3)) and weight.grad is None
     weight.sum().backward()
     assert optimizer.step(0.1, 1.0) == pytest.approx(3 ** 0.5) and (weight < 1).all() and weight.isfinite().all()
-
-
-def test_worries_name_what_is_wrong_and_are_silent_when_nothing_is():
-    fine = {"skipped": 0, "parse_ok": 0.9, "finished": 1.0, "zero_std": 0.1, "entropy": 0.5, "length": 80, "kl": 0.01,
-            "logp_gap": 1e-5}
-    assert worries(fine, fine) == []
-    for key, value, flag in (("skipped", 1, "--lr"), ("parse_ok", 0.0, "train_sft.py"), ("finished", 0.2, "--max-new"),
-                             ("zero_std", 0.95, "--temperature"), ("entropy", 0.01, "--kl-coef"),
-                             ("length", 200, "--agg"), ("kl", 3.0, "--kl-coef"), ("logp_gap", 9.0, "--dtype")):
-        said, = worries(fine | {key: value}, fine)
-        assert flag in said

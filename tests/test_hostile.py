@@ -198,7 +198,7 @@ def test_predictions(seed, tmp_path_factory):
     file.write_bytes(bent("".join(json.dumps(r) + "\n" for r in rows).encode(), seed))
     config = evaluate.Config(predictions=str(file), data="demo/data", asm="none", out="x", frame="pixels")
     try:
-        assert len(evaluate.from_file(config, samples, None)) == 3
+        assert len(evaluate.from_file(config, samples)) == 3
     except ValueError as error:
         assert str(file) in str(error)
 

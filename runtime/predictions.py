@@ -1,0 +1,151 @@
+"""predictions.jsonl: what evaluate.py keeps of every question, and predictions that another model made.
+
+A line is what metrics.prediction returns, with masks as COCO's run lengths: scoring needs nothing else.
+"""
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from data import MAX_PIXELS, MIN_PIXELS, Frame, model_size
+from runtime.cli import print0
+from runtime.files import read_text
+from runtime.metrics import prediction
+
+FORM = {"text": str, "bbox": list, "points": list}      # of a line of --predictions
+
+
+def read_predictions(folder: str | Path) -> list[dict]:
+    path = Path(folder) / "predictions.jsonl"
+    if not path.is_file():
+        raise ValueError(f"{folder}: no predictions.jsonl in there; evaluate.py --out {folder} makes it")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    if not rows or "completions" not in rows[0]:
+        raise ValueError(f"{path}: empty, or of an older version; run the evaluation again")
+    return rows
+
+
+def write(folder: Path, name: str, text: str) -> None:
+    """Written aside and renamed: a kill leaves the old file or the new one."""
+    aside = folder / (name + ".tmp")
+    aside.write_text(text)
+    aside.replace(folder / name)
+
+
+def finished(out: Path) -> list[dict]:
+    """The predictions in an --out folder, of this run and of interrupted ones. A line that a kill cut off is
+    removed, so that its question is asked again."""
+    if (out / "predictions.jsonl").exists():
+        return read_predictions(out)
+    rows = []
+    for path in sorted(out.glob("part-*.jsonl")):
+        text = path.read_text()
+        whole = text[:text.rfind("\n") + 1]
+        if whole != text:
+            write(out, path.name, whole)
+        rows += [json.loads(line) for line in whole.splitlines()]
+    return rows
+
+
+def encode_mask(mask: np.ndarray) -> dict:
+    """(H, W) bool -> COCO's run lengths by column, {"size": [H, W], "counts": [outside, inside, …]}."""
+    flat = mask.flatten(order="F")
+    ends = np.flatnonzero(np.diff(flat)) + 1
+    counts = np.diff([0, *ends, len(flat)]).tolist()
+    return {"size": list(mask.shape), "counts": [0, *counts] if flat[0] else counts}
+
+
+def decode_mask(rle: dict) -> np.ndarray:
+    """The inverse of encode_mask."""
+    inside = np.arange(len(rle["counts"])) % 2 == 1
+    return np.repeat(inside, rle["counts"]).reshape(rle["size"], order="F")
+
+
+# ---------------------------------------------------------------- of another model
+
+def question_ids(samples) -> list[str]:
+    """The samples' ids, in order; ValueError names those that occur more than once."""
+    ids = samples.ids()
+    if repeated := [name for name, count in Counter(ids).items() if count > 1]:
+        raise ValueError(f"--data: {len(repeated)} ids occur more than once, the first: {repeated[0]!r}; "
+                         "give every sample an id of its own")
+    return ids
+
+
+def read_given(path: str) -> tuple[dict[str, dict], list[str]]:
+    """--predictions -> {id: line}, and what was asked for: "bbox", "points" or both. ValueError names a line
+    that does not have the form which evaluate.py describes."""
+    given, asked = {}, set()
+    for number, line in enumerate(read_text(path).split("\n"), 1):     # splitlines() would split texts, too
+        if not line.strip():
+            continue
+        where = f"--predictions {path}, line {number}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            raise ValueError(f"{where}: not JSON") from None
+        row = row if isinstance(row, dict) else {}
+        parts = {key for key, kind in FORM.items() if row.get(key) is not None}
+        if type(row.get("id")) not in (str, int) or not parts \
+                or not all(isinstance(row[key], FORM[key]) for key in parts):
+            raise ValueError(f"{where}: an object with id (text or number) and with text (text), bbox (list) "
+                             "or points (list) is needed")
+        if str(row["id"]) in given:
+            raise ValueError(f"{where}: id {row['id']!r} has an earlier line; one line per id")
+        given[str(row["id"])] = row
+        asked |= {"bbox", "points"} if "text" in parts else parts
+    return given, sorted(asked or {"bbox", "points"})
+
+
+def model_sizes(cfg) -> tuple[str, int, int]:
+    """resize, min_pixels and max_pixels of data.model_size, as load_crm(cfg.crm) has them."""
+    try:
+        largest = Qwen2VLImageProcessorPil.from_pretrained(cfg.crm).size["longest_edge"]
+    except (OSError, ValueError):
+        raise ValueError(f"--crm {cfg.crm}: --frame model needs its preprocessor_config.json") from None
+    file = Path(cfg.crm) / "frame.json"
+    saved = json.loads(read_text(file)) if file.is_file() else {}
+    smallest = cfg.min_pixels or saved.get("min_pixels", MIN_PIXELS)
+    return cfg.resize or saved.get("resize", "aspect"), smallest, min(cfg.max_pixels or MAX_PIXELS, largest)
+
+
+def from_file(cfg, samples) -> list[dict]:
+    """Another model's predictions, one for each sample, in order. ValueError, one line, for ids that the data
+    does not have and for a wrong frame."""
+    where, ids = f"--predictions {cfg.predictions}", question_ids(samples)
+    given, asked = read_given(cfg.predictions)
+    if unknown := list(given.keys() - set(ids)):
+        raise ValueError(f"{where}: {len(unknown)} of {len(given)} ids are not in --data {cfg.data}, split "
+                         f"{cfg.split}, the first: {min(unknown)!r}")
+    sizes = model_sizes(cfg) if cfg.frame == "model" else None
+    rows, boxes, outside = [], 0, 0
+    for i, name in enumerate(ids):
+        sample, row = samples[i], given.get(name, {"text": ""})
+        size = sample.image.size
+        if sizes:
+            frame = Frame(size, model_size(size, *sizes))
+        else:
+            frame = Frame(size, size if cfg.frame == "pixels" else (1000, 1000))
+        text = row.get("text")
+        if text is None:                    # written as a completion, so that there is one parser
+            fields = {"bbox": row.get("bbox")}
+            fields |= {f"points_{n}": point for n, point in enumerate(row.get("points") or [], 1)}
+            text = f"<answer>{json.dumps(fields)}</answer>"
+        p = prediction(sample, i, [text], frame) | {"asked": asked}
+        completion, = p["completions"]
+        if name not in given:
+            completion["problem"] = "no prediction"
+        elif len(asked) == 1:               # what was not asked for cannot be missing
+            completion["problem"] = "" if completion[asked[0]] else f"{asked[0]} malformed"
+        if completion["bbox"]:
+            boxes += 1
+            outside += any(v > 1.02 * side for v, side in zip(completion["bbox"][2:], size))
+        rows.append(p)
+    if outside > boxes / 2:
+        raise ValueError(f"{where}: {outside} of {boxes} boxes leave their image, so --frame {cfg.frame} is "
+                         "wrong; give the frame they were written in")
+    print0(f"{len(ids) - len(given)} of {len(ids)} questions have no prediction (refusals), "
+           f"{outside} boxes leave their image")
+    return rows

@@ -1,0 +1,206 @@
+"""runtime/metrics.py and runtime/step.py: scores by hand, intervals that cover, held-out rows, warnings."""
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import noise_image, random_crm
+from data import Frame, Sample
+from runtime.metrics import (QUESTION_METRICS, batch_size, change_text, held_out, held_out_means, interval,
+                             mask_dice, paired_bootstrap, prediction, summary_lines)
+from runtime.parallel import Ranks
+from runtime.step import add_up, step_row, to_floats, warnings_of
+
+BOX, PAIR = (10, 10, 20, 20), ((12, 12), (18, 18))
+
+
+def sample(**extra):
+    return Sample("q", noise_image(100, 100), "What is it?", BOX, PAIR, extra=extra)
+
+
+def text(box, think="a liver", points=((12, 12), (18, 18))):
+    keys = {"bbox": list(box), "points_1": list(points[0]), "points_2": list(points[1])}
+    return f"<think>{think}</think><answer>{keys}</answer>"
+
+
+def scored(texts, **extra):
+    p = prediction(sample(**extra), 0, texts, Frame((100, 100), (100, 100)))
+    return {key: metric(p) for key, (_, metric) in QUESTION_METRICS.items()}
+
+
+# ---------------------------------------------------------------- scores
+
+
+def test_scores_are_means_over_completions_and_their_conditions_by_hand():
+    half = text((10, 10, 20, 15), think="The LIVER is seen")            # IoU 0.5, named
+    full = text(BOX, think="a spleen")                                  # IoU 1, not named
+    found = scored([half, full, "no idea", text(BOX, points=((1,), (2,)))], names=["liver", "hepatic"])
+    assert found == pytest.approx({
+        "iou": (0.5 + 1 + 0 + 1) / 4, "pdice": 2 / 4, "parse_ok": 2 / 4, "iou_parsed": (0.5 + 1) / 2,
+        "named": 2 / 4, "iou_named": (0.5 + 1) / 2})
+
+
+def test_what_is_undefined_is_none_and_never_zero():
+    found = scored(["no idea"], names=["liver"])
+    assert found["iou_parsed"] is None and found["iou_named"] is None and found["named"] == 0
+    assert scored([text(BOX)])["named"] is None and scored([text(BOX)])["iou_named"] is None
+    assert scored([text(BOX)], names="liver")["named"] is None          # not a list
+
+
+def test_a_box_beyond_the_image_is_scored_as_it_was_written():
+    """Once clipped before scoring: 0.25 instead of 0.0004 for a box 50 times too large."""
+    whole = Sample("q", noise_image(100, 100), "?", (0, 0, 100, 100), PAIR)
+    p = prediction(whole, 0, [text((0, 0, 5000, 5000))], Frame((100, 100), (100, 100)))
+    assert p["completions"][0]["bbox"] == (0, 0, 5000, 5000)
+    assert QUESTION_METRICS["iou"][1](p) == pytest.approx(1 / 2500)
+
+
+def test_mask_dice_by_hand():
+    a, b = np.zeros((4, 4), bool), np.zeros((4, 4), bool)
+    a[:2], b[1:] = True, True
+    assert mask_dice(a, b) == 2 * 4 / (8 + 12) and mask_dice(a, a) == 1 and mask_dice(a & False, b) == 0
+    assert mask_dice(a & False, b & False) == 0
+
+
+# ---------------------------------------------------------------- intervals
+
+
+def coverage(draw, truth, trials=2000):
+    hits = 0
+    for trial in range(trials):
+        found = draw(trial)
+        hits += found.low <= truth <= found.high
+    return hits / trials
+
+
+def test_intervals_cover_95_percent_and_neither_90_nor_99():
+    """One standard deviation of the share over 2000 trials is 0.005: 90 % and 99 % are many of them away."""
+    rng = np.random.default_rng(0)
+    values = rng.beta(0.5, 0.8, (2000, 120))                # as IoU: bounded, piled up at both ends
+    single = coverage(lambda i: interval(values[i], draws=400, seed=i), 0.5 / 1.3)
+    noise = rng.normal(size=(2, 2000, 120))
+    paired = coverage(lambda i: paired_bootstrap(noise[0, i], noise[0, i] + 0.3 + noise[1, i], 400, i), 0.3)
+    assert 0.93 < single < 0.965 and 0.93 < paired < 0.965
+
+
+def test_intervals_leave_out_what_is_undefined():
+    assert interval([None, None]) is None and interval([]) is None
+    assert interval([None, 0.5, 0.5]) == (0.5, 0.5, 0.5)
+    assert paired_bootstrap([0, None, 0, 1], [1, 1, None, 2]) == (1, 1, 1)
+    assert interval([0, 1, 1]).low < 2 / 3 < interval([0, 1, 1]).high
+    assert change_text([0.25, None], [0.5, 1]) == "0.250 -> 0.500   +0.250 [+0.250, +0.250]   1 of 2 questions"
+    assert change_text([None], [1]) == ""
+
+
+# ---------------------------------------------------------------- held-out questions
+
+
+@pytest.fixture(scope="module")
+def crm():
+    return random_crm()
+
+
+def samples(n=5):
+    return [Sample(str(i), noise_image(56 + 28 * (i % 2), 56, i), f"What is number {i}?", BOX, PAIR,
+                   extra={"names": ["liver"], "unseen_wording": i % 2 == 1}) for i in range(n)]
+
+
+def ask_all(crm, **more):
+    return held_out(crm, samples(), "{query}", {"sampled": (2, 1.0), "greedy": (1, 0.0)}, "soft", {}, Ranks(),
+                    max_new_tokens=6, **more)
+
+
+def test_held_out_rows_are_in_order_and_do_not_depend_on_the_batch(crm):
+    rows = ask_all(crm)
+    assert [(row["kind"], row["index"]) for row in rows] == \
+        [(kind, i) for kind in ("sampled", "greedy") for i in range(5)]
+    assert rows == ask_all(crm, batch=2)
+    assert [row["wording"] for row in rows[:2]] == ["seen", "unseen"]
+    assert {*QUESTION_METRICS, "reward", "id"} < rows[0].keys() and rows[0]["iou_parsed"] is None
+
+
+def test_a_prompt_is_encoded_once_for_sampled_and_greedy(crm, monkeypatch):
+    encode, calls = crm.encode, []
+    monkeypatch.setattr(crm, "encode", lambda *args: calls.append(1) or encode(*args))
+    ask_all(crm)
+    assert len(calls) == 5
+
+
+def test_the_temperature_of_the_run_is_the_temperature_of_the_held_out_split(crm, monkeypatch):
+    used, sample_as_before = [], crm.sample
+    monkeypatch.setattr(crm, "sample", lambda *args: used.append(args[3]) or sample_as_before(*args))
+    held_out(crm, samples(1), "{query}", {"sampled": (2, 0.7)}, "soft", {}, Ranks(), max_new_tokens=4)
+    assert used == [0.7]
+
+
+def test_ranks_share_the_questions_without_loss_whatever_their_batches(crm):
+    parts = []
+    for rank in range(2):
+        ranks = Ranks(rank, 2)
+        ranks.gather = lambda rows: rows
+        parts += held_out(crm, samples(), "{query}", {"sampled": (2, 1.0)}, "soft", {}, ranks, 6, batch=1 + rank)
+    assert sorted(parts, key=lambda row: row["index"]) == [r for r in ask_all(crm) if r["kind"] == "sampled"]
+
+
+def test_means_leave_out_scores_that_no_question_has():
+    rows = [{"kind": "sampled", "reward": 1.0, **dict.fromkeys(QUESTION_METRICS)} for _ in range(2)]
+    rows[0]["iou"] = 0.5
+    assert held_out_means(rows) == {"sampled/iou": 0.5, "sampled/reward": 1.0}
+
+
+def test_the_summary_compares_all_questions_and_each_kind_of_wording():
+    def rows(value):
+        return [{"kind": "sampled", "wording": ("seen", "unseen")[i % 2], "reward": 1.0,
+                 **dict.fromkeys(QUESTION_METRICS), "iou": value, "named": value * (i % 2)} for i in range(10)]
+
+    lines = summary_lines(rows(0.25), rows(0.5))
+    assert [line.split()[:3] for line in lines if "iou" in line] == \
+        [["sampled", "iou", "0.250"], ["sampled,", "seen", "iou"], ["sampled,", "unseen", "iou"]]
+    assert "0.250 -> 0.500   +0.250 [+0.250, +0.250]" in lines[0]
+    seen, unseen = (line for line in lines if "named" in line and "seen" in line)
+    assert "0.000 -> 0.000" in seen and "0.250 -> 0.500" in unseen and not any("pdice" in line for line in lines)
+
+
+def test_the_batch_on_a_gpu_is_what_fits_into_half_of_the_free_memory(monkeypatch):
+    config = SimpleNamespace(num_hidden_layers=28, num_key_value_heads=4, hidden_size=3584, num_attention_heads=28)
+    model = SimpleNamespace(config=SimpleNamespace(text_config=config), dtype=torch.bfloat16)
+    gpu = SimpleNamespace(device=torch.device("cuda"), model=model, resize="square:840", min_pixels=3136,
+                          max_pixels=705600)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60 * 10 ** 9, 80 * 10 ** 9))
+    per_token = 28 * 2 * 4 * 128 * 2                        # 57 KB: Qwen2.5-VL-7B
+    assert batch_size(gpu, 1, 2048) == 30 * 10 ** 9 // (per_token * (900 + 512 + 2048))
+    assert batch_size(gpu, 16, 2048) < batch_size(gpu, 1, 2048) / 8 and batch_size(gpu, 10 ** 6, 2048) == 1
+    assert batch_size(SimpleNamespace(device=torch.device("cpu")), 4, 512) == 16
+
+
+# ---------------------------------------------------------------- a training step
+
+
+def test_statistics_add_up_and_extremes_do_not():
+    total = {}
+    for new in ({"loss": torch.tensor(1.0), "ratio_max": torch.tensor(1.5), "ratio_min": torch.tensor(0.5)},
+                {"loss": 2.0, "ratio_max": 1.2, "ratio_min": 0.7}):
+        add_up(total, new)
+    assert to_floats(total) == {"loss": 3.0, "ratio_max": 1.5, "ratio_min": 0.5} and to_floats({}) == {}
+
+
+def test_a_step_row_has_the_mean_gap_of_the_first_update():
+    total = {}
+    add_up(total, {"scored": 2.0, "gap_sum": 0.25, "kl": 1.0, "loss": 3.0, "logp_gap": 4.0})
+    completions = [{"id": "a", "reward": 1.0, "length": 4}, {"id": "b", "reward": 0.0, "length": 6}]
+    row = step_row(completions, total, [1.0, float("inf")], 1e-6, [0, 1, 3, 5], torch.device("cpu"))
+    assert row["logp_gap_mean"] == 0.25 and row["kl"] == 0.5 and row["loss"] == 1.5 and row["logp_gap"] == 4
+    assert row["reward"] == 0.5 and row["skipped"] == 1 and row["grad_norm"] == 1 and row["seconds/update"] == 2
+    assert row["tokens_per_second"] == 2 and "gap_sum" not in row and "id" not in row
+
+
+def test_warnings_name_what_is_wrong_and_are_silent_when_nothing_is():
+    fine = {"skipped": 0, "parse_ok": 0.9, "finished": 1.0, "zero_std": 0.1, "entropy": 0.5, "length": 80,
+            "kl": 0.01, "logp_gap_mean": 1e-5}
+    assert warnings_of(fine, fine) == []
+    for key, value, flag in (("skipped", 1, "--lr"), ("parse_ok", 0.0, "train_sft.py"), ("finished", 0.2, "--max-new"),
+                             ("zero_std", 0.95, "--temperature"), ("entropy", 0.01, "--kl-coef"),
+                             ("kl", 3.0, "--kl-coef"), ("logp_gap_mean", 0.2, "--dtype")):
+        warning, = warnings_of(fine | {key: value}, fine)
+        assert flag in warning
