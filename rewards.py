@@ -144,7 +144,7 @@ def box_iou(a: Box, b: Box) -> float:
 
 def point_dice(p: Points, g: Points, official: bool = False, pad: float = 0.0) -> float:
     """Dice 2I / (A + A*), in [0, 1], of the circles that have the two points farthest apart as diameters;
-    official: 2I / U, in [0, 2]. `pad` (px) widens both radii, so that coinciding points still have a circle."""
+    official: 2I / U, in [0, 2]. `pad` (px) widens both radii: coinciding points have a circle, too."""
     p, g = _pairs(p)[-1], _pairs(g)[-1]
     r, s = math.dist(*p) / 2 + pad, math.dist(*g) / 2 + pad
     d = math.dist(*(((a[0] + b[0]) / 2, (a[1] + b[1]) / 2) for a, b in (p, g)))  # between the centres
