@@ -41,12 +41,12 @@ def load_mask(source: str | Path | bytes, of: str | Path | bytes | None = None) 
     of: the mask's image. If that is turned by EXIF, so is a mask of its stored size with no EXIF of its own.
     ValueError as load_image, and for several labels in one mask."""
     with _opened(source, "mask") as mask:
-        turn = mask.getexif().get(ORIENTATION)
-        mask = Image.fromarray(np.asarray(mask.convert("L")))               # no metadata but:
-    if turn is None and of is not None:
+        has_its_own = ORIENTATION in mask.getexif()
+        mask = Image.fromarray(np.asarray(ImageOps.exif_transpose(mask).convert("L")))      # pixels only
+    if of is not None and not has_its_own:
         with _opened(of, "image") as image:
-            turn = image.getexif().get(ORIENTATION) if image.size == mask.size else None
-    mask.getexif()[ORIENTATION] = turn or 1
+            if image.size == mask.size:
+                mask.getexif()[ORIENTATION] = image.getexif().get(ORIENTATION, 1)
     values = np.asarray(ImageOps.exif_transpose(mask))
     labels = np.unique(values[values > 0])
     if len(labels) > 1 and labels[-1] <= 127:
