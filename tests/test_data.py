@@ -15,7 +15,7 @@ import data
 from conftest import noise_image
 from data import (PROMPTS, BadRow, Frame, box_from_mask, fill_prompt, keypoints_from_mask, load_image, load_mask,
                   load_prompt, load_samples, model_size, target_text, to_image, to_model)
-from rewards import parse_answer, reward_terms, total_reward
+from rewards import parse_answer, reward_terms, total_reward, write_answer
 
 # ---------------------------------------------------------------- frames
 
@@ -550,3 +550,20 @@ def test_python_data_py_prints_what_is_there_and_every_bad_row(folder, capsys):
         assert line in out
     assert Image.open(path / "sheet.png").size == (6 * 224, 224)
     assert main([str(path), "--split", "test"]) == 0
+
+
+def test_in_the_model_frame_no_held_out_question_pays_for_pushing_its_points_apart():
+    for sample in load_samples("demo/data", "test")[::4]:
+        frame = Frame(sample.image.size, model_size(sample.image.size))
+        bbox, points = to_model(sample.bbox, frame), to_model(sample.points, frame)
+
+        def earned(pair):
+            text = "<think>t</think>" + write_answer(bbox, pair)
+            return total_reward(reward_terms(text, bbox, points, frame=frame.model), "soft")
+
+        (x1, y1), (x2, y2) = points
+        distance = math.dist(*points)
+        assert earned(points) == pytest.approx(4)
+        for push in (0.2, 1, 10.01 - distance):
+            dx, dy = (x2 - x1) / distance * push / 2, (y2 - y1) / distance * push / 2
+            assert earned(((x1 - dx, y1 - dy), (x2 + dx, y2 + dy))) <= earned(points)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import evaluate
-from data import load_samples, model_size
+from data import Frame, load_samples, model_size, to_model
 from test_scripts import ROOT, rows, run
 
 
@@ -98,10 +98,8 @@ def answers(tests, frame):
     for sample in tests:
         size = sample.image.size
         target = {"pixels": size, "norm1000": (1000, 1000), "model": model_size(size)}[frame]
-        x, y = target[0] / size[0], target[1] / size[1]
-        a, b, c, d = sample.bbox
-        yield {"id": sample.id, "bbox": [a * x, b * y, c * x, d * y],
-               "points": [[px * x, py * y] for px, py in sample.points]}
+        there = Frame(size, target)
+        yield {"id": sample.id, "bbox": to_model(sample.bbox, there), "points": to_model(sample.points, there)}
 
 
 def predicted(tmp_path, lines, flags, check=0, name="p"):
