@@ -3,8 +3,8 @@
     terms = reward_terms(text, gt_box, gt_points)      # every term, each in [0, 1]
     reward = total_reward(terms, "soft")               # the weighted sum of the mode's terms
 
-To add a term, add one line to FORMAT_TERMS, BOX_TERMS or POINT_TERMS. `--weights name=0.5` uses it at once;
-to make it part of a mode, name it in MODES. A term that needs more than text and truth is computed by the
+To add a term, add one line to the dict in `_box_terms`, `_point_terms` or `reward_terms`; `--weights name=0.5`
+uses it at once, and MODES puts it into a mode. A term that needs more than text and truth is computed by the
 caller and put into the same dict: terms["mask_dice"] = smooth_log(dice).
 To change the answer format, change `write_answer` and `parse_answer`; prompts and SFT targets follow.
 
@@ -26,7 +26,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations, permutations
-from typing import NamedTuple
 
 Point = tuple[float, float]
 Points = tuple[Point, ...]  # KEY_POINTS of them; their order never matters
@@ -46,7 +45,6 @@ ANSWER_FORMAT = {  # everything that can be wrong with an answer, and the answer
     "no answer block": 0.0, "answer is not a JSON object": 0.2, "a key is missing": 0.4,
     "box and points malformed": 0.4, "box malformed": 0.6, "points malformed": 0.6, "": 1.0,
 }
-CANVAS = 840  # px, the side of the released images, for which the paper's pixel thresholds are meant
 MAX_BRACKETS = 64  # an answer needs four; a thousand nested ones would overflow the JSON decoder's stack
 EPS = 1e-5  # keeps empty boxes and coinciding points out of denominators and logarithms
 
@@ -115,9 +113,8 @@ def _read_fields(think: str | None, fields: dict | None, official: bool) -> Answ
 
 def _finite_list(value: object, count: int) -> tuple[float, ...] | None:
     """A list of `count` finite numbers as a tuple; None for NaN, Infinity, 1e999, true, text, nesting."""
-    if not isinstance(value, list) or len(value) != count:
-        return None
-    return tuple(value) if all(isinstance(v, float) and math.isfinite(v) for v in value) else None
+    is_list = isinstance(value, list) and len(value) == count
+    return tuple(value) if is_list and all(isinstance(v, float) and math.isfinite(v) for v in value) else None
 
 
 # ---- smoothing: perfect gives exactly 1, useless gives 0.1, so that an attempt beats no answer ----
@@ -183,93 +180,81 @@ def _matched_error(p: Points, g: Points, distance: Callable[[Point, Point], floa
     return min(sum(map(distance, order, g)) for order in permutations(p)) / len(p)
 
 
-def _scale_error(a: Box, b: Box) -> float:
-    """sqrt(ln(A/A*)² + ln(r/r*)²) with r = w/h."""
-    # with u = ln(w/w*), v = ln(h/h*) it is sqrt((u + v)² + (u - v)²), where no huge side becomes inf - inf
-    u, v = (math.log(max(side, EPS)) - math.log(max(true, EPS)) for side, true in zip(_size(a), _size(b)))
-    return math.sqrt(2) * math.hypot(u, v)
-
-
-def _line_cosine(p: Points, g: Points) -> float:
-    """|cos| of the angle between the lines through the two points farthest apart; 0 where they coincide."""
-    (ux, uy), (vx, vy) = ((b[0] - a[0], b[1] - a[1]) for a, b in (_pairs(p)[-1], _pairs(g)[-1]))
-    directed = (ux or uy) and (vx or vy)
-    return abs(math.cos(math.atan2(uy, ux) - math.atan2(vy, vx))) if directed else 0.0
-
-
 # ---- the terms: arXiv 2508.08177, accuracy rewards; B, A, P are predicted and B*, A*, G true ----
-class Truth(NamedTuple):
-    box: Box
-    points: Points
-    diagonal: float  # of the box
-    pixel: float  # one pixel of the 840 canvas, in pixels of the given frame
-    official: bool
-
-
-FORMAT_TERMS = {  # name: formula of the Answer, in [0, 1]
-    "think_format": lambda answer: 0.0 if answer.think is None else 1.0 if answer.think.strip() else 0.2,
-    "answer_format": lambda answer: ANSWER_FORMAT[answer.problem],
-}
-BOX_TERMS = {  # name: formula of a box and the Truth, in [0, 1], before the gate; 0 where there is no box
-    "box_iou": lambda box, true: smooth_log(box_iou(box, true.box)),
-    "box_align": lambda box, true: smooth_exp(
-        min(_mean_l1(box, true.box) / true.diagonal, 2.0), k=3, c=1, v_max=2),
-    "box_scale": lambda box, true: smooth_exp(
-        min(_scale_error(box, true.box), 1.0), k=3, c=0.5, v_max=2 if true.official else 1),
-}
-POINT_TERMS = {  # name: formula of points and the Truth, likewise; 0 where there are no points
-    "point_dice": lambda points, true: smooth_log(point_dice(points, true.points, true.official, pad=EPS)),
-    "point_align": lambda points, true: smooth_exp(
-        min(_matched_error(points, true.points, _mean_l1) / true.diagonal, 2.0), k=3, c=1, v_max=2),
-    "point_angle": lambda points, true: smooth_log(_line_cosine(points, true.points)),
-}
-
-
 def reward_terms(text: str, gt_box: Box, gt_points: Points, official: bool = False,
                  frame: tuple[int, int] | None = None) -> dict[str, float]:
     """Every term of one completion, each in [0, 1]; what could not be read earns 0, and only that.
     frame: (width, height) of the frame of the coordinates, see 9 above; None: the 840 canvas."""
-    answer, scaled = parse_answer(text, official), frame and not official
-    pixel = math.sqrt(math.prod(frame)) / CANVAS if scaled else 1.0
-    true = Truth(gt_box, gt_points, max(math.hypot(*_size(gt_box)), EPS), pixel, official)
-    terms = dict.fromkeys((*FORMAT_TERMS, *BOX_TERMS, *POINT_TERMS), 0.0)
-    terms |= {name: formula(answer) for name, formula in FORMAT_TERMS.items()}
-    if answer.bbox:
-        area, gt_area = math.prod(_size(answer.bbox)), math.prod(_size(gt_box))
-        v1 = 0.5 ** _count_outside(gt_points, answer.bbox)  # the true points are in B
-        v2 = 1.0 if 0.5 * gt_area < area < 2 * gt_area else 0.5  # A*/2 < A < 2A*
-        terms |= _gated(BOX_TERMS, answer.bbox, true, v1, v2)
-    if answer.points:
-        apart, gt_apart = (math.dist(*_pairs(points)[0]) for points in (answer.points, gt_points))
-        v1 = 0.5 ** _count_outside(answer.points, gt_box)  # the points are in B*
-        v2 = 1.0 if apart > 10 * pixel or (scaled and apart >= gt_apart) else 0.5  # not one point said twice
-        terms |= _gated(POINT_TERMS, answer.points, true, v1, v2)
-    return terms | _base_terms(text, answer, true)
+    answer, frame = parse_answer(text, official), None if official else frame
+    pixel = math.sqrt(math.prod(frame)) / 840 if frame else 1.0  # one pixel of the canvas, in ours
+    enough = math.dist(*_pairs(gt_points)[0]) if frame else math.inf  # apart as far as the true points
+    box_terms = _box_terms(answer.bbox or gt_box, gt_box, gt_points, official)
+    point_terms = _point_terms(answer.points or gt_points, gt_box, gt_points, official, pixel, enough)
+    return {
+        "think_format": 0.0 if answer.think is None else 1.0 if answer.think.strip() else 0.2,
+        "answer_format": ANSWER_FORMAT[answer.problem],
+        **(box_terms if answer.bbox else dict.fromkeys(box_terms, 0.0)),
+        **(point_terms if answer.points else dict.fromkeys(point_terms, 0.0)),
+        **_base_terms(text, answer, gt_box, gt_points, official, pixel),
+    }
 
 
-def _gated(formulas: dict[str, Callable], value, true: Truth, v1: float, v2: float) -> dict[str, float]:
+def _box_terms(box: Box, gt_box: Box, gt_points: Points, official: bool) -> dict[str, float]:
+    (w, h), (gt_w, gt_h) = _size(box), _size(gt_box)
+    offset = _mean_l1(box, gt_box) / max(math.hypot(gt_w, gt_h), EPS)  # d = mean |edge - edge*| / diag*
+    # d = sqrt(ln(A/A*)² + ln(r/r*)²) with r = w/h. With a = ln(w/w*) and b = ln(h/h*) these logarithms are
+    # a + b and a - b, and d = sqrt(2) sqrt(a² + b²), where no huge side turns into inf - inf
+    a, b = (math.log(max(side, EPS)) - math.log(max(true, EPS)) for side, true in ((w, gt_w), (h, gt_h)))
+    scale = math.sqrt(2) * math.hypot(a, b)
+    v1 = 0.5 ** _count_outside(gt_points, box)  # the true points are in B
+    v2 = 1.0 if 0.5 * gt_w * gt_h < w * h < 2 * gt_w * gt_h else 0.5  # A*/2 < A < 2A*
+    return _gated({
+        "box_iou": smooth_log(box_iou(box, gt_box)),
+        "box_align": smooth_exp(min(offset, 2.0), k=3, c=1, v_max=2),
+        "box_scale": smooth_exp(min(scale, 1.0), k=3, c=0.5, v_max=2 if official else 1),
+    }, v1, v2, official)
+
+
+def _point_terms(points: Points, gt_box: Box, gt_points: Points, official: bool, pixel: float,
+                 enough: float) -> dict[str, float]:
+    offset = _matched_error(points, gt_points, _mean_l1) / max(math.hypot(*_size(gt_box)), EPS)
+    # |cos| of the angle between the lines P1P2 and G1G2; points that coincide have no direction
+    (ux, uy), (vx, vy) = ((b[0] - a[0], b[1] - a[1]) for a, b in (_pairs(points)[-1], _pairs(gt_points)[-1]))
+    directed = (ux or uy) and (vx or vy)
+    cosine = abs(math.cos(math.atan2(uy, ux) - math.atan2(vy, vx))) if directed else 0.0
+    v1 = 0.5 ** _count_outside(points, gt_box)  # P1 and P2 are in B*
+    apart = math.dist(*_pairs(points)[0])
+    v2 = 1.0 if apart > 10 * pixel or apart >= enough else 0.5  # two points, not one said twice
+    return _gated({
+        "point_dice": smooth_log(point_dice(points, gt_points, official, pad=EPS)),
+        "point_align": smooth_exp(min(offset, 2.0), k=3, c=1, v_max=2),
+        "point_angle": smooth_log(cosine),
+    }, v1, v2, official)
+
+
+def _gated(terms: dict[str, float], v1: float, v2: float, official: bool) -> dict[str, float]:
     """R' = R (0.7 + 0.3 (V1 + V2)/2), clipped to [0, 1]: implausible answers keep at least 0.81."""
-    values = {name: formula(value, true) for name, formula in formulas.items()}
     # multiplied out, because released 0.1 · 0.8125 rounds down to 0.0812
-    gated = {name: min(1.0, max(0.0, 0.7 * r + 0.3 * r * (v1 + v2) / 2)) for name, r in values.items()}
-    return {name: round(r, 4) for name, r in gated.items()} if true.official else gated
+    gated = {name: min(1.0, max(0.0, 0.7 * r + 0.3 * r * (v1 + v2) / 2)) for name, r in terms.items()}
+    return {name: round(r, 4) for name, r in gated.items()} if official else gated
 
 
-def _base_terms(text: str, answer: Answer, true: Truth) -> dict[str, float]:
+def _base_terms(text: str, answer: Answer, gt_box: Box, gt_points: Points, official: bool,
+                pixel: float) -> dict[str, float]:
     """Seg-Zero's five binary terms (arXiv 2503.06520), which the paper compares with."""
     before, think, rest = _split(text, "<think>", "</think>")
     between, body, after = _split(rest, "<answer>", "</answer>")
     nothing_else = think is not None and body is not None and not (before + between + after).strip()
-    if true.official:
-        answer = _read_fields(think, _load_object("{" + (_split(text, "{", "}")[1] or "") + "}"), True)
+    if official:
+        answer = _read_fields(think, _load_object("{" + (_split(text, "{", "}")[1] or "") + "}"), official)
     box, points = answer.bbox, answer.points
     iou = l1 = near = False
-    if box and not true.official:
-        wide, gt_wide = ((*b[:2], b[2] + true.pixel, b[3] + true.pixel) for b in (box, true.box))
-        iou, l1 = box_iou(wide, gt_wide) > 0.5, _mean_l1(box, true.box) < 10 * true.pixel
+    if box and not official:
+        wide, gt_wide = ((*b[:2], b[2] + pixel, b[3] + pixel) for b in (box, gt_box))  # 0..9: ten pixels
+        iou, l1 = box_iou(wide, gt_wide) > 0.5, _mean_l1(box, gt_box) < 10 * pixel
     if box and points:
-        tested = [(math.trunc(x), math.trunc(y)) for x, y in points] if true.official else points
-        close = _matched_error(points, true.points, math.dist) < 100 * true.pixel
+        tested = [(math.trunc(x), math.trunc(y)) for x, y in points] if official else points
+        close = _matched_error(points, gt_points, math.dist) < 100 * pixel
         near = close and not _count_outside(tested, box)
     return dict(zip(MODES["base"], map(float, (nothing_else, answer.problem == "", iou, l1, near))))
 
@@ -278,24 +263,21 @@ def _base_terms(text: str, answer: Answer, true: Truth) -> dict[str, float]:
 def total_reward(terms: dict[str, float], mode: str, weights: dict[str, float] | None = None) -> float:
     """The sum of a mode's terms. A weight multiplies its term, and switches it on if the mode lacks it.
     ValueError for an unknown mode or term, and for a weight that is not finite."""
-    return sum(weight * terms[name] for name, weight in _all_weights(terms, mode, weights).items())
+    if mode not in MODES:
+        raise ValueError(f"unknown reward mode {mode!r}; known: {', '.join(MODES)}")
+    factors = dict.fromkeys(MODES[mode], 1.0) | (weights or {})
+    if unknown := sorted(set(factors) - set(terms)):
+        raise ValueError(f"unknown reward term {', '.join(unknown)}; known: {', '.join(terms)}")
+    if not all(map(math.isfinite, factors.values())):
+        raise ValueError(f"weights {weights}: give finite numbers")
+    return sum(factor * terms[name] for name, factor in factors.items())
 
 
 def reward_formula(mode: str, weights: dict[str, float] | None = None) -> tuple[str, float]:
     """What is summed and the most it can be: ("think_format + answer_format + 3 box_iou + point_dice", 6.0).
     ValueError as in total_reward."""
-    known = (*FORMAT_TERMS, *BOX_TERMS, *POINT_TERMS, *MODES["base"], "mask_dice")  # the last by the caller
-    used = {name: weight for name, weight in _all_weights(known, mode, weights).items() if weight}
-    text = " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in used.items())
-    return text.replace("+ -", "- ") or "0", float(sum(max(0.0, weight) for weight in used.values()))
-
-
-def _all_weights(known, mode: str, weights: dict[str, float] | None) -> dict[str, float]:
-    if mode not in MODES:
-        raise ValueError(f"unknown reward mode {mode!r}; known: {', '.join(MODES)}")
-    factors = dict.fromkeys(MODES[mode], 1.0) | (weights or {})
-    if unknown := sorted(set(factors) - set(known)):
-        raise ValueError(f"unknown reward term {', '.join(unknown)}; known: {', '.join(known)}")
-    if not all(map(math.isfinite, factors.values())):
-        raise ValueError(f"weights {weights}: give finite numbers")
-    return factors
+    names = reward_terms("", (0, 0, 1, 1), ((0, 0),) * KEY_POINTS) | {"mask_dice": 0.0}  # the caller's term
+    total_reward(names, mode, weights)
+    used = {name: w for name, w in (dict.fromkeys(MODES[mode], 1.0) | (weights or {})).items() if w}
+    text = " + ".join(name if w == 1 else f"{w:g} {name}" for name, w in used.items())
+    return text.replace("+ -", "- ") or "0", float(sum(max(0.0, w) for w in used.values()))

@@ -13,13 +13,15 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 import rewards
-from rewards import (ANSWER_FORMAT, BOX_TERMS, FORMAT_TERMS, MODES, POINT_TERMS, box_iou, parse_answer, point_dice,
-                     reward_formula, reward_terms, smooth_exp, smooth_log, total_reward, write_answer)
+from rewards import (ANSWER_FORMAT, MODES, box_iou, parse_answer, point_dice, reward_formula, reward_terms,
+                     smooth_exp, smooth_log, total_reward, write_answer)
 
 GT_BOX = (100, 100, 200, 200)  # 100 px square, diagonal 141.42
 GT_POINTS = ((120, 150), (180, 150))  # 60 px apart
-BASE_TERMS = MODES["base"]
-ALL_TERMS = {*FORMAT_TERMS, *BOX_TERMS, *POINT_TERMS, *BASE_TERMS}
+BOX_TERMS = ("box_iou", "box_align", "box_scale")
+POINT_TERMS = ("point_dice", "point_align", "point_angle")
+BASE_TERMS = ("base_think", "base_answer", "base_iou", "base_box_l1", "base_points")
+ALL_TERMS = {"think_format", "answer_format", *BOX_TERMS, *POINT_TERMS, *BASE_TERMS}
 GOLDEN = [json.loads(line) for line in (Path(__file__).parent / "demo/golden_rewards.jsonl").open()]
 GOLDEN_TERMS = {
     "format_think": "think_format", "format_seg": "answer_format",
@@ -592,14 +594,18 @@ def test_the_formula_says_what_is_summed_and_its_maximum():
         reward_formula("soft", {"box_iuo": 1})
 
 
-@pytest.mark.parametrize("terms, formula, without", [
-    (FORMAT_TERMS, lambda answer: float("round" in (answer.think or "")), "<think>flat</think>"),
-    (BOX_TERMS, lambda box, true: smooth_exp(math.dist(box[:2], true.box[:2]) / true.diagonal, 3, 1, 2), ""),
-    (POINT_TERMS, lambda points, true: 1.0, completion(points=((1, 2), (3, "4")))),
+@pytest.mark.parametrize("after, line, without", [
+    ('"answer_format": ANSWER_FORMAT', '"mine": float("round" in (answer.think or "")),', "<think>flat</think>"),
+    ('"box_iou": smooth_log', '"mine": smooth_exp(math.dist(box[:2], gt_box[:2]) / 99, k=3, c=1, v_max=2),', ""),
+    ('"point_dice": smooth_log', '"mine": smooth_log(cosine),', completion(points=((1, 2), (3, "4")))),
 ])
-def test_a_new_term_is_one_line(monkeypatch, terms, formula, without):
-    before = {name: score()[name] for name in ALL_TERMS}
-    monkeypatch.setitem(terms, "mine", formula)  # the one line
+def test_a_new_term_is_one_line(monkeypatch, after, line, without):
+    before, source = score(), Path(rewards.__file__).read_text().splitlines()
+    (at,) = [number for number, text in enumerate(source) if text.strip().startswith(after)]
+    source.insert(at + 1, line)  # the one line
+    exec("\n".join(source), changed := {"__name__": "changed"})
+    for name in ("reward_terms", "total_reward", "reward_formula", "MODES"):
+        monkeypatch.setitem(globals(), name, changed[name])
     assert score() == before | {"mine": 1}
     assert reward_terms(without, GT_BOX, GT_POINTS)["mine"] == 0  # where there is nothing to read
     assert total_reward(score(), "hard") == 8
