@@ -1,13 +1,14 @@
-"""What a completion earns: read the answer, score it term by term, add the terms up.
+"""From a completion and the truth to a reward: read the answer, score it term by term, add the terms up.
 
     terms = reward_terms(text, gt_box, gt_points)      # every term, each in [0, 1]
-    reward = total_reward(terms, "soft")               # the sum of the mode's terms
+    reward = total_reward(terms, "soft")               # the weighted sum of the mode's terms
 
-To add a term: write its formula in `_box_terms` or `_point_terms`, name it in BOX_TERMS or POINT_TERMS, and
-put it into a mode; a term in no mode counts once it has a weight. A term that needs more than text and truth
-is added by the caller: terms["mask_dice"] = smooth_log(dice).
+To add a term, add one line to the dict in `_box_terms`, `_point_terms` or `reward_terms`; `--weights name=0.5`
+uses it at once, and MODES puts it into a mode. A term that needs more than text and truth is computed by the
+caller and put into the same dict: terms["mask_dice"] = smooth_log(dice).
+To change the answer format, change `write_answer` and `parse_answer`; prompts and SFT targets follow.
 
-Boxes (x1, y1, x2, y2) and points (x, y) are pixels of one common frame, the model frame when training.
+Boxes (x1, y1, x2, y2) and points (x, y) are pixels of one common frame, the model frame in training.
 Formulas: MedReasoner, arXiv 2508.08177. `official=True` reproduces its released code, which differs so:
  1. pDice is a true Dice, 2I/(A+A*), at most 1. Released: 2I/U, at most 2, so twice the Jaccard index.
  2. box_scale falls to 0.1 at its clip. Released: normalised as if clipped at 2, so never below 0.291.
@@ -15,27 +16,30 @@ Formulas: MedReasoner, arXiv 2508.08177. `official=True` reproduces its released
  4. A box needs x1 < x2 and y1 < y2. Released: inverted boxes pass.
  5. The answer is looked for after </think>. Released: anywhere, so a draft in the thoughts counts.
  6. Nothing is rounded. Released: box and point terms have four decimals, and unions are 1e-5 px² too big.
- 7. A ```json fence around the object is taken off. Released: it makes the answer no JSON.
+ 7. base_points tests the points as written. Released: cuts them to whole pixels before the inside test.
+ 8. A ```json fence around the object is taken off. Released: it makes the answer no JSON.
+ 9. Lengths in pixels (10 and 100 px, the "+1" of base_iou) are meant for the released 840 x 840 canvas. Given
+    `frame`, ours scale by sqrt(width * height) / 840, and a pair as far apart as the true one is far enough.
 """
-
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import combinations, permutations
 
 Point = tuple[float, float]
-Pair = tuple[Point, Point]  # which of the two comes first never matters
+Points = tuple[Point, ...]  # KEY_POINTS of them; their order never matters
 Box = tuple[float, float, float, float]
 
-FORMATS = ("think_format", "answer_format")
-BOX_TERMS = ("box_iou", "box_align", "box_scale")
-POINT_TERMS = ("point_dice", "point_align", "point_angle")
-BASE_TERMS = ("base_think", "base_answer", "base_iou", "base_box_l1", "base_points")
+KEY_POINTS = 2  # per answer, at least 2: prompts, SFT targets, parser, ground truth and rewards follow
+KEYS = ("bbox", *(f"points_{k}" for k in range(1, KEY_POINTS + 1)))  # of the answer's JSON object
 MODES = {
-    "soft": (*FORMATS, "box_iou", "point_dice"),
-    "hard": (*FORMATS, *BOX_TERMS, *POINT_TERMS),
-    "base": BASE_TERMS,
-    "iou": (*FORMATS, "box_iou"),
-    "pdice": (*FORMATS, "point_dice"),
+    "soft": ("think_format", "answer_format", "box_iou", "point_dice"),
+    "hard": ("think_format", "answer_format", "box_iou", "box_align", "box_scale",
+             "point_dice", "point_align", "point_angle"),
+    "base": ("base_think", "base_answer", "base_iou", "base_box_l1", "base_points"),
+    "iou": ("think_format", "answer_format", "box_iou"),
+    "pdice": ("think_format", "answer_format", "point_dice"),
 }
 ANSWER_FORMAT = {  # everything that can be wrong with an answer, and the answer_format it still earns
     "no answer block": 0.0, "answer is not a JSON object": 0.2, "a key is missing": 0.4,
@@ -45,22 +49,26 @@ MAX_BRACKETS = 64  # an answer needs four; a thousand nested ones would overflow
 EPS = 1e-5  # keeps empty boxes and coinciding points out of denominators and logarithms
 
 
-# ---- reading the answer: bad output is a value here, so nothing below raises on any text ----
+# ---- the answer: bad output is a value here, so nothing below raises on any text ----
 @dataclass(frozen=True)
 class Answer:
-    """What could be read of a completion, in the model's frame; box and points fail separately."""
+    """What could be read of a completion, in the model frame; box and points fail separately."""
     think: str | None  # "" if the block is empty, None if there is none
     bbox: Box | None
-    points: Pair | None
+    points: Points | None
     problem: str  # "" or one short reason, a key of ANSWER_FORMAT
 
 
-def parse_answer(text: str, official: bool = False) -> Answer:
-    """Read <think>…</think> <answer>{"bbox": [4], "points_1": [2], "points_2": [2]}</answer> in linear time.
+def write_answer(bbox, points) -> str:
+    """The answer block that `parse_answer` reads, of numbers or, as a prompt's example, of their names."""
+    lists = [", ".join(map(str, values)) for values in (bbox, *points)]
+    fields = ", ".join(f'"{key}": [{values}]' for key, values in zip(KEYS, lists, strict=True))
+    return f"<answer>{{{fields}}}</answer>"
 
-    Single quotes do as well, and so does a ```json fence.
-    official: takes an answer inside the thoughts and inverted boxes, but no fence.
-    """
+
+def parse_answer(text: str, official: bool = False) -> Answer:
+    """Read <think>…</think> <answer>{"bbox": [4], "points_1": [2], "points_2": [2]}</answer> in linear time;
+    single quotes and a ```json fence do, too. official: as released, see 4, 5 and 8 above."""
     _, think, rest = _split(text, "<think>", "</think>")
     _, body, _ = _split(text if official else rest, "<answer>", "</answer>")
     if body is None:
@@ -91,21 +99,22 @@ def _load_object(body: str) -> dict | None:
 def _read_fields(think: str | None, fields: dict | None, official: bool) -> Answer:
     if fields is None:
         return Answer(think, None, None, "answer is not a JSON object")
-    box = _numbers(fields.get("bbox"), 4)
+    box = _finite_list(fields.get("bbox"), 4)
     if box and not official and not (box[0] < box[2] and box[1] < box[3]):
         box = None
-    pair = _numbers(fields.get("points_1"), 2), _numbers(fields.get("points_2"), 2)
-    points = pair if all(pair) else None
-    if not {"bbox", "points_1", "points_2"} <= fields.keys():
+    points = tuple(_finite_list(fields.get(key), 2) for key in KEYS[1:])
+    if None in points:
+        points = None
+    if not fields.keys() >= set(KEYS):
         return Answer(think, box, points, "a key is missing")
-    bad = [name for name, value in (("box", box), ("points", points)) if value is None]
-    return Answer(think, box, points, " and ".join(bad) + " malformed" if bad else "")
+    malformed = [name for name, value in (("box", box), ("points", points)) if value is None]
+    return Answer(think, box, points, " and ".join(malformed) + " malformed" if malformed else "")
 
 
-def _numbers(value: object, count: int) -> tuple[float, ...] | None:
+def _finite_list(value: object, count: int) -> tuple[float, ...] | None:
     """A list of `count` finite numbers as a tuple; None for NaN, Infinity, 1e999, true, text, nesting."""
-    good = isinstance(value, list) and len(value) == count
-    return tuple(value) if good and all(isinstance(v, float) and math.isfinite(v) for v in value) else None
+    is_list = isinstance(value, list) and len(value) == count
+    return tuple(value) if is_list and all(isinstance(v, float) and math.isfinite(v) for v in value) else None
 
 
 # ---- smoothing: perfect gives exactly 1, useless gives 0.1, so that an attempt beats no answer ----
@@ -120,7 +129,7 @@ def smooth_exp(v: float, k: float, c: float, v_max: float) -> float:
     return 0.9 * ((here - end) / (start - end)) + 0.1
 
 
-# ---- plain metrics ----
+# ---- plain metrics and distances ----
 def box_iou(a: Box, b: Box) -> float:
     """Intersection over union I / U, in [0, 1]; an area is (x2 - x1)(y2 - y1), without any "+1"."""
     overlap_x = max(0.0, min(a[2], b[2]) - max(a[0], b[0]))
@@ -130,11 +139,10 @@ def box_iou(a: Box, b: Box) -> float:
     return min(1.0, intersection / max(union, EPS)) if intersection else 0.0
 
 
-def point_dice(p: Pair, g: Pair, official: bool = False, pad: float = 0.0) -> float:
-    """Dice 2I / (A + A*) of the circles with the pairs as diameters, in [0, 1]; official: 2I / U, in [0, 2].
-
-    `pad` (px) widens both radii: the reward uses a little, so that coinciding points still have a circle.
-    """
+def point_dice(p: Points, g: Points, official: bool = False, pad: float = 0.0) -> float:
+    """Dice 2I / (A + A*), in [0, 1], of the circles that have the two points farthest apart as diameters;
+    official: 2I / U, in [0, 2]. `pad` (px) widens both radii: coinciding points have a circle, too."""
+    p, g = _pairs(p)[-1], _pairs(g)[-1]
     r, s = math.dist(*p) / 2 + pad, math.dist(*g) / 2 + pad
     d = math.dist(*(((a[0] + b[0]) / 2, (a[1] + b[1]) / 2) for a, b in (p, g)))  # between the centres
     area_p, area_g = math.pi * r * r, math.pi * s * s
@@ -154,60 +162,69 @@ def _size(box: Box) -> tuple[float, float]:
     return box[2] - box[0], box[3] - box[1]
 
 
-def _inside(point: Point, box: Box) -> bool:
-    return box[0] <= point[0] <= box[2] and box[1] <= point[1] <= box[3]
+def _count_outside(points: Points, box: Box) -> int:
+    return sum(not (box[0] <= x <= box[2] and box[1] <= y <= box[3]) for x, y in points)
 
 
-def _edge_error(a: Box, b: Box) -> float:
-    return sum(abs(p - q) for p, q in zip(a, b)) / 4
+def _pairs(points: Points) -> list[tuple[Point, Point]]:
+    """Every two of the points, from the closest pair to the farthest."""
+    return sorted(combinations(points, 2), key=lambda pair: math.dist(*pair))
 
 
-def _pair_error(p: Pair, g: Pair, distance) -> float:
-    """Mean distance of the two points from their true ones, in the better of the two pairings."""
-    (p1, p2), (g1, g2) = p, g
-    return min(distance(p1, g1) + distance(p2, g2), distance(p1, g2) + distance(p2, g1)) / 2
+def _mean_l1(a: Box | Point, b: Box | Point) -> float:
+    return sum(abs(p - q) for p, q in zip(a, b)) / len(a)
+
+
+def _matched_error(p: Points, g: Points, distance: Callable[[Point, Point], float]) -> float:
+    """Mean distance of the points from their true ones, in the best of all pairings."""
+    return min(sum(map(distance, order, g)) for order in permutations(p)) / len(p)
 
 
 # ---- the terms: arXiv 2508.08177, accuracy rewards; B, A, P are predicted and B*, A*, G true ----
-def reward_terms(text: str, gt_box: Box, gt_points: Pair, official: bool = False) -> dict[str, float]:
-    """Every reward term of one completion, each in [0, 1]. What could not be read earns 0, and only that."""
-    answer = parse_answer(text, official)
-    terms = dict.fromkeys(FORMATS + BOX_TERMS + POINT_TERMS, 0.0)
-    terms["think_format"] = 0.0 if answer.think is None else 1.0 if answer.think.strip() else 0.2
-    terms["answer_format"] = ANSWER_FORMAT[answer.problem]
-    if answer.bbox:
-        terms |= _box_terms(answer.bbox, gt_box, gt_points, official)
-    if answer.points:
-        terms |= _point_terms(answer.points, gt_box, gt_points, official)
-    return terms | _base_terms(text, answer, gt_box, gt_points, official)
+def reward_terms(text: str, gt_box: Box, gt_points: Points, official: bool = False,
+                 frame: tuple[int, int] | None = None) -> dict[str, float]:
+    """Every term of one completion, each in [0, 1]; what could not be read earns 0, and only that.
+    frame: (width, height) of the frame of the coordinates, see 9 above; None: the 840 canvas."""
+    answer, frame = parse_answer(text, official), None if official else frame
+    pixel = math.sqrt(math.prod(frame)) / 840 if frame else 1.0  # one pixel of the canvas, in ours
+    enough = math.dist(*_pairs(gt_points)[0]) if frame else math.inf  # apart as far as the true points
+    box_terms = _box_terms(answer.bbox or gt_box, gt_box, gt_points, official)
+    point_terms = _point_terms(answer.points or gt_points, gt_box, gt_points, official, pixel, enough)
+    return {
+        "think_format": 0.0 if answer.think is None else 1.0 if answer.think.strip() else 0.2,
+        "answer_format": ANSWER_FORMAT[answer.problem],
+        **(box_terms if answer.bbox else dict.fromkeys(box_terms, 0.0)),
+        **(point_terms if answer.points else dict.fromkeys(point_terms, 0.0)),
+        **_base_terms(text, answer, gt_box, gt_points, official, pixel),
+    }
 
 
-def _box_terms(box: Box, gt_box: Box, gt_points: Pair, official: bool) -> dict[str, float]:
+def _box_terms(box: Box, gt_box: Box, gt_points: Points, official: bool) -> dict[str, float]:
     (w, h), (gt_w, gt_h) = _size(box), _size(gt_box)
-    edges = _edge_error(box, gt_box) / max(math.hypot(gt_w, gt_h), EPS)  # d = mean |edge - edge*| / diag*
-    # d = sqrt(ln(A/A*)² + ln(r/r*)²) with r = w/h. with a = ln(w/w*) and b = ln(h/h*) these logarithms are
+    offset = _mean_l1(box, gt_box) / max(math.hypot(gt_w, gt_h), EPS)  # d = mean |edge - edge*| / diag*
+    # d = sqrt(ln(A/A*)² + ln(r/r*)²) with r = w/h. With a = ln(w/w*) and b = ln(h/h*) these logarithms are
     # a + b and a - b, and d = sqrt(2) sqrt(a² + b²), where no huge side turns into inf - inf
     a, b = (math.log(max(side, EPS)) - math.log(max(true, EPS)) for side, true in ((w, gt_w), (h, gt_h)))
     scale = math.sqrt(2) * math.hypot(a, b)
-    v1 = math.prod(1.0 if _inside(point, box) else 0.5 for point in gt_points)  # the true points are in B
+    v1 = 0.5 ** _count_outside(gt_points, box)  # the true points are in B
     v2 = 1.0 if 0.5 * gt_w * gt_h < w * h < 2 * gt_w * gt_h else 0.5  # A*/2 < A < 2A*
     return _gated({
         "box_iou": smooth_log(box_iou(box, gt_box)),
-        "box_align": smooth_exp(min(edges, 2.0), k=3, c=1, v_max=2),
+        "box_align": smooth_exp(min(offset, 2.0), k=3, c=1, v_max=2),
         "box_scale": smooth_exp(min(scale, 1.0), k=3, c=0.5, v_max=2 if official else 1),
     }, v1, v2, official)
 
 
-def _point_terms(points: Pair, gt_box: Box, gt_points: Pair, official: bool) -> dict[str, float]:
-    # d = mean over the pair of (|dx| + |dy|)/2, over diag*
-    error = _pair_error(points, gt_points, lambda p, g: (abs(p[0] - g[0]) + abs(p[1] - g[1])) / 2)
-    offset = error / max(math.hypot(*_size(gt_box)), EPS)
-    # |cos| of the angle between the lines P1P2 and G1G2; a pair that coincides has no direction
-    (ux, uy), (vx, vy) = ((b[0] - a[0], b[1] - a[1]) for a, b in (points, gt_points))
+def _point_terms(points: Points, gt_box: Box, gt_points: Points, official: bool, pixel: float,
+                 enough: float) -> dict[str, float]:
+    offset = _matched_error(points, gt_points, _mean_l1) / max(math.hypot(*_size(gt_box)), EPS)
+    # |cos| of the angle between the lines P1P2 and G1G2; points that coincide have no direction
+    (ux, uy), (vx, vy) = ((b[0] - a[0], b[1] - a[1]) for a, b in (_pairs(points)[-1], _pairs(gt_points)[-1]))
     directed = (ux or uy) and (vx or vy)
     cosine = abs(math.cos(math.atan2(uy, ux) - math.atan2(vy, vx))) if directed else 0.0
-    v1 = math.prod(1.0 if _inside(point, gt_box) else 0.5 for point in points)  # P1 and P2 are in B*
-    v2 = 1.0 if math.dist(*points) > 10 else 0.5  # px: two points, not one said twice
+    v1 = 0.5 ** _count_outside(points, gt_box)  # P1 and P2 are in B*
+    apart = math.dist(*_pairs(points)[0])
+    v2 = 1.0 if apart > 10 * pixel or apart >= enough else 0.5  # two points, not one said twice
     return _gated({
         "point_dice": smooth_log(point_dice(points, gt_points, official, pad=EPS)),
         "point_align": smooth_exp(min(offset, 2.0), k=3, c=1, v_max=2),
@@ -222,7 +239,8 @@ def _gated(terms: dict[str, float], v1: float, v2: float, official: bool) -> dic
     return {name: round(r, 4) for name, r in gated.items()} if official else gated
 
 
-def _base_terms(text: str, answer: Answer, gt_box: Box, gt_points: Pair, official: bool) -> dict[str, float]:
+def _base_terms(text: str, answer: Answer, gt_box: Box, gt_points: Points, official: bool,
+                pixel: float) -> dict[str, float]:
     """Seg-Zero's five binary terms (arXiv 2503.06520), which the paper compares with."""
     before, think, rest = _split(text, "<think>", "</think>")
     between, body, after = _split(rest, "<answer>", "</answer>")
@@ -232,18 +250,34 @@ def _base_terms(text: str, answer: Answer, gt_box: Box, gt_points: Pair, officia
     box, points = answer.bbox, answer.points
     iou = l1 = near = False
     if box and not official:
-        pixels, gt_pixels = ((*b[:2], b[2] + 1, b[3] + 1) for b in (box, gt_box))  # 0..9 is ten pixels wide
-        iou, l1 = box_iou(pixels, gt_pixels) > 0.5, _edge_error(box, gt_box) < 10
+        wide, gt_wide = ((*b[:2], b[2] + pixel, b[3] + pixel) for b in (box, gt_box))  # 0..9: ten pixels
+        iou, l1 = box_iou(wide, gt_wide) > 0.5, _mean_l1(box, gt_box) < 10 * pixel
     if box and points:
-        near = all(_inside(p, box) for p in points) and _pair_error(points, gt_points, math.dist) < 100
-    return dict(zip(BASE_TERMS, map(float, (nothing_else, answer.problem == "", iou, l1, near))))
+        tested = [(math.trunc(x), math.trunc(y)) for x, y in points] if official else points
+        close = _matched_error(points, gt_points, math.dist) < 100 * pixel
+        near = close and not _count_outside(tested, box)
+    return dict(zip(MODES["base"], map(float, (nothing_else, answer.problem == "", iou, l1, near))))
 
 
+# ---- the reward ----
 def total_reward(terms: dict[str, float], mode: str, weights: dict[str, float] | None = None) -> float:
-    """The sum of a mode's terms. A weight multiplies its term, and switches it on if the mode lacks it."""
+    """The sum of a mode's terms. A weight multiplies its term, and switches it on if the mode lacks it.
+    ValueError for an unknown mode or term, and for a weight that is not finite."""
     if mode not in MODES:
         raise ValueError(f"unknown reward mode {mode!r}; known: {', '.join(MODES)}")
     factors = dict.fromkeys(MODES[mode], 1.0) | (weights or {})
-    if unknown := sorted(factors.keys() - terms.keys()):
+    if unknown := sorted(set(factors) - set(terms)):
         raise ValueError(f"unknown reward term {', '.join(unknown)}; known: {', '.join(terms)}")
+    if not all(map(math.isfinite, factors.values())):
+        raise ValueError(f"weights {weights}: give finite numbers")
     return sum(factor * terms[name] for name, factor in factors.items())
+
+
+def reward_formula(mode: str, weights: dict[str, float] | None = None) -> tuple[str, float]:
+    """What is summed and the most it can be: ("think_format + answer_format + 3 box_iou + point_dice", 6.0).
+    ValueError as in total_reward."""
+    names = reward_terms("", (0, 0, 1, 1), ((0, 0),) * KEY_POINTS) | {"mask_dice": 0.0}  # the caller's term
+    total_reward(names, mode, weights)
+    used = {name: w for name, w in (dict.fromkeys(MODES[mode], 1.0) | (weights or {})).items() if w}
+    text = " + ".join(name if w == 1 else f"{w:g} {name}" for name, w in used.items())
+    return text.replace("+ -", "- ") or "0", float(sum(max(0.0, w) for w in used.values()))

@@ -12,12 +12,16 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from rewards import (ANSWER_FORMAT, BASE_TERMS, BOX_TERMS, FORMATS, MODES, POINT_TERMS, box_iou, parse_answer,
-                     point_dice, reward_terms, smooth_exp, smooth_log, total_reward)
+import rewards
+from rewards import (ANSWER_FORMAT, MODES, box_iou, parse_answer, point_dice, reward_formula, reward_terms,
+                     smooth_exp, smooth_log, total_reward, write_answer)
 
 GT_BOX = (100, 100, 200, 200)  # 100 px square, diagonal 141.42
 GT_POINTS = ((120, 150), (180, 150))  # 60 px apart
-ALL_TERMS = {*FORMATS, *BOX_TERMS, *POINT_TERMS, *BASE_TERMS}
+BOX_TERMS = ("box_iou", "box_align", "box_scale")
+POINT_TERMS = ("point_dice", "point_align", "point_angle")
+BASE_TERMS = ("base_think", "base_answer", "base_iou", "base_box_l1", "base_points")
+ALL_TERMS = {"think_format", "answer_format", *BOX_TERMS, *POINT_TERMS, *BASE_TERMS}
 GOLDEN = [json.loads(line) for line in (Path(__file__).parent / "demo/golden_rewards.jsonl").open()]
 GOLDEN_TERMS = {
     "format_think": "think_format", "format_seg": "answer_format",
@@ -27,13 +31,13 @@ GOLDEN_TERMS = {
 GOLDEN_BASE = dict(zip(("thinking", "segment", "iou", "bbox_l1", "points_l1"), BASE_TERMS))
 
 
-def print0(box=GT_BOX, points=GT_POINTS, think="round, dark", between="\n"):
+def completion(box=GT_BOX, points=GT_POINTS, think="round, dark", between="\n"):
     fields = {"bbox": list(box), "points_1": list(points[0]), "points_2": list(points[1])}
     return f"<think>{think}</think>{between}<answer>{json.dumps(fields)}</answer>"
 
 
 def score(box=GT_BOX, points=GT_POINTS, official=False):
-    return reward_terms(print0(box, points), GT_BOX, GT_POINTS, official)
+    return reward_terms(completion(box, points), GT_BOX, GT_POINTS, official)
 
 
 def answer(body, official=False):
@@ -166,7 +170,7 @@ def test_quirk_2_released_box_scale_never_falls_below_0_291():
 
 
 def test_quirk_3_released_base_has_dead_terms_and_wants_double_quotes():
-    text = print0()
+    text = completion()
     for official, quote, expected in ((False, '"', (1, 1, 1, 1, 1)), (True, '"', (1, 1, 0, 0, 1)),
                                       (False, "'", (1, 1, 1, 1, 1)), (True, "'", (1, 0, 0, 0, 0))):
         terms = reward_terms(text.replace('"', quote), GT_BOX, GT_POINTS, official)
@@ -186,7 +190,7 @@ def test_quirk_4_released_accepts_inverted_boxes():
 
 def test_quirk_5_released_takes_an_answer_out_of_the_thoughts():
     draft, final = (0, 0, 50, 50), GT_BOX
-    text = print0(final, think=print0(draft).split("\n")[1])  # the second line of print0() is its answer block
+    text = completion(final, think=completion(draft).split("\n")[1])  # the second line of completion() is its answer block
     assert parse_answer(text).bbox == final
     assert parse_answer(text, official=True).bbox == draft
     only_drafted = text.split("\n")[0]
@@ -201,7 +205,17 @@ def test_quirk_6_released_terms_have_four_decimals():
         assert theirs[name] == round(ours[name], 4) != ours[name]
 
 
-def test_quirk_7_released_takes_no_fence():
+def test_quirk_7_released_base_cuts_the_points_to_whole_pixels_before_it_tests_whether_they_are_inside():
+    right_of_the_box = ((120, 150), (200.9, 150))  # 200 when cut, and 200 is inside
+    assert score(points=right_of_the_box)["base_points"] == 0
+    assert score(points=right_of_the_box, official=True)["base_points"] == 1
+    box = (100.5, 100, 200, 200)
+    left_when_cut = ((100.7, 150), (180, 150))  # 100.7 is inside, 100 is not
+    assert score(box, left_when_cut)["base_points"] == 1
+    assert score(box, left_when_cut, official=True)["base_points"] == 0
+
+
+def test_quirk_8_released_takes_no_fence():
     fenced = f"```json\n{json.dumps({'bbox': GT_BOX, 'points_1': [1, 2], 'points_2': [3, 4]})}\n```"
     assert answer(fenced).problem == ""
     assert answer(fenced, official=True).problem == "answer is not a JSON object"
@@ -217,14 +231,14 @@ def test_a_perfect_answer_scores_exactly_the_most(mode, most):
         box = (x, y, x + w, y + h)
         points = ((x + w / 7, y + h / 3), (x + w / 7 + 0.6 * w, y + h / 2))
         for pair in (points, points[::-1]):
-            assert total_reward(reward_terms(print0(box, pair), box, points), mode) == most
+            assert total_reward(reward_terms(completion(box, pair), box, points), mode) == most
 
 
 def test_every_term_is_always_there():
-    for text in ("", print0(), "<answer>{}</answer>", "<think>"):
+    for text in ("", completion(), "<answer>{}</answer>", "<think>"):
         for official in (False, True):
             assert reward_terms(text, GT_BOX, GT_POINTS, official).keys() == ALL_TERMS
-    assert {name for mode in MODES.values() for name in mode} == ALL_TERMS
+    assert {name for mode in MODES.values() for name in mode} <= ALL_TERMS
 
 
 def assert_falls(values):
@@ -292,17 +306,92 @@ def test_degenerate_truth_gives_finite_rewards(gt_box, gt_points, official):
     pairs = [GT_POINTS, gt_points, ((0, 0), (1e-300, 0)), ((-1e308, 0), (1e308, 0)), ((1e200, 1), (1, 1e200))]
     for box in boxes:
         for points in pairs:
-            terms = reward_terms(print0(box, points), gt_box, gt_points, official)
+            terms = reward_terms(completion(box, points), gt_box, gt_points, official)
             assert all(0 <= value <= 1 for value in terms.values()), terms
     assert 0 <= point_dice(pairs[2], ((0, 0), (0, 0)), official) <= 2
 
 
 def test_true_points_that_coincide_can_still_be_hit():
     twice = ((150, 150), (150, 150))
-    terms = reward_terms(print0(points=twice), GT_BOX, twice)
+    terms = reward_terms(completion(points=twice), GT_BOX, twice)
     gate = 0.925  # inside, but 0 px apart: 0.7 + 0.3 (1 + 0.5) / 2
     assert (terms["point_dice"], terms["point_align"]) == pytest.approx((gate, gate))
     assert terms["point_angle"] == pytest.approx(0.1 * gate)  # no direction to get right
+
+
+# ---- the frame: pixel thresholds are meant for 840 x 840 ----
+
+def test_thresholds_scale_with_the_frame_so_that_a_scaled_picture_scores_the_same():
+    rng = random.Random(2)
+    for _ in range(300):
+        box = tuple(rng.uniform(0, 300) for _ in range(2)) + tuple(rng.uniform(310, 600) for _ in range(2))
+        points = tuple((rng.uniform(90, 210), rng.uniform(90, 210)) for _ in range(2))
+        at_840 = reward_terms(completion(box, points), GT_BOX, GT_POINTS, frame=(840, 840))
+        small = [tuple(v / 8 for v in xy) for xy in (box, *points, GT_BOX, *GT_POINTS)]
+        at_105 = reward_terms(completion(small[0], small[1:3]), small[3], small[4:], frame=(105, 105))
+        assert at_105 == pytest.approx(at_840, abs=1e-4)
+        assert at_840 == score(box, points)  # without a frame, pixels are those of the 840 canvas
+
+
+def test_the_side_of_a_frame_is_the_geometric_mean_of_width_and_height():
+    for points, gate in ((((120, 150), (124.9, 150)), 0.925), (((120, 150), (125.1, 150)), 1)):  # 10 px are 5 px
+        terms = reward_terms(completion(points=points), GT_BOX, GT_POINTS, frame=(210, 840))
+        assert terms["point_angle"] == pytest.approx(gate)
+    terms = reward_terms(completion((105, 100, 205, 200)), GT_BOX, GT_POINTS, frame=(210, 840))
+    assert terms["base_box_l1"] == 1
+    assert reward_terms(completion((110.1, 100, 210.1, 200)), GT_BOX, GT_POINTS, frame=(210, 840))["base_box_l1"] == 0
+    far = ((120, 150), (180, 200.1))  # 25.05 px off on average, where 100 px are 50
+    assert reward_terms(completion((0, 0, 300, 300), far), GT_BOX, GT_POINTS, frame=(210, 840))["base_points"] == 1
+    far = ((120, 200.1), (180, 200.1))
+    assert reward_terms(completion((0, 0, 300, 300), far), GT_BOX, GT_POINTS, frame=(210, 840))["base_points"] == 0
+
+
+def test_official_pixels_are_never_scaled():
+    close = completion(points=((120, 150), (125, 150)))
+    assert reward_terms(close, GT_BOX, GT_POINTS, True, (84, 84)) == reward_terms(close, GT_BOX, GT_POINTS, True)
+
+
+@pytest.mark.parametrize("apart", [0, 0.3, 1, 2, 5, 9, 30])
+@pytest.mark.parametrize("side", [56, 112, 252, 840])
+def test_in_its_frame_the_truth_is_never_beaten_by_pushing_points_apart(apart, side):
+    box, truth = (10, 10, 50, 40), ((20, 25), (20 + apart, 25))
+    for mode in ("soft", "hard", "pdice", "base"):
+        def earned(points):
+            return total_reward(reward_terms(completion(box, points), box, truth, frame=(side, side)), mode)
+
+        best = earned(truth)
+        assert best == reward_formula(mode)[1] or (apart == 0 and mode == "hard")  # one point has no direction
+        for push in (0.01, 0.1, 0.5, 1, 1.34, 2, 4, 6, 9, 10.01):
+            assert earned(((20 - push / 2, 25), (20 + apart + push / 2, 25))) <= best
+            assert earned(((20, 25), (20 + apart + push, 25))) <= best
+            assert earned(((20, 25 - push), (20 + apart, 25 + push))) <= best
+
+
+# ---- any number of key points ----
+
+@pytest.fixture
+def three(monkeypatch):
+    monkeypatch.setattr(rewards, "KEY_POINTS", 3)
+    monkeypatch.setattr(rewards, "KEYS", ("bbox", "points_1", "points_2", "points_3"))
+    return (120, 150), (180, 150), (150, 130)
+
+
+def test_three_points_are_written_read_and_scored_in_any_order(three):
+    text = "<think>t</think>" + write_answer(GT_BOX, three)
+    assert parse_answer(text).points == three
+    assert reward_terms(text, GT_BOX, three)["point_dice"] == 1
+    assert reward_formula("hard")[1] == 8 == total_reward(reward_terms(text, GT_BOX, three), "hard")
+    moved = (150, 160), (125, 150), (180, 155)
+    first = reward_terms("<think>t</think>" + write_answer(GT_BOX, moved), GT_BOX, three)
+    for order in ((0, 2, 1), (1, 0, 2), (2, 1, 0)):
+        other = reward_terms("<think>t</think>" + write_answer(GT_BOX, [moved[i] for i in order]), GT_BOX, three)
+        assert other == pytest.approx(first, abs=1e-12)
+    # (150, 160) from (150, 130), (125, 150) from (120, 150), (180, 155) from (180, 150): (30 + 5 + 5) / 2 / 3
+    assert first["point_align"] == pytest.approx(smooth_exp(20 / 3 / 141.421356, 3, 1, 2))
+
+
+def test_a_missing_third_point_is_a_missing_key(three):
+    assert parse_answer("<think>t</think>" + completion()).problem == "a key is missing"
 
 
 # ---- the parser ----
@@ -373,11 +462,20 @@ def test_graded_formats(text, think, think_format, problem):
 
 
 def test_base_think_wants_the_two_blocks_and_nothing_else():
-    think, tail = print0().split("\n")
-    for text in (print0(), print0(between=""), print0(between=" \n "), print0(think="")):
+    think, tail = completion().split("\n")
+    for text in (completion(), completion(between=""), completion(between=" \n "), completion(think="")):
         assert reward_terms(text, GT_BOX, GT_POINTS)["base_think"] == 1
-    for text in ("x" + print0(), print0() + "x", print0(between="so:"), think, tail, tail + think):
+    for text in ("x" + completion(), completion() + "x", completion(between="so:"), think, tail, tail + think):
         assert reward_terms(text, GT_BOX, GT_POINTS)["base_think"] == 0
+
+
+def test_what_is_written_is_what_is_read_and_a_prompt_can_show_it():
+    assert write_answer((1, 2, 30, 40), ((5, 6), (7.5, 8))) == \
+        '<answer>{"bbox": [1, 2, 30, 40], "points_1": [5, 6], "points_2": [7.5, 8]}</answer>'
+    assert parse_answer(write_answer((1, 2, 30, 40), ((5, 6), (7.5, 8)))).points == ((5, 6), (7.5, 8))
+    assert '"points_2": [x, y]}' in write_answer(("x1", "y1", "x2", "y2"), [("x", "y")] * 2)
+    with pytest.raises(ValueError):
+        write_answer((1, 2, 3, 4), ((1, 2),))
 
 
 FRAGMENTS = [
@@ -447,7 +545,7 @@ POINTS = st.tuples(FINITE, FINITE)
 @given(st.tuples(FINITE, FINITE, FINITE, FINITE), st.tuples(POINTS, POINTS))
 @settings(max_examples=300, deadline=None)
 def test_what_is_said_is_what_is_read(box, points):
-    read = parse_answer(print0(box, points).replace('"', "'"))
+    read = parse_answer(completion(box, points).replace('"', "'"))
     assert read.points == points
     assert read.bbox == (box if box[0] < box[2] and box[1] < box[3] else None)
     for official in (False, True):
@@ -473,3 +571,46 @@ def test_an_unknown_term_or_mode_is_refused_by_name():
         total_reward(terms, "soft", {"box_iuo": 1})
     with pytest.raises(ValueError, match="sfot.*known: soft, hard"):
         total_reward(terms, "sfot")
+
+
+@pytest.mark.parametrize("weight", [math.nan, math.inf, -math.inf])
+def test_a_weight_that_is_not_finite_is_refused(weight):
+    with pytest.raises(ValueError, match="box_iou.*finite"):
+        total_reward(score(), "soft", {"box_iou": weight})
+    with pytest.raises(ValueError, match="box_iou.*finite"):
+        reward_formula("soft", {"box_iou": weight})
+
+
+def test_the_formula_says_what_is_summed_and_its_maximum():
+    assert reward_formula("soft") == ("think_format + answer_format + box_iou + point_dice", 4)
+    assert reward_formula("soft", {"box_iou": 3}) == ("think_format + answer_format + 3 box_iou + point_dice", 6)
+    assert reward_formula("iou", {"think_format": 0, "mask_dice": 0.5}) == (
+        "answer_format + box_iou + 0.5 mask_dice", 2.5)
+    assert reward_formula("iou", {"point_dice": -0.5}) == (
+        "think_format + answer_format + box_iou - 0.5 point_dice", 3)
+    for mode, most in (("soft", 4), ("hard", 8), ("base", 5), ("iou", 3), ("pdice", 3)):
+        assert reward_formula(mode)[1] == most
+    with pytest.raises(ValueError, match="box_iuo"):
+        reward_formula("soft", {"box_iuo": 1})
+
+
+@pytest.mark.parametrize("after, line, without", [
+    ('"answer_format": ANSWER_FORMAT', '"mine": float("round" in (answer.think or "")),', "<think>flat</think>"),
+    ('"box_iou": smooth_log', '"mine": smooth_exp(math.dist(box[:2], gt_box[:2]) / 99, k=3, c=1, v_max=2),', ""),
+    ('"point_dice": smooth_log', '"mine": smooth_log(cosine),', completion(points=((1, 2), (3, "4")))),
+])
+def test_a_new_term_is_one_line(monkeypatch, after, line, without):
+    before, source = score(), Path(rewards.__file__).read_text().splitlines()
+    (at,) = [number for number, text in enumerate(source) if text.strip().startswith(after)]
+    source.insert(at + 1, line)  # the one line
+    exec("\n".join(source), changed := {"__name__": "changed"})
+    for name in ("reward_terms", "total_reward", "reward_formula", "MODES"):
+        monkeypatch.setitem(globals(), name, changed[name])
+    assert score() == before | {"mine": 1}
+    assert reward_terms(without, GT_BOX, GT_POINTS)["mine"] == 0  # where there is nothing to read
+    assert total_reward(score(), "hard") == 8
+    assert total_reward(score(), "soft", {"mine": 0.5}) == 4.5
+    assert reward_formula("soft", {"mine": 0.5})[1] == 4.5
+    monkeypatch.setitem(MODES, "new", (*MODES["iou"], "mine"))
+    assert total_reward(score(), "new") == 4
+    test_official_reproduces_every_released_number()

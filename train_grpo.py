@@ -32,7 +32,7 @@ from tqdm import tqdm
 from asm import load_asm
 from crm import CRM, Group, load_crm
 from data import BadRow, Sample, clip_to, fill_prompt, load_prompt, to_image, to_model
-from rewards import MODES, parse_answer, reward_terms, smooth_log, total_reward
+from rewards import parse_answer, reward_formula, reward_terms, smooth_log, total_reward
 from runtime.cli import RunConfig, exit_on, flag, parse_args, print0
 from runtime.metrics import mask_dice
 from runtime.optim import Optimizer
@@ -152,8 +152,7 @@ def parse_weights(text: str) -> dict[str, float]:
         weights = {name.strip(): float(value) for name, value in pairs}
     except ValueError:
         raise ValueError(f"--weights {text}: give term=number, separated by commas") from None
-    known = dict.fromkeys([*MODES["hard"], *MODES["base"], "mask_dice"], 0.0)
-    total_reward(known, "soft", weights)                    # a ValueError names the unknown term
+    reward_formula("soft", weights)                         # a ValueError names the unknown term
     return weights
 
 
@@ -161,7 +160,7 @@ def reward(sample: Sample, group: Group, cfg: Config, weights: dict[str, float],
     """Every term of every completion, in the model frame, and the totals."""
     frame = group.prompt.frame
     gt_box, gt_points = to_model(sample.bbox, frame), to_model(sample.points, frame)
-    terms = [reward_terms(text, gt_box, gt_points, cfg.official) for text in group.texts]
+    terms = [reward_terms(text, gt_box, gt_points, cfg.official, frame.model) for text in group.texts]
     if asm:
         for term, dice in zip(terms, mask_rewards(asm, sample, group, cfg.official)):
             term["mask_dice"] = dice

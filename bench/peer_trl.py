@@ -51,9 +51,9 @@ def dataset(samples, count, template, resize, min_pixels, max_pixels):
         sample = samples[i]
         size = model_size(sample.image.size, resize, min_pixels, max_pixels)
         frame = Frame(sample.image.size, size)
+        truth = to_model(sample.bbox, frame), to_model(sample.points, frame), False, size  # as reward_terms takes it
         rows.append({"prompt": [{"role": "user", "content": fill_prompt(template, sample.query)}],
-                     "image": sample.image.resize(size, 3),
-                     "truth": json.dumps([to_model(sample.bbox, frame), to_model(sample.points, frame)])})
+                     "image": sample.image.resize(size, 3), "truth": json.dumps(truth)})
     message = [{"role": Value("string"), "content": Value("string")}]
     return Dataset.from_list(rows, Features({"prompt": message, "image": Image(), "truth": Value("string")}))
 

@@ -28,7 +28,8 @@ if __name__ == "__main__":
         prompt = crm.encode(sample.image, fill_prompt(PROMPTS["reasoning"], sample.query))
         group, = crm.sample([prompt], GROUP, TOKENS, seed=[(SEED, i)])
         truth = to_model(sample.bbox, prompt.frame), to_model(sample.points, prompt.frame)
-        rewards = torch.tensor([total_reward(reward_terms(text, *truth), "soft") for text in group.texts])
+        rewards = torch.tensor([total_reward(reward_terms(text, *truth, frame=prompt.frame.model), "soft")
+                                for text in group.texts])
         weights = token_weights(torch.arange(group.tokens.shape[1]) < group.lengths[:, None])
         gain = (weights * crm.logp(group, range(GROUP)) * group_advantages(rewards[None]).T).sum()
         for name, gradient in zip(names, torch.autograd.grad(gain, list(crm.trainable().values()))):

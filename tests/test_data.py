@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data import (PROMPTS, BadRow, Frame, box_from_mask, fill_prompt, keypoints_from_mask, load_image,
+import data
+from conftest import noise_image
+from data import (PROMPTS, BadRow, Frame, box_from_mask, fill_prompt, keypoints_from_mask, load_image, load_mask,
                   load_prompt, load_samples, model_size, target_text, to_image, to_model)
-from rewards import parse_answer, reward_terms, total_reward
+from rewards import parse_answer, reward_terms, total_reward, write_answer
 
 # ---------------------------------------------------------------- frames
 
@@ -21,7 +23,7 @@ from rewards import parse_answer, reward_terms, total_reward
 @given(st.integers(14, 3000), st.integers(14, 3000))
 @settings(max_examples=300, deadline=None)
 def test_aspect_gives_multiples_of_28_within_the_pixel_limits_and_nearly_the_ratio(width, height):
-    if max(width, height) > 100 * min(width, height):
+    if max(width, height) > 200 * min(width, height):
         return
     w, h = model_size((width, height), min_pixels=56 * 56, max_pixels=840 * 840)
     assert w % 28 == h % 28 == 0
@@ -52,7 +54,7 @@ def test_an_absurdly_thin_image_is_refused():
 def test_to_model_scales_x_and_y_by_their_own_factors_and_to_image_undoes_it():
     frame = Frame(image=(100, 50), model=(200, 200))
     assert to_model((10, 10, 20, 30), frame) == (20, 40, 40, 120)
-    assert to_model(((1, 2), (3, 4)), frame) == ((2, 8), (6, 16))
+    assert to_model(((1, 2), (3, 4)), frame) == ((2.5, 9.5), (6.5, 17.5))   # (1 + 0.5) * 2 - 0.5
     assert to_image(to_model((7, 9, 31, 44), frame), frame) == pytest.approx((7, 9, 31, 44))
 
 
@@ -232,8 +234,8 @@ def truth(**changes):
 
 @pytest.mark.parametrize("changes, key", [
     ({"images": [{"bytes": b"junk", "path": "x"}]}, "image"),
-    ({"images": [{"bytes": None, "path": "x"}]}, "images"),
-    ({"images": []}, "images"),
+    ({"images": [{"bytes": None, "path": "x"}]}, "image: has no bytes"),
+    ({"images": []}, "image: has no bytes"),
     ({"prompt": [{"role": "user", "content": "  "}]}, "query"),
     ({"masks": [{"bytes": png(np.zeros((40, 60))), "path": "x"}]}, "mask: is empty"),
     ({"masks": [{"bytes": png(np.full((40, 50), 255)), "path": "x"}]}, "mask: is 50x40"),
@@ -243,7 +245,7 @@ def truth(**changes):
     (truth(bbox_2d=[40, 10, 15, 20]), "bbox.*inverted"),
     (truth(bbox_2d=[1, 2, 3]), "bbox.*four finite numbers"),
     (truth(point_2d=[[20, 15], [99, 15]]), "points.*outside"),
-    (truth(point_2d=[[20, 15]]), "points.*two"),
+    (truth(point_2d=[[20, 15]]), "points: 1 given.*KEY_POINTS in rewards.py is 2"),
 ])
 def test_a_bad_row_is_named_with_file_row_and_key_or_skipped_and_counted(tmp_path, changes, key):
     rows = [umrg_row(0), umrg_row(1), umrg_row(2)]
@@ -265,8 +267,15 @@ def test_a_missing_column_and_a_broken_file_and_nothing_at_all_are_named(tmp_pat
     (tmp_path / "test.parquet").write_bytes(b"PAR1 not really")
     with pytest.raises(ValueError, match="test.parquet: not a readable parquet"):
         load_samples(tmp_path, "test")
-    with pytest.raises(ValueError, match="neither samples.jsonl nor other"):
+    with pytest.raises(ValueError, match="split 'other'; the splits there: test, train "):
         load_samples(tmp_path, "other")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="neither samples.jsonl nor .*parquet in it"):
+        load_samples(tmp_path / "empty")
+    for name in ("data.csv", "data.jsonl"):
+        (tmp_path / name).write_text("x")
+        with pytest.raises(ValueError, match=f"{name}: neither samples.jsonl nor .*parquet"):
+            load_samples(tmp_path / name)
     with pytest.raises(ValueError, match="no such"):
         load_samples(tmp_path / "nowhere")
     bad = write(tmp_path / "all_bad.parquet", [umrg_row(images=[])])
@@ -326,3 +335,235 @@ def test_only_keeps_the_super_categories_asked_for_and_refuses_what_matches_none
     for pattern in ("Nowhere", "*"):
         with pytest.raises(ValueError, match="--only"):
             samples.only(pattern)
+
+
+# ---------------------------------------------------------------- frames, on real sizes
+
+
+@given(st.integers(14, 3000), st.integers(14, 3000))
+@settings(max_examples=200, deadline=None)
+def test_sizes_are_those_of_qwens_own_resize(width, height):
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+    if max(width, height) <= 200 * min(width, height):
+        h, w = smart_resize(height, width, 28, 56 * 56, 840 * 840)
+        assert model_size((width, height)) == (w, h)
+
+
+@pytest.mark.parametrize("size, expected", [
+    ((1024, 1024), (812, 812)), ((1080, 1080), (812, 812)), ((2048, 2048), (812, 812)), ((1500, 1500), (840, 840)),
+    ((14, 884), (28, 448))])
+def test_sizes_at_the_boundary_where_rounding_decides(size, expected):
+    assert model_size(size) == expected
+
+
+def test_a_square_beyond_the_limit_is_refused_with_both_numbers():
+    assert model_size((300, 500), "square:224", max_pixels=224 * 224) == (224, 224)
+    with pytest.raises(ValueError, match="square:840: 705,600 pixels are over 50,176"):
+        model_size((300, 500), "square:840", max_pixels=224 * 224)
+
+
+def test_the_point_of_a_one_pixel_mask_stays_in_the_middle_of_its_box():
+    mask = np.zeros((256, 256), bool)
+    mask[100, 30] = True
+    for side in (56, 252, 840):
+        frame = Frame((256, 256), (side, side))
+        x1, y1, x2, y2 = to_model(box_from_mask(mask), frame)
+        (x, y), _ = to_model(keypoints_from_mask(mask), frame)
+        assert (x + 0.5, y + 0.5) == pytest.approx(((x1 + x2) / 2, (y1 + y2) / 2))      # the pixel's centre
+        assert to_image(to_model((30.0, 100.0), frame), frame) == pytest.approx((30, 100))
+
+
+def test_targets_stay_inside_the_frame():
+    image = Image.new("RGB", (1000, 1000))
+    frame = Frame((1000, 1000), (56, 56))
+    for bbox, points in (((-1, -1, 1001, 1001), ((0, 0), (1001, 1001))), ((999.5, 999.5, 1000, 1000), ((999, 999),) * 2)):
+        answer = parse_answer(target_text(data.Sample("a", image, "?", bbox, points), frame))
+        assert 0 <= answer.bbox[0] < answer.bbox[2] <= 56 and 0 <= answer.bbox[1] < answer.bbox[3] <= 56
+        assert all(0 <= v <= 55 for point in answer.points for v in point)
+
+
+def test_three_key_points_come_from_the_mask_and_stored_pairs_are_refused(monkeypatch, tmp_path):
+    import rewards
+    monkeypatch.setattr(data, "KEY_POINTS", 3)
+    monkeypatch.setattr(rewards, "KEYS", ("bbox", "points_1", "points_2", "points_3"))
+    mask = np.zeros((9, 30), bool)
+    mask[2:7, 2:28] = True
+    points = keypoints_from_mask(mask)
+    assert len(set(points)) == 3 and all(mask[int(y), int(x)] for x, y in points)
+    path = write(tmp_path / "train.parquet", [umrg_row(), umrg_row(1, **truth(point_2d=None))])
+    with pytest.raises(BadRow, match="points: 2 given, but KEY_POINTS in rewards.py is 3"):
+        load_samples(path)[0]
+    sample = load_samples(path)[1]
+    answer = parse_answer(target_text(sample, Frame(sample.image.size, sample.image.size)))
+    assert answer.points == sample.points and len(answer.points) == 3
+
+
+def test_the_prompts_show_the_answer_that_the_parser_reads():
+    for template in PROMPTS.values():
+        assert '<answer>{"bbox": [x1, y1, x2, y2], "points_1": [x, y], "points_2": [x, y]}</answer>' in template
+        filled = template.replace("x1, y1, x2, y2", "1, 2, 3, 4").replace("x, y", "5, 6")
+        assert parse_answer(filled).problem == ""
+
+
+# ---------------------------------------------------------------- strangers' files
+
+
+def test_an_eps_named_png_never_starts_ghostscript(tmp_path, monkeypatch):
+    ghostscript = tmp_path / "gs"
+    ghostscript.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    ghostscript.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 40\n%%EndComments\nshowpage\n%%EOF\n"
+    (tmp_path / "x.png").write_bytes(eps)
+    for load in (load_image, load_mask):
+        for source in (tmp_path / "x.png", eps):
+            with pytest.raises(ValueError, match="formats PNG, JPEG"):
+                load(source)
+    assert not (tmp_path / "started").exists()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_an_image_with_nan_or_infinity_is_an_error(tmp_path, bad):
+    values = np.random.default_rng(0).random((20, 20), np.float32)
+    values[3, 4] = bad
+    Image.fromarray(values).save(tmp_path / "x.tiff")
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        load_image(tmp_path / "x.tiff")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A function that writes rows as a data folder with an image a.png and a mask a.png."""
+    for name in ("images", "masks"):
+        (tmp_path / name).mkdir()
+    noise_image(60, 40).save(tmp_path / "images/a.png")
+    Image.fromarray(np.uint8(MASK)).save(tmp_path / "masks/a.png")
+
+    def fill(*rows):
+        rows = [{"image": "a.png", "query": "what?", "mask": "a.png"} | row for row in rows]
+        (tmp_path / "samples.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+        return tmp_path
+    return fill
+
+
+MASK = np.zeros((40, 60))
+MASK[10:20, 15:40] = 255
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_mask_of_the_stored_size_turns_with_its_image(folder, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture = Image.fromarray(np.repeat(np.uint8(MASK)[..., None], 3, 2))         # the mask itself as the image
+    path = folder({"image": "b.png"}, {"image": "b.png", "mask": "upright.png"})
+    picture.save(path / "images/b.png", exif=exif)
+    sample = load_samples(path)[0]
+    assert np.array_equal(sample.mask, np.asarray(sample.image)[..., 0] > 127)
+    assert sample.bbox == box_from_mask(np.asarray(sample.image)[..., 0] > 127)
+    if orientation > 4:                                                         # sizes tell: already upright
+        Image.fromarray(np.uint8(sample.mask) * 255).save(path / "masks/upright.png")
+        assert np.array_equal(load_samples(path)[1].mask, sample.mask)
+
+
+def test_masks_of_0_and_1_are_masks_and_label_maps_are_named(tmp_path):
+    for high in (1, 7, 255):
+        Image.fromarray(np.uint8(MASK / 255 * high)).save(tmp_path / "m.png")
+        assert np.array_equal(load_mask(tmp_path / "m.png"), MASK > 0)
+    Image.fromarray(MASK > 0).save(tmp_path / "m.png")                          # one bit per pixel
+    assert load_mask(tmp_path / "m.png").sum() == 250
+    labels = np.uint8(MASK > 0)
+    labels[12, 20] = 2
+    Image.fromarray(labels).save(tmp_path / "m.png")
+    with pytest.raises(ValueError, match="labels 1, 2: one mask per row is needed"):
+        load_mask(tmp_path / "m.png")
+    soft = np.uint8(np.clip(MASK, 0, 250))
+    soft[10, 15:40] = 100                                                       # a smoothed edge is no label
+    Image.fromarray(soft).save(tmp_path / "m.png")
+    assert load_mask(tmp_path / "m.png").sum() == 225
+
+
+@pytest.mark.parametrize("row, says", [
+    ({"image": "images/a.png"}, 'image: no such file: .*images/images/a.png; leave out "images/"'),
+    ({"mask": "masks/a.png"}, 'mask: no such file: .*; leave out "masks/"'),
+    ({"image": "../secret.png"}, "image: ../secret.png is outside .*images"),
+    ({"mask": "/etc/passwd"}, "mask: /etc/passwd is outside"),
+    ({"image": 3}, "image: 3 is not a file name"),
+    ({"image": "a\0.png"}, "image: "),
+    ({"box": [1, 2, 3, 4]}, 'bbox: is missing, but there is "box"; rename'),
+    ({"bbox": [0.2, 0.2, 0.6, 0.5], "points": [[20, 15], [34, 15]]}, "bbox: .* looks like fractions of the 60x40 image"),
+    ({"query": " "}, "query: is empty"),
+    ({"bbox": [1, 2, 3, 4], "mask": None}, "bbox: is missing, or points are, and so is a mask"),
+])
+def test_each_usual_mistake_is_named_with_its_fix(folder, row, says):
+    path = folder({}, row)
+    noise_image(60, 40).save(path / "secret.png")
+    samples = load_samples(path)
+    with pytest.raises(BadRow, match=f"samples.jsonl, line 2, {says}"):
+        samples[1]
+    if "fractions" not in says:                                                 # needs the image's size
+        with pytest.raises(BadRow, match=f"line 2, {says}"):
+            samples.check()                                                     # shows without decoding
+    assert samples[0].bbox == (15, 10, 40, 20)
+
+
+def test_a_corner_pixel_is_no_fraction(folder):
+    path = folder({"mask": "corner.png"})
+    corner = np.zeros((40, 60))
+    corner[0, 0] = 255
+    Image.fromarray(np.uint8(corner)).save(path / "masks/corner.png")
+    assert load_samples(path)[0].bbox == (0, 0, 1, 1)
+
+
+def test_a_missing_split_names_those_that_are_there(folder):
+    path = folder({"split": "training"}, {"split": "test"})
+    with pytest.raises(ValueError, match="split 'train'; the splits there: test, training .*train and test"):
+        load_samples(path)
+    assert len(load_samples(path, "test")) == 1
+
+
+def test_samples_jsonl_itself_may_be_given(folder):
+    assert load_samples(folder({}, {}) / "samples.jsonl")[0].mask.any()
+
+
+def test_repeated_ids_are_made_unique_and_named(folder, capsys):
+    samples = load_samples(folder({"id": "x"}, {"id": "y"}, {"id": "x"}, {"id": "x"}))
+    assert [s.id for s in samples] == ["x", "y", "x#2", "x#3"]
+    assert "line 3, id: 'x' is there already; called x#2" in capsys.readouterr().out
+
+
+def test_images_are_read_only_when_a_sample_is_asked_for(tmp_path, monkeypatch):
+    path = write(tmp_path / "train.parquet", [umrg_row(i) for i in range(4)], row_group_size=2)
+    monkeypatch.setattr(data, "load_image", lambda source: pytest.fail("decoded"))
+    samples = load_samples(path)
+    samples.check()
+    assert len(samples.only("Brain")) == 4 and len(samples[1:3]) == 2
+
+
+def test_python_data_py_prints_what_is_there_and_every_bad_row(folder, capsys):
+    from runtime.data_report import main
+    path = folder({"supercategory": "Brain", "category": "tumour"}, {"mask": "no.png"}, {"split": "test"},
+                  {"box": [1, 2, 3, 4]}, {"id": "a"}, {"id": "a"})
+    assert main([str(path), "--sheet", str(path / "sheet.png")]) == 2
+    out = capsys.readouterr().out
+    for line in ("test: 1 of 1 rows", "train: 3 of 5 rows", "1 Brain / tumour", "60x40 (3)", "line 2, mask: no such file",
+                 'line 4, bbox: is missing, but there is "box"', "line 6, id: 'a' is there already"):
+        assert line in out
+    assert Image.open(path / "sheet.png").size == (6 * 224, 224)
+    assert main([str(path), "--split", "test"]) == 0
+
+
+def test_in_the_model_frame_no_held_out_question_pays_for_pushing_its_points_apart():
+    for sample in load_samples("demo/data", "test")[::4]:
+        frame = Frame(sample.image.size, model_size(sample.image.size))
+        bbox, points = to_model(sample.bbox, frame), to_model(sample.points, frame)
+
+        def earned(pair):
+            text = "<think>t</think>" + write_answer(bbox, pair)
+            return total_reward(reward_terms(text, bbox, points, frame=frame.model), "soft")
+
+        (x1, y1), (x2, y2) = points
+        distance = math.dist(*points)
+        assert earned(points) == pytest.approx(4)
+        for push in (0.2, 1, 10.01 - distance):
+            dx, dy = (x2 - x1) / distance * push / 2, (y2 - y1) / distance * push / 2
+            assert earned(((x1 - dx, y1 - dy), (x2 + dx, y2 + dy))) <= earned(points)

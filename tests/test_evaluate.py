@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import crm as crm_module
 import evaluate
 from conftest import noise_image, ranks
-from data import Sample, load_samples, model_size
+from data import Frame, Sample, load_samples, model_size, to_model
 from runtime import predictions
 from runtime.predictions import decode_mask, encode_mask
 from test_scripts import ROOT, rows, run
@@ -138,10 +138,8 @@ def answers(tests, frame):
     for sample in tests:
         size = sample.image.size
         target = {"pixels": size, "norm1000": (1000, 1000), "model": model_size(size)}[frame]
-        x, y = target[0] / size[0], target[1] / size[1]
-        a, b, c, d = sample.bbox
-        yield {"id": sample.id, "bbox": [a * x, b * y, c * x, d * y],
-               "points": [[px * x, py * y] for px, py in sample.points]}
+        there = Frame(size, target)
+        yield {"id": sample.id, "bbox": to_model(sample.bbox, there), "points": to_model(sample.points, there)}
 
 
 def predicted(tmp_path, lines, flags, check=0, name="p"):

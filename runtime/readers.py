@@ -1,0 +1,139 @@
+"""Readers: how a path becomes rows.
+
+reader(path, split) -> (rows of that split, names of all splits), no image decoded. A row is a dict, which
+data.py checks; coordinates are pixels of the upright image:
+  where                                 "file, line 3": how messages call it
+  id, supercategory, category, think    strings; "" where there is none, but for the id
+  query                                 the question
+  image, mask                           a path, bytes, or a function that returns bytes; mask may be None
+  bbox, points                          [x1, y1, x2, y2] and [[x, y], …], or None: taken from the mask
+  extra                                 a dict of whatever else the data has
+  problem                               "" or what could not be read, as in "image: is missing"
+To add a reader, write the function and name it in READERS.
+"""
+import json
+import re
+from functools import lru_cache, partial
+from pathlib import Path
+
+from runtime.files import read_text
+
+
+def read_folder(path: Path, split: str) -> tuple[list[dict], list[str]]:
+    """samples.jsonl beside images/ and masks/, one object per line: image, query, and mask or bbox + points;
+    optional id, split ("train" if missing), supercategory, category, think. Masks are 0/255 or 0/1, of their
+    image's size; file names are relative to images/ and masks/."""
+    file, rows, splits = path / "samples.jsonl" if path.is_dir() else path, [], set()
+    for number, line in enumerate(read_text(file).splitlines(), 1):
+        if not line.strip():
+            continue
+        fields = parse_object(line, f"{file}, line {number}")
+        splits.add(str(fields.get("split", "train")))
+        if fields.get("split", "train") != split:
+            continue
+        image, mask, problem = None, None, ""
+        try:
+            image = file_in(file.parent / "images", fields.get("image"))
+            mask = file_in(file.parent / "masks", fields["mask"]) if fields.get("mask") else None
+        except (ValueError, OSError) as error:
+            problem = f"{'mask' if image else 'image'}: {error}"
+        rows.append({"where": f"{file}, line {number}", "problem": problem, "image": image, "mask": mask,
+                     "id": str(fields.get("id", f"{file.parent.name}-{number}")), "extra": fields,
+                     **{key: fields.get(key) for key in ("query", "bbox", "points")},
+                     **{key: str(fields.get(key) or "") for key in ("supercategory", "category", "think")}})
+    return rows, sorted(splits)
+
+
+def parse_object(text: str, where: str) -> dict:
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not JSON ({error})") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{where}: not a JSON object")
+    return fields
+
+
+def file_in(folder: Path, name) -> Path:
+    """The file of that name in the folder; ValueError if there is none or the name leads out of it."""
+    if not isinstance(name, str):
+        raise ValueError("is missing" if name is None else f"{name!r} is not a file name")
+    file = folder / name
+    if not file.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{name} is outside {folder}; put the file there")
+    if not file.is_file():
+        doubled = name.startswith(f"{folder.name}/")
+        raise ValueError(f"no such file: {file}" + (f'; leave out "{folder.name}/"' if doubled else ""))
+    return file
+
+
+def read_parquet(path: Path, split: str) -> tuple[list[dict], list[str]]:
+    """The U-MRG schema in {split}*.parquet, or in one file of any name: prompt [{role, content: question}],
+    images [{bytes, path}], masks [{bytes, path}] (one 0/255 image, may be missing), extra_info {id,
+    supercategory, category}, reward_model {ground_truth: JSON {"bbox_2d": [4], "point_2d": [[2], [2]]}}."""
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
+    @lru_cache(maxsize=2)                       # so many row groups are in memory with their images
+    def read_media(file: Path, group: int):
+        return ParquetFile(file).read_row_group(group, columns=["images", "masks"])
+
+    def read_bytes(column: str, file: Path, group: int, offset: int) -> bytes | None:
+        return first(read_media(file, group)[column][offset].as_py()).get("bytes")
+
+    files = [path] if path.is_file() else sorted(path.glob("**/*.parquet"))
+    rows = []
+    for file in files:
+        if path.is_dir() and not file.name.startswith(split or "/"):
+            continue
+        try:
+            opened = ParquetFile(file)
+            columns = set(opened.schema_arrow.names)
+            if missing := {"prompt", "images", "reward_model"} - columns:
+                raise ValueError(f"{file}: column {', '.join(sorted(missing))} is missing (U-MRG schema)")
+            texts = sorted(columns & {"prompt", "reward_model", "extra_info"})
+            records = opened.read(columns=texts).to_pylist()
+            sizes = [opened.metadata.row_group(group).num_rows for group in range(opened.num_row_groups)]
+        except (pyarrow.ArrowException, OSError) as error:
+            raise ValueError(f"{file}: not a readable parquet file ({str(error).splitlines()[0]})") from None
+        places = [(group, offset) for group, size in enumerate(sizes) for offset in range(size)]
+        for number, (record, place) in enumerate(zip(records, places)):
+            rows.append(umrg_row(record, f"{file}, row {number}", len(rows)) |
+                        {"image": partial(read_bytes, "images", file, *place),
+                         "mask": partial(read_bytes, "masks", file, *place) if "masks" in columns else None})
+    return rows, sorted({re.match("[A-Za-z0-9]*", file.name)[0] for file in files})
+
+
+def umrg_row(record: dict, where: str, index: int) -> dict:
+    truth, problem, extra = {}, "", record.get("extra_info")
+    extra = extra if isinstance(extra, dict) else {}
+    try:
+        truth = parse_object(record["reward_model"]["ground_truth"], "reward_model.ground_truth")
+    except (ValueError, TypeError, KeyError) as error:
+        problem = str(error) if isinstance(error, ValueError) else "reward_model: has no ground_truth string"
+    return {"where": where, "id": str(extra.get("id") or extra.get("index") or index), "problem": problem,
+            "query": first(record["prompt"]).get("content"), "extra": extra,
+            "bbox": truth.get("bbox_2d"), "points": truth.get("point_2d"),
+            **{key: str(extra.get(key) or "") for key in ("supercategory", "category", "think")}}
+
+
+def first(values) -> dict:
+    """The struct in a list of one, else {}."""
+    return values[0] if isinstance(values, list) and len(values) == 1 and isinstance(values[0], dict) else {}
+
+
+READERS = {                                     # pattern of a path, or of what is in a folder: its reader
+    "samples.jsonl": read_folder,
+    "**/*.parquet": read_parquet,
+}
+
+
+def read_rows(path: Path, split: str) -> tuple[list[dict], list[str]]:
+    """What the first reader that fits the path returns. ValueError if none does."""
+    if not path.exists():
+        raise ValueError(f"{path}: no such file or folder")
+    for pattern, reader in READERS.items():
+        if path.resolve().match(pattern) if path.is_file() else any(path.glob(pattern)):
+            return reader(path, split)
+    names = " nor ".join(pattern.removeprefix("**/") for pattern in READERS)
+    raise ValueError(f"{path}: neither {names}{' in it' if path.is_dir() else ''}; see runtime/readers.py")
