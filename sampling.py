@@ -1,161 +1,208 @@
-"""Sampling: G answers to each of P prompts, a token a step.
+"""Sampling: G completions of each prompt, one token per step, with the log-probability of every token.
 
-Image and prompt went through the model once; their keys and values are stored once, and all G rows of a prompt
-attend to them in one product, and each row to its own answer's, under one softmax. Rows that ended leave the
-batch. A step is written out over the model's own modules, so that LoRA-wrapped layers keep working, and what
-it reads and writes are tensors only: on a GPU it can be captured as a CUDA graph and replayed, with no Python
-between its several hundred small kernels (not yet measured on a GPU; on a CPU a recording of its kernels,
-played again, draws the same answers).
+    group, = sample(crm, [prompt], G=8, max_new_tokens=128, temperature=1.0, seed=0)
 
-Shapes: P prompts, G answers each, N = P*G rows laid out (p g), L longest prompt, T answer tokens,
-V vocabulary, D hidden, h query heads, k key heads, r = h / k, d head size. After `compact`, P and G are what
-is left of them.
+Each prompt and its image go through the model once; its keys and values are stored once, and all G rows attend
+to them in one product. A decoding step is written out over the model's own modules. What it reads and writes
+are tensors that stay in place, so on a GPU it is recorded once per shape as a CUDA graph and replayed, without
+Python between its several hundred kernels. Rows that have ended leave the batch.
+
+What is sampled is softmax(logits / temperature) and nothing else: no top-p, no top-k, no repetition penalty. A
+checkpoint's own generation_config (Qwen's has a temperature of 1e-6) is never used.
+
+Read next: scoring.py computes the same log-probabilities, differentiably.
+
+Shapes: P prompts, G completions each, N = P*G rows laid out (p g), L longest prompt, T completion tokens there
+is room for, V vocabulary, D hidden, h query heads, k key heads, r = h / k, d head size. After rows have left,
+P and G are those of the rows that remain.
 """
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from einops import rearrange, repeat
 from torch.nn.functional import pad
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
 
-GRAIN = 64              # on a GPU: lengths are rounded up to it, so that products are aligned and graphs few
+from crm import CRM, Group, Prompt
+
+ROOM = {"cpu": 16, "cuda": 128}         # tokens by which the caches of the completions grow
+CHECK_EVERY = {"cpu": 1, "cuda": 8}     # steps between two looks at which rows have ended: each look waits
+HOST_CACHE_BYTES = 4 * 2 ** 30          # keys and values of the prompts sampled at once, on a CPU
 
 
-def draw(logits, uniform, temperature: float):
-    """One token a row by inverting the distribution function, and its log-probability; temperature 0 takes
-    the likeliest. logits (n, V) float32, divided by the temperature; uniform (n,) float64 -> (n,), (n,)."""
+@torch.no_grad()
+def sample(crm: CRM, prompts: Sequence[Prompt], G: int, max_new_tokens: int = 512, temperature: float = 1.0,
+           seed: int | Sequence[tuple[int, ...]] = 0, graphs: bool | None = None) -> list[Group]:
+    """G completions of each prompt; temperature 0 takes the most likely token.
+
+    seed: one number, or one tuple of numbers per prompt. Row g of a prompt draws from a stream of its own, so a
+    completion depends neither on the other rows nor on how many prompts are sampled at once.
+    graphs: replay the step as a CUDA graph (None: on a GPU)."""
+    crm.model.eval()
+    seeds = [(seed, i) for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
+    at_once, groups = prompts_at_once(crm, prompts, G, max_new_tokens), []
+    for start in range(0, len(prompts), at_once):
+        chunk = slice(start, start + at_once)
+        uniform = [np.random.default_rng([*s, g]).random(max_new_tokens) for s in seeds[chunk] for g in range(G)]
+        batch = Batch(crm, prompts[chunk], G, np.stack(uniform), temperature,
+                      crm.device.type == "cuda" if graphs is None else graphs)
+        for t in range(1, max_new_tokens):
+            if t % CHECK_EVERY[crm.device.type] == 0:
+                if batch.done.all():
+                    break
+                batch.drop_finished()
+            batch.advance()
+        groups += batch.groups(prompts[chunk], crm.tokenizer)
+    return groups
+
+
+def prompts_at_once(crm: CRM, prompts: Sequence[Prompt], G: int, max_new_tokens: int) -> int:
+    """How many prompts' caches fit into half of the free memory, if every completion were of full length."""
+    config = crm.model.config.text_config
+    head_size = config.hidden_size // config.num_attention_heads
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_size * \
+        crm.model.lm_head.weight.element_size()
+    longest = max(len(p.ids) for p in prompts)
+    free = torch.cuda.mem_get_info(crm.device)[0] // 2 if crm.device.type == "cuda" else HOST_CACHE_BYTES
+    return max(1, int(free // (per_token * (longest + G * max_new_tokens))))
+
+
+# ---------------------------------------------------------------- one decoding step
+
+def draw(logits: torch.Tensor, uniform: torch.Tensor, temperature: float):
+    """One token per row, by inverting the distribution function, and its log-probability.
+
+    logits (n, V) float32, already divided by the temperature; uniform (n,) float64 in [0, 1)
+    -> tokens (n,), logp (n,). Temperature 0 takes the most likely token. A token of probability 0 is never
+    drawn. Logits that are not finite give V - 1 with a log-probability of nan, which the caller checks."""
     logp = logits.log_softmax(-1)
     if temperature == 0:
         token = logp.argmax(-1)
     else:
         cdf = logp.exp().cumsum(-1, dtype=torch.float64)
-        # never one of probability 0
         token = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True)[:, 0]
+        token = token.clamp(max=logits.shape[1] - 1)
     return token, logp.gather(1, token[:, None])[:, 0]
 
 
-def capture(step: Callable[[], None], pool) -> Callable[[], None]:
-    """step as a CUDA graph: replaying it runs the same kernels on the same memory. Capturing runs nothing."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        step()
-    return graph.replay
+def scores_float32(q: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """q keysᵀ in float32: (…, a, d), (…, b, d) -> (…, a, b). Qwen2.5's key biases make attention scores so
+    large that bfloat16 would round them by whole units; kernels like flash attention keep float32, too."""
+    if q.dtype == torch.float32:
+        return q @ keys.mT
+    if q.is_cuda:
+        product = torch.bmm(q.flatten(0, -3), keys.flatten(0, -3).mT, out_dtype=torch.float32)
+        return product.unflatten(0, q.shape[:-2])
+    return q.float() @ keys.float().mT
 
 
-class Sampler:
-    """The state of a batch of answers. For each layer, keys and values of the prompts (P, k, L, d) and of the
-    answers so far (P, k, G, T, d); a bias hides the padding of shorter prompts and what is not yet written.
+def attend(q, cache: "LayerCache", bias, scale: float) -> torch.Tensor:
+    """The newest token of every row attends to its prompt and to its own completion, under one softmax.
 
-    With graphs, every tensor that a step touches has one place in memory for good (`put`), in this batch and
-    the next; a graph serves one shape of the batch and `grain` tokens."""
+    q (P, k, G, r, d), bias (P, 1, 1, 1, L + T) -> (P, k, G, r, d)"""
+    (G, r), L = q.shape[2:4], cache.prompt_keys.shape[2]
+    all_rows = rearrange(q, "p k g r d -> p k (g r) d")
+    to_prompt = scores_float32(all_rows, cache.prompt_keys).unflatten(2, (G, r))            # (P, k, G, r, L)
+    to_own = scores_float32(q, cache.own_keys)                                              # (P, k, G, r, T)
+    weights = torch.cat([to_prompt, to_own], -1).mul_(scale).add_(bias).softmax(-1).to(q.dtype)
+    from_prompt = weights[..., :L].flatten(2, 3) @ cache.prompt_values                      # (P, k, (G r), d)
+    return from_prompt.unflatten(2, (G, r)) + weights[..., L:] @ cache.own_values
 
-    def __init__(self, crm, graphs: bool = False):
-        self.crm, self.graphs, self.homes, self.key, self.L = crm, {} if graphs else None, {}, None, 0
-        self.grain = GRAIN if graphs or crm.device.type == "cuda" else 1
 
-    def put(self, name, x):
-        """x, at the place of that name. Its first use has the largest x."""
-        if self.graphs is None:
-            return x
-        home = self.homes.setdefault(name, torch.empty_like(x).flatten())
-        return home[:x.numel()].view(x.shape).copy_(x)
+class LayerCache:
+    """One layer's keys and values: of the prompts (P, k, L, d), of the completions so far (P, k, G, T, d)."""
 
-    def start(self, hidden, kept, lengths, position, uniform, temperature: float) -> None:
-        """Begin, and draw every row's first token.
+    def __init__(self, prompt_keys, prompt_values, G: int, room: int):
+        P, k, _, d = prompt_keys.shape
+        self.prompt_keys, self.prompt_values = prompt_keys, prompt_values
+        self.own_keys, self.own_values = (prompt_keys.new_zeros(P, k, G, room, d) for _ in range(2))
 
-        hidden (P, D) of each prompt's last token; kept, of each layer, keys and values (P, L, k, d); the
-        prompts' lengths and next positions (P,); uniform (N, T) float64 in [0, 1)."""
-        (N, T), (P, L) = uniform.shape, kept[0][0].shape[:2]
-        key = P, N, T, temperature
-        if key != self.key or L > self.L:                           # no place is large enough, no graph fits
-            self.key, self.L = key, -(-L // self.grain) * self.grain
-            self.homes.clear()
-            if self.graphs is not None:
-                self.graphs.clear()
-                self.pool = torch.cuda.graph_pool_handle() if uniform.is_cuda else None
-        self.shape, self.T, self.temperature = (P, N // P), T, temperature
-        self.uniform = self.put("uniform", uniform)
-        self.tokens = self.put("tokens", lengths.new_full((N, T), self.crm.end_ids[-1]))
-        self.logp = self.put("logp", torch.zeros(N, T, device=uniform.device))
-        self.lengths = self.put("lengths", lengths.new_zeros(N))
-        self.done = self.put("done", lengths.new_zeros(N, dtype=torch.bool))
-        self.t = self.put("t", lengths.new_zeros(1))                            # answer tokens in the cache
-        self.rows = self.put("rows", torch.arange(N, device=uniform.device))    # those still in the batch
-        self.token = self.put("token", lengths.new_zeros(N))                    # the last token of each
-        self.position = self.put("position", position)
-        self.layers = []
-        for i, pair in enumerate(kept):
-            prompt = [pad(rearrange(x, "p l k d -> p k l d"), (0, 0, 0, self.L - L)) for x in pair]
-            own = [x.new_zeros(P, x.shape[1], N // P, T, x.shape[3]) for x in prompt]
-            self.layers.append([self.put((i, name), x) for name, x in enumerate(prompt + own)])
-        hides = torch.arange(self.L + T, device=lengths.device) >= lengths[:, None]
-        bias = kept[0][0].new_zeros(hides.shape).masked_fill(hides, -torch.inf)
-        self.bias = self.put("bias", rearrange(bias, "p l -> p 1 1 1 l"))
-        self._write(repeat(hidden, "p d -> (p g) d", g=N // P))
+    def write(self, t, key, value) -> None:
+        """Token t of every row: key, value (P, k, G, d); t (1,)."""
+        self.own_keys.index_copy_(3, t, key[:, :, :, None])
+        self.own_values.index_copy_(3, t, value[:, :, :, None])
 
-    def compact(self) -> None:
-        """Let finished rows go, as far as prompts with equally many rows allow, when that is a quarter of
-        them."""
-        P, G = self.shape
-        live = ~self.done[self.rows].view(P, G)
-        count = live.sum(1)
-        p, g = int((count > 0).sum()), int(count.max())
-        if self.graphs is not None:                                 # few shapes, so that there are few graphs
-            p, g = (min(most, 1 << (n - 1).bit_length()) for n, most in ((p, P), (g, G)))
-        if p * g > 0.75 * P * G:
-            return
-        prompts = count.argsort(descending=True, stable=True)[:p]
-        columns = live[prompts].sort(dim=1, descending=True, stable=True).indices[:, :g]        # (p, g)
-        stay = (prompts[:, None] * G + columns).flatten()
-        self.shape, self.position = (p, g), self.put("position", self.position[prompts])
-        self.rows, self.token = self.put("rows", self.rows[stay]), self.put("token", self.token[stay])
-        self.bias = self.put("bias", self.bias[prompts])
-        for i, layer in enumerate(self.layers):                     # a layer at a time: few are there twice
-            own = [rearrange(x[prompts[:, None], :, columns], "p g k t d -> p k g t d") for x in layer[2:]]
-            layer[:] = [self.put((i, name), x) for name, x in enumerate([x[prompts] for x in layer[:2]] + own)]
+    def grow(self, room: int) -> None:
+        self.own_keys, self.own_values = (pad(x, (0, 0, 0, room)) for x in (self.own_keys, self.own_values))
 
-    def advance(self, t: int) -> None:
-        """One more token a row, t - 1 of which are in the cache. With graphs, the first step of a shape runs
-        as it is written, which readies libraries, the second is captured, and from then on it is replayed."""
-        seen = min(self.T, -(-t // self.grain) * self.grain)
-        if self.graphs is None:
-            return self.step(seen)
-        key, step = (self.shape, seen), partial(self.step, seen)
-        if key not in self.graphs:
-            self.graphs[key] = None
-            return step()
-        if self.graphs[key] is None:
-            self.graphs[key] = capture(step, self.pool)
-        self.graphs[key]()
+    def keep(self, prompts, rows) -> None:
+        """Keep some prompts (p,) and, of each, some rows (p, g)."""
+        self.prompt_keys, self.prompt_values = self.prompt_keys[prompts], self.prompt_values[prompts]
+        self.own_keys, self.own_values = (
+            rearrange(x[prompts[:, None], :, rows], "p g k t d -> p k g t d").contiguous()
+            for x in (self.own_keys, self.own_values))
 
-    def step(self, seen: int) -> None:
-        """Every row's last token through the model's own modules, and the next one drawn. How far it has come
-        is in tensors only; seen: of how many answer tokens there is, at most, something to attend to."""
-        model, (P, G), L = self.crm.model.model.language_model, self.shape, self.L
-        self.bias.index_fill_(4, L + self.t, 0.0)
+
+class Batch:
+    """The state of N = P*G rows while their completions are written.
+
+    uniform: (N, max_new_tokens) float64 in [0, 1), what each row draws its tokens with."""
+
+    def __init__(self, crm: CRM, prompts: Sequence[Prompt], G: int, uniform: np.ndarray, temperature: float,
+                 graphs: bool):
+        self.crm, self.temperature, self.graphs = crm, temperature, graphs
+        device, P, (N, limit) = crm.device, len(prompts), uniform.shape
+        self.uniform = torch.from_numpy(uniform).to(device)
+        # what is written, for all N rows
+        self.tokens = torch.full((N, limit), int(crm.end[-1]), device=device)
+        self.logp = torch.zeros(N, limit, device=device)
+        self.lengths = torch.zeros(N, dtype=torch.long, device=device)
+        self.done = torch.zeros(N, dtype=torch.bool, device=device)
+        # the rows that are still in the batch
+        self.shape = P, G
+        self.rows = torch.arange(N, device=device)
+        self.token = torch.zeros(N, dtype=torch.long, device=device)    # the newest token of each
+        self.t = torch.zeros(1, dtype=torch.long, device=device)        # completion tokens in the caches
+        self.written, self.room = 0, ROOM[device.type]                  # the same number, on the host
+        self.replay: Callable | None = None                             # the step's CUDA graph
+        self.warm = False                                               # whether this shape's step has run
+
+        hidden, caches = prefill(crm, prompts)
+        lengths = torch.tensor([len(p.ids) for p in prompts], device=device)
+        self.position = torch.stack([p.positions.max() + 1 for p in prompts])               # (P,)
+        self.caches = [LayerCache(keys, values, G, self.room) for keys, values in caches]
+        L = caches[0][0].shape[2]
+        hidden_keys = torch.arange(L + self.room, device=device) >= lengths[:, None]    # padding, and the future
+        bias = torch.zeros(hidden_keys.shape, device=device).masked_fill(hidden_keys, -torch.inf)
+        self.bias = rearrange(bias, "p l -> p 1 1 1 l")
+        self.write(repeat(hidden, "p d -> (p g) d", g=G))
+
+    def advance(self) -> None:
+        """One more token per row. The first step of a shape runs as it is written, which readies libraries;
+        with graphs the second is recorded, and from then on replayed."""
+        if self.written == self.caches[0].own_keys.shape[3]:
+            for cache in self.caches:
+                cache.grow(self.room)
+            self.bias = pad(self.bias, (0, self.room), value=-torch.inf)
+            self.replay, self.warm = None, False
+        if self.graphs and self.warm and self.replay is None:
+            self.replay = record(self.step)
+        (self.replay or self.step)()
+        self.written, self.warm = self.written + 1, True
+
+    def step(self) -> None:
+        """The newest token of every row goes through the model, and the next one is drawn. All that changes
+        from step to step is in tensors that stay in place."""
+        model, (P, G) = self.crm.model.model.language_model, self.shape
+        self.bias.index_fill_(4, self.bias.shape[-1] - self.caches[0].own_keys.shape[3] + self.t, 0.0)
         x = model.embed_tokens(self.token)                                                      # (n, D)
         position = repeat(self.position + self.t, "p -> three (p g) 1", three=3, g=G)
         cos, sin = (c[:, 0] for c in model.rotary_emb(x, position))                             # (n, d)
-        for layer, (keys, values, own_keys, own_values) in zip(model.layers, self.layers):
-            attention, h, d = layer.self_attn, layer.input_layernorm(x), keys.shape[-1]
-            q, key = apply_rotary_pos_emb(rearrange(attention.q_proj(h), "n (h d) -> n h d", d=d),
-                                          rearrange(attention.k_proj(h), "n (k d) -> n k d", d=d), cos, sin)
-            value = rearrange(attention.v_proj(h), "n (k d) -> n k d", d=d)
-            for own, new in ((own_keys, key), (own_values, value)):
-                own.index_copy_(3, self.t, rearrange(new, "(p g) k d -> p k g 1 d", p=P))
-            q = rearrange(q * attention.scaling, "(p g) (k r) d -> p k g r d", p=P, k=keys.shape[1])
-            scores = torch.cat([(q.flatten(2, 3) @ keys.mT).unflatten(2, (G, -1)),
-                                q @ own_keys[..., :seen, :].mT], -1).add_(self.bias[..., :L + seen])
-            weights = scores.softmax(-1, dtype=torch.float32).to(x.dtype)
-            out = (weights[..., :L].flatten(2, 3) @ values).unflatten(2, (G, -1))
-            out += weights[..., L:] @ own_values[..., :seen, :]
+        for layer, cache in zip(model.layers, self.caches):
+            attention, h, d = layer.self_attn, layer.input_layernorm(x), cache.own_keys.shape[-1]
+            q, key, value = (projection(h).unflatten(-1, (-1, d)) for projection in
+                             (attention.q_proj, attention.k_proj, attention.v_proj))            # (n, heads, d)
+            q, key = apply_rotary_pos_emb(q, key, cos, sin)
+            cache.write(self.t, *(rearrange(new, "(p g) k d -> p k g d", p=P) for new in (key, value)))
+            q = rearrange(q, "(p g) (k r) d -> p k g r d", p=P, k=key.shape[1])
+            out = attend(q, cache, self.bias, attention.scaling)
             x = x + attention.o_proj(rearrange(out, "p k g r d -> (p g) (k r d)"))
             x = x + layer.mlp(layer.post_attention_layernorm(x))
         self.t += 1
-        self._write(model.norm(x))
+        self.write(model.norm(x))
 
-    def _write(self, hidden) -> None:
+    def write(self, hidden: torch.Tensor) -> None:
         """Draw token t of every row in the batch; write it down unless the row has ended. hidden (n, D)."""
         at = self.rows, self.t
         token, logp = draw(self.crm.logits(hidden, self.temperature), self.uniform[at], self.temperature)
@@ -165,3 +212,63 @@ class Sampler:
         self.lengths[self.rows] += ~ended
         self.done[self.rows] = ended | torch.isin(token, self.crm.end)
         self.token.copy_(token)
+
+    def drop_finished(self) -> None:
+        """Take finished rows out of the batch once that frees a quarter of it. It stays a rectangle: every
+        prompt that remains keeps as many rows as the one with the most unfinished."""
+        P, G = self.shape
+        live = ~self.done[self.rows].view(P, G)
+        unfinished = live.sum(1)
+        p, g = int((unfinished > 0).sum()), int(unfinished.max())
+        if p * g > 0.75 * P * G:
+            return
+        prompts = unfinished.argsort(descending=True, stable=True)[:p]
+        rows = live[prompts].sort(dim=1, descending=True, stable=True).indices[:, :g]           # (p, g)
+        stay = (prompts[:, None] * G + rows).flatten()
+        self.shape, self.replay, self.warm = (p, g), None, False
+        self.rows, self.token = self.rows[stay], self.token[stay]
+        self.position, self.bias = self.position[prompts], self.bias[prompts]
+        for cache in self.caches:
+            cache.keep(prompts, rows)
+
+    def groups(self, prompts: Sequence[Prompt], tokenizer) -> list[Group]:
+        """What was written, one Group per prompt. FloatingPointError where the model's logits were not finite."""
+        lengths, done = self.lengths.cpu(), self.done.cpu()
+        split = (rearrange(x, "(p g) ... -> p g ...", p=len(prompts)) for x in
+                 (self.tokens, self.logp, lengths, done))
+        groups = []
+        for prompt, tokens, logp, lengths, done in zip(prompts, *split):
+            width = int(lengths.max())
+            tokens, logp = tokens[:, :width].clone(), logp[:, :width].clone()
+            if not logp.isfinite().all():
+                raise FloatingPointError("the model's logits are not finite: its weights or its input are broken")
+            # without the token that ends it; a special token anywhere else stays visible, and costs the format
+            texts = [tokenizer.decode(row[:n - ended]) for row, n, ended in zip(tokens, lengths, done.long())]
+            groups.append(Group(prompt, tokens, lengths, logp, done, texts))
+        return groups
+
+
+def prefill(crm: CRM, prompts: Sequence[Prompt]):
+    """Each prompt once through the model -> the hidden state of its last token (P, D), and of every layer the
+    keys and values (P, k, L, d), padded on the right."""
+    hidden, layers = [], [([], []) for _ in crm.model.model.language_model.layers]
+    for prompt, features in zip(prompts, crm.image_features(prompts)):
+        x, positions = crm.embed(prompt, features)
+        out = crm.model.model.language_model(inputs_embeds=x[None], position_ids=positions[:, None],
+                                             use_cache=True)
+        hidden.append(out.last_hidden_state[0, -1])
+        for layer, cache in zip(layers, out.past_key_values.layers):
+            for side, kept in zip(layer, (cache.keys, cache.values)):
+                side.append(kept[0])                                                            # (k, l, d)
+    L = max(len(p.ids) for p in prompts)
+    padded = [tuple(torch.stack([pad(x, (0, 0, 0, L - x.shape[1])) for x in side]) for side in layer)
+              for layer in layers]
+    return torch.stack(hidden), padded
+
+
+def record(step: Callable[[], None]) -> Callable[[], None]:
+    """step as a CUDA graph: replaying it runs the same kernels on the same memory. Recording runs nothing."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay

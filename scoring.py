@@ -1,135 +1,208 @@
-"""Attention in a tree: many answers to one prompt, computed together.
+"""Scoring: the log-probabilities of given completions, differentiable, one prompt's group in one sequence.
 
-Scoring runs over a stream: packs laid end to end, each [prompt | answer 1 | … | answer g]. An answer's token
-sees its prompt and the earlier tokens of its own answer; a prompt sees itself; packs do not see each other.
-Three ways to compute the same numbers, picked by name:
+    logp(crm, group, rows=range(8))             # (g, T)
+    for pack in make_packs(groups, 8192):       # packs of some rows of some groups, to bound the memory
+        for logp, entropy in score(crm, pack): ...
 
-    dense   one S x S mask over the whole stream: slow, obvious, the oracle in the tests
-    rows    prompts attend causally, then every answer to [its prompt | itself]: little more than is needed
-    flex    FlexAttention with a block mask, compiled: for CUDA, not yet measured
+A packed sequence is [prompt | completion 1 | … | completion g], group after group, so a prompt and its image
+are computed once for all of its completions. Who attends to whom:
 
-sampling.py keeps the same tree as a cache: a prompt's keys and values once, its answers' beside them.
+    a prompt's token       to its prompt so far                      causal
+    a completion's token   to its prompt and its completion so far   causal_lower_right(T, L + T)
 
-Shapes: S tokens in the stream, B packs, L longest prompt, N answers, T longest answer, h query heads, k key
-heads, r = h / k, d head size.
+The completions of one prompt are one call of the attention kernel: their keys are [prompt | own tokens] without
+padding in between, so the plain causal mask, aligned at the lower right, is all it takes. Everything else in a
+transformer acts on each token by itself. Positions continue from the prompt's (CRM.embed).
+
+Only the positions that predict a completion's token go through the vocabulary projection, in chunks:
+log softmax in float32, logp = logit - logsumexp. Nothing of shape (N, T, V) ever exists.
+
+Read next: train_grpo.py.
+
+Shapes: g completions of L prompt tokens, T tokens in the longest, S tokens in the packed sequence, n completion
+tokens in it, h query heads, k key heads, d head size, V vocabulary, D hidden.
 """
 from collections.abc import Sequence
-from functools import lru_cache
+from dataclasses import dataclass
 
 import torch
-from einops import rearrange, repeat
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-KINDS = ("rows", "dense", "flex")
-BATCHES = 4             # of answers of similar length, so that little is padding
+from crm import CRM, Group, Prompt
+
+LOGITS_KEPT = 2 ** 26                       # float32 logits kept for the backward pass: 256 MB
+LOGITS_CHUNK = {"cpu": 2 ** 21, "cuda": 2 ** 26}        # computed at once: on a CPU, what its cache holds
+
+Pack = list[tuple[Group, list[int]]]        # some rows of some groups
 
 
-def take(x, where):
-    """x[where] along the first axis, of which backward is twice as fast."""
-    return x.index_select(0, where.flatten()).unflatten(0, where.shape)
+# ---------------------------------------------------------------- attention in a packed sequence
+
+@dataclass
+class Span:
+    """Where one prompt and its completions lie in a packed sequence."""
+    prompt: slice
+    tokens: torch.Tensor | None     # (g, T) index of each completion token; past a length: of the last one
+    real: torch.Tensor | None       # (n,) index of the real tokens in tokens.flatten(), in sequence order
 
 
-class Tree:
-    """Who sees whom in a stream.
-
-    packs: for each pack the length of its prompt and of its answers. like: a tensor of the stream's device
-    and type. r: query heads a key head. keep: collect the prompts' keys and values of every layer,
-    (B, L, k, d) each, in self.kept."""
-
-    def __init__(self, packs: Sequence[tuple[int, Sequence[int]]], kind: str, like, r: int, keep=False):
-        prompts, answers, owner, at, device = [], [], [], 0, like.device
-        for b, (length, others) in enumerate(packs):
-            prompts.append(torch.arange(at, at := at + length))
-            for n in others:
-                answers.append(torch.arange(at, at := at + n))
-                owner.append(b)
-        self.size, self.kind, self.kept = at, kind, [] if keep else None
-        if kind == "rows" or keep:
-            self._rows(prompts, answers, owner, like, r)
-        if kind != "rows":
-            self.pack, self.segment = torch.zeros(2, at, dtype=torch.long)  # segment 0 is the prompt
-            for b, where in [*enumerate(prompts), *zip(owner, answers)]:
-                self.pack[where] = b
-            for i, where in enumerate(answers):
-                self.segment[where] = i + 1
-            self.pack, self.segment = self.pack.to(device), self.segment.to(device)
-            i = torch.arange(at, device=device)
-            self.mask = self._see(i[:, None], i) if kind == "dense" else _block_mask(self._see, at, device)
-
-    def _see(self, query, key):
-        same = (self.segment[key] == 0) | (self.segment[key] == self.segment[query])
-        return same & (self.pack[key] == self.pack[query]) & (key <= query)
-
-    def _rows(self, prompts, answers, owner, like, r):
-        """Where in the stream each prompt (B, L) is and, in a few batches of similar length, each answer
-        (n, T), padded with 0; the bias (n, 1, r T, L + T) that hides all but its prompt and itself."""
-        device, L, width = like.device, max(map(len, prompts)), torch.tensor([len(p) for p in prompts])
-        owner = torch.tensor(owner)
-        self.prompts, self.answers = pad_sequence(prompts, True).to(device), []
-        place, end = [b * L + torch.arange(len(p)) for b, p in enumerate(prompts)], len(prompts) * L
-        order = sorted(range(len(answers)), key=lambda i: len(answers[i]))
-        size = -(-len(order) // BATCHES) or 1
-        for some in (order[i:i + size] for i in range(0, len(order), size)):
-            where = pad_sequence([answers[i] for i in some], True)
-            T = where.shape[1]
-            i, j = torch.arange(T)[:, None], torch.arange(L + T)
-            seen = (j < width[owner[some], None, None]) | (j >= L) & (j - L <= i)           # (n, T, L + T)
-            # CUDA's kernels would copy, each time, a bias whose rows are no multiple of 8
-            bias = like.new_zeros(len(some), 1, r * T, -(-(L + T) // 8) * 8)[..., :L + T]
-            bias.masked_fill_(~seen.repeat(1, r, 1)[:, None].to(device), -torch.inf)
-            self.answers.append((where.to(device), owner[some].to(device), bias))
-            place += [end + n * T + torch.arange(len(answers[i])) for n, i in enumerate(some)]
-            end += where.numel()
-        self.back = torch.empty(self.size, dtype=torch.long)    # stream -> (B L + n T + …): undoes the gather
-        self.back[torch.cat(prompts + [answers[i] for i in order])] = torch.cat(place)
-        self.back = self.back.to(device)
-
-    def attend(self, q, k, v, scale: float):
-        """q (1, h, S, d), k and v (1, k, S, d), rotated -> (1, S, h, d)."""
-        if self.kept is not None:
-            self.kept.append(tuple(x[0].transpose(0, 1)[self.prompts] for x in (k, v)))
-        if self.kind == "flex":                                 # whose own scale is the same, and a constant
-            return _flex()(q, k, v, block_mask=self.mask, enable_gqa=True).transpose(1, 2)
-        r = q.shape[1] // k.shape[1]
-        if self.kind == "dense":
-            k, v = (x.repeat_interleave(r, 1) for x in (k, v))
-            return sdpa(q, k, v, attn_mask=self.mask, scale=scale).transpose(1, 2)
-        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))                                 # (S, heads, d)
-        q_prompt, k_prompt, v_prompt = (take(x, self.prompts) for x in (q, k, v))           # (B, L, heads, d)
-        heads_first = "b l k d -> b k l d"
-        out = sdpa(rearrange(q_prompt, heads_first), repeat(k_prompt, "b l k d -> b (k r) l d", r=r),
-                   repeat(v_prompt, "b l k d -> b (k r) l d", r=r), is_causal=True, scale=scale)
-        out = [rearrange(out, "b h l d -> (b l) h d")]          # padding sits on the right: causal is enough
-        for where, owner, bias in self.answers:
-            keys, values = (rearrange(torch.cat([take(p, owner), take(x, where)], 1), heads_first)
-                            for p, x in ((k_prompt, k), (v_prompt, v)))                     # (n, k, L + T, d)
-            own = sdpa(rearrange(take(q, where), "n t (k r) d -> n k (r t) d", r=r), keys, values,
-                       attn_mask=bias, scale=scale)                             # key heads not copied r times
-            out.append(rearrange(own, "n k (r t) d -> (n t) (k r) d", r=r))
-        return take(torch.cat(out), self.back)[None]
+def lay_out(prompt_lengths: Sequence[int], completion_lengths: Sequence[Sequence[int]], device) -> list[Span]:
+    spans, end = [], 0
+    for L, lengths in zip(prompt_lengths, completion_lengths):
+        prompt, end = slice(end, end + L), end + L
+        if not len(lengths):
+            spans.append(Span(prompt, None, None))
+            continue
+        lengths = torch.as_tensor(lengths)
+        starts = end + lengths.cumsum(0) - lengths
+        j = torch.arange(int(lengths.max()))                                        # (T,)
+        tokens = starts[:, None] + torch.minimum(j, lengths[:, None] - 1)           # (g, T)
+        real = (j < lengths[:, None]).flatten().nonzero()[:, 0]
+        spans.append(Span(prompt, tokens.to(device), real.to(device)))
+        end += int(lengths.sum())
+    return spans
 
 
-@lru_cache(1)
-def _flex():
-    from torch.nn.attention.flex_attention import flex_attention
-    return torch.compile(flex_attention, dynamic=True)
+def packed_attention(module, q, k, v, attention_mask, scaling=None, **options):
+    """What transformers calls in every layer: q (1, h, S, d), k, v (1, k, S, d), already rotated
+    -> (1, S, h, d). attention_mask is our list of Spans; anything else is ordinary attention."""
+    if not isinstance(attention_mask, list):
+        return sdpa_attention_forward(module, q, k, v, attention_mask, scaling=scaling, **options)
+    out = []
+    for span in attention_mask:
+        q_prompt, k_prompt, v_prompt = (x[:, :, span.prompt] for x in (q, k, v))
+        prompt = sdpa(q_prompt, k_prompt, v_prompt, is_causal=True, scale=scaling, enable_gqa=True)
+        out.append(prompt[0].transpose(0, 1))                                       # (L, h, d)
+        if span.tokens is not None:
+            own_q, own_k, own_v = (pick_rows(x, span.tokens) for x in (q, k, v))    # (g, heads, T, d)
+            (g, T), L = span.tokens.shape, k_prompt.shape[2]
+            keys, values = (torch.cat([x.expand(g, -1, -1, -1), own], dim=2)        # (g, k, L + T, d)
+                            for x, own in ((k_prompt, own_k), (v_prompt, own_v)))
+            own = sdpa(own_q, keys, values, attn_mask=causal_lower_right(T, L + T), scale=scaling,
+                       enable_gqa=True)                                             # (g, h, T, d)
+            out.append(own.transpose(1, 2).flatten(0, 1).index_select(0, span.real))
+    return torch.cat(out)[None], None
 
 
-def _block_mask(see, size, device):
-    from torch.nn.attention.flex_attention import create_block_mask
-    return create_block_mask(lambda _, __, query, key: see(query, key), None, None, size, size, device=device)
+def pick_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """(1, heads, S, d), index (g, T) -> (g, heads, T, d). index_select's backward is twice as fast as x[index]'s."""
+    return x[0].transpose(0, 1).index_select(0, index.flatten()).unflatten(0, index.shape).transpose(1, 2)
 
 
-def tree_attention(module, query, key, value, attention_mask, scaling=None, **options):
-    """What transformers calls in every attention layer; attention_mask is a Tree, or what sdpa takes."""
-    if isinstance(attention_mask, Tree):
-        return attention_mask.attend(query, key, value, scaling), None
-    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
+AttentionInterface.register("packed", packed_attention)
+AttentionMaskInterface.register("packed", sdpa_mask)
 
 
-AttentionInterface.register("tree", tree_attention)
-AttentionMaskInterface.register("tree", sdpa_mask)
+def packed_forward(crm: CRM, prompts: Sequence[Prompt], completions: Sequence[Sequence[torch.Tensor]]):
+    """[prompt | its completions], prompt after prompt, through the language model -> hidden states (S, D)."""
+    model = crm.model.model.language_model
+    model.set_attn_implementation("packed")         # every attention layer calls packed_attention above
+    parts = [crm.embed(*each) for each in zip(prompts, crm.image_features(prompts), completions)]
+    x, positions = torch.cat([x for x, _ in parts]), torch.cat([p for _, p in parts], dim=1)
+    spans = lay_out([len(p.ids) for p in prompts], [[len(c) for c in own] for own in completions], x.device)
+    mask = dict.fromkeys(model.config.layer_types, spans)
+    return model(inputs_embeds=x[None], attention_mask=mask, position_ids=positions[:, None],
+                 use_cache=False).last_hidden_state[0]
+
+
+# ---------------------------------------------------------------- log-probabilities
+
+def score(crm: CRM, pack: Pack, temperature: float = 1.0, entropy_gradient: bool = False):
+    """[(logp (g, T), entropy (g, T))] of a pack's completions, zero past each length.
+
+    entropy: that of the whole distribution, sum of -p log p; without gradient unless asked for."""
+    return crm.run(_score, crm, pack, temperature, entropy_gradient)
+
+
+def _score(crm, pack, temperature, entropy_gradient):
+    crm.model.train(crm.checkpointing and torch.is_grad_enabled())  # transformers checkpoints in train mode only
+    completions, predictors, masks, start = [], [], [], 0
+    for group, rows in pack:
+        lengths, L = group.lengths[list(rows)], len(group.prompt.ids)
+        completions.append([group.tokens[row, :n] for row, n in zip(rows, lengths.tolist())])
+        mask = torch.arange(group.tokens.shape[1]) < lengths[:, None]               # (g, T)
+        j, n = mask.nonzero()[:, 1], int(lengths.sum())     # each token's place in its completion
+        # the token before predicts the next; a completion's first is predicted by the prompt's last
+        before = start + L - 1 + torch.where(j == 0, 0, torch.arange(n))
+        predictors.append(before.to(crm.device))
+        masks.append(mask.to(crm.device))
+        start += L + n
+    hidden = packed_forward(crm, [group.prompt for group, _ in pack], completions)
+    targets = torch.cat([tokens for own in completions for tokens in own])
+    logp, entropy = token_logp(crm, hidden[torch.cat(predictors)], targets, temperature, entropy_gradient)
+    sizes = [len(x) for x in predictors]
+    return [tuple(torch.zeros(mask.shape, device=crm.device).masked_scatter(mask, x) for x in pair)
+            for mask, *pair in zip(masks, logp.split(sizes), entropy.split(sizes))]
+
+
+def token_logp(crm: CRM, hidden, targets, temperature: float, entropy_gradient: bool = False):
+    """hidden (n, D), targets (n,) -> log-probability of each target and entropy of its distribution, (n,) each.
+    In chunks, which are recomputed in the backward pass where n x V float32 logits are too many to keep."""
+    def chunk(h, target):
+        logits = crm.logits(h, temperature)                                         # (c, V)
+        total = logits.logsumexp(-1)
+        logp = logits.gather(1, target[:, None])[:, 0] - total
+        with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
+            p = (logits - total[:, None]).exp()
+            entropy = total - torch.einsum("nv,nv->n", p, logits)                   # sum of -p log p
+        return logp, entropy
+
+    size = max(1, LOGITS_CHUNK[crm.device.type] // crm.vocabulary)
+    recompute = torch.is_grad_enabled() and len(hidden) * crm.vocabulary > LOGITS_KEPT
+    parts = [checkpoint(chunk, *part, use_reentrant=False) if recompute else chunk(*part)
+             for part in zip(hidden.split(size), targets.split(size))]
+    logp, entropy = zip(*parts)
+    return torch.cat(logp), torch.cat(entropy)
+
+
+def logp(crm: CRM, group: Group, rows: Sequence[int], temperature: float = 1.0) -> torch.Tensor:
+    """Log-probabilities of the tokens of some rows of a group, (g, T), zero past each length; differentiable."""
+    return score(crm, [(group, list(rows))], temperature)[0][0]
+
+
+@torch.no_grad()
+def all_logp(crm: CRM, groups: Sequence[Group], pack_tokens: int, temperature: float) -> list[torch.Tensor]:
+    """Log-probabilities of all completions of some groups, (G, T) each, without gradient."""
+    out = {id(group): torch.zeros_like(group.logp) for group in groups}
+    for pack in make_packs(groups, pack_tokens):
+        for (group, rows), (logp, _) in zip(pack, score(crm, pack, temperature)):
+            out[id(group)][rows] = logp
+    return list(out.values())
+
+
+# ---------------------------------------------------------------- groups and packs
+
+def group_of(crm: CRM, prompt: Prompt, texts: Sequence[str]) -> Group:
+    """Given completions as a group, each of them ended: for supervised training, and to score others' texts."""
+    rows = [torch.tensor(crm.tokenizer(text, split_special_tokens=True).input_ids + [int(crm.end[0])],
+                         device=crm.device) for text in texts]
+    tokens = pad_sequence(rows, batch_first=True, padding_value=int(crm.end[-1]))
+    lengths = torch.tensor([len(row) for row in rows])
+    return Group(prompt, tokens, lengths, torch.zeros(tokens.shape, device=crm.device), lengths > 0, list(texts))
+
+
+def make_packs(groups: Sequence[Group], most_tokens: int) -> list[Pack]:
+    """All rows of some groups, in packs of at most `most_tokens` tokens.
+
+    A group that does not fit into what is left begins a new pack. Only one that fits into none is cut, and its
+    prompt repeated. A single completion is never cut."""
+    packs, used = [], most_tokens
+    for group in groups:
+        prompt, lengths = len(group.prompt.ids), group.lengths.tolist()
+        begin = used + prompt + sum(lengths) > most_tokens
+        for row, length in enumerate(lengths):
+            if begin or used + length > most_tokens:
+                packs.append([])
+                used, begin = 0, False
+            if not packs[-1] or packs[-1][-1][0] is not group:
+                packs[-1].append((group, []))
+                used += prompt
+            packs[-1][-1][1].append(row)
+            used += length
+    return packs

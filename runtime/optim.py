@@ -1,4 +1,10 @@
-"""AdamW on float32 master weights, with gradients summed over ranks."""
+"""AdamW on float32 master weights, with gradients summed over ranks.
+
+A bfloat16 weight near 1 cannot move by 1e-6: the update would round away. So where the model computes in
+bfloat16, AdamW owns a float32 copy of every trainable parameter, gradients are added up in float32 as the
+backward pass makes them, and the model's weights are the copy's rounding. Where the model is float32, and under
+FSDP, whose shards are, there is no copy.
+"""
 import math
 from pathlib import Path
 
@@ -7,91 +13,113 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+BUCKET = 2 ** 26        # elements summed over ranks at once
+STATE = ("masters", "exp_avg", "exp_avg_sq", "step")
+
 
 class Optimizer:
-    """AdamW on float32 master weights, gradients summed over ranks.
+    """parameters: {name: parameter}. sharded: they are FSDP's, which sums gradients over ranks by itself.
+    offload: the float32 copies and AdamW's moments live in host memory (12 bytes per weight that the GPU then
+    has for other things); gradients are still summed on the GPU."""
 
-    A bfloat16 weight near 1 cannot move by 1e-6: the update would round away. So where the model computes in
-    bfloat16, AdamW owns a float32 copy of every trainable parameter, gradients are added up in float32 on it
-    as backward makes them, and the model's weights are its rounding. Where the model is float32 (and under
-    FSDP, whose shards are) there is no copy. offload: the copies, their gradients and AdamW's moments live in
-    host memory, 16 bytes a weight that the GPU then has for other things. kind: what `spread` returned."""
-
-    def __init__(self, parameters: dict[str, torch.nn.Parameter], weight_decay: float = 0.01, kind="none",
-                 offload: bool = False):
-        self.names, self.models = list(parameters), list(parameters.values())
-        self.kind = kind
-        self.size = sum(p.numel() for p in self.models)
-        home = torch.device("cpu") if offload else self.models[0].device
-        self.masters = [p if (p.dtype, p.device) == (torch.float32, home) else
-                        p.detach().to(home, torch.float32).requires_grad_() for p in self.models]
-        for p, master in self._copies():
-            p.register_post_accumulate_grad_hook(lambda p, master=master: self._hand_over(p, master))
+    def __init__(self, parameters: dict[str, torch.nn.Parameter], weight_decay: float = 0.01,
+                 sharded: bool = False, offload: bool = False):
+        self.names, self.parameters = list(parameters), list(parameters.values())
+        self.sharded, self.size = sharded, sum(p.numel() for p in self.parameters)
+        home = torch.device("cpu") if offload else self.parameters[0].device
+        self.masters, self.sums = [], [None] * len(self.parameters)     # sums: gradients of those with a copy
+        for i, p in enumerate(self.parameters):
+            if p.dtype == torch.float32 and p.device == home:
+                self.masters.append(p)
+            else:
+                self.masters.append(p.detach().to(home, torch.float32).requires_grad_())
+                p.register_post_accumulate_grad_hook(lambda p, i=i: self._add_up(p, i))
         self.adamw = torch.optim.AdamW(self.masters, lr=0.0, weight_decay=weight_decay,
                                        fused=offload or home.type == "cuda")
 
-    def _copies(self):
-        return [(p, master) for p, master in zip(self.models, self.masters) if master is not p]
-
-    @staticmethod
-    def _hand_over(p, master):
-        gradient = p.grad.to(master)            # its type and place
-        master.grad = gradient if master.grad is None else master.grad.add_(gradient)
-        p.grad = None
+    def _add_up(self, p, i: int) -> None:
+        gradient, p.grad = p.grad.float(), None
+        self.sums[i] = gradient if self.sums[i] is None else self.sums[i].add_(gradient)
 
     @torch.no_grad()
     def step(self, lr: float, max_norm: float) -> float:
-        """One update with the gradients added up since the last; their norm before clipping.
+        """One update with the gradients added up since the last one -> their norm before clipping.
         Where that is not finite, on any rank, nothing moves."""
-        for model, p in zip(self.models, self.masters):     # a sum, no mean: a loss's weights span all ranks
-            if self.kind == "none" and dist.is_initialized():
-                total = (torch.zeros_like(p) if p.grad is None else p.grad).to(model.device)
-                dist.all_reduce(total)
-                p.grad = total.to(p.device)
-            elif self.kind != "none" and p.grad is not None:
-                p.grad.mul_(dist.get_world_size())
-        norm = torch.nn.utils.clip_grad_norm_(self.masters, max_norm)
+        gradients = [p.grad if p is master else total
+                     for p, master, total in zip(self.parameters, self.masters, self.sums)]
+        if dist.is_initialized():
+            gradients = self._sum_over_ranks(gradients)
+        norm = torch.nn.utils.get_total_norm([g for g in gradients if g is not None])
         norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-        for group in self.adamw.param_groups:
-            group["lr"] = lr
         if math.isfinite(norm):
+            scale = min(1.0, max_norm / (norm + 1e-6))
+            for master, gradient in zip(self.masters, gradients):
+                master.grad = None if gradient is None else gradient.mul_(scale).to(master.device)
+            for group in self.adamw.param_groups:
+                group["lr"] = lr
             self.adamw.step()
+            self._copy_to_model()
         self.adamw.zero_grad(set_to_none=True)
-        for p, master in self._copies():
-            p.copy_(master)
+        self.sums = [None] * len(self.sums)
         return norm
+
+    def _sum_over_ranks(self, gradients: list) -> list:
+        """The sum, not the mean: a loss's weights span the tokens of all ranks."""
+        if self.sharded:                            # reduced to the mean in the backward pass
+            return [g if g is None else g.mul_(dist.get_world_size()) for g in gradients]
+        gradients = [torch.zeros_like(p, dtype=torch.float32) if g is None else g
+                     for g, p in zip(gradients, self.parameters)]
+        first = 0
+        while first < len(gradients):
+            last, size = first, 0
+            while last < len(gradients) and (size == 0 or size + gradients[last].numel() <= BUCKET):
+                size, last = size + gradients[last].numel(), last + 1
+            flat = torch.cat([g.flatten() for g in gradients[first:last]])
+            dist.all_reduce(flat)
+            for g, part in zip(gradients[first:last], flat.split([g.numel() for g in gradients[first:last]])):
+                g.copy_(part.view_as(g))
+            first = last
+        return gradients
+
+    def _copy_to_model(self) -> None:
+        for p, master in zip(self.parameters, self.masters):
+            if p is not master:
+                p.copy_(master)
+
+    # ------------------------------------------------------------ checkpoints
 
     def _state(self) -> dict:
         """{"masters", "exp_avg", "exp_avg_sq", "step": {name: tensor}}, AdamW's own tensors."""
-        for p in self.masters:                  # AdamW makes its state at the first update
+        for p in self.masters:                      # AdamW makes its state at the first update
             if p not in self.adamw.state:
                 self.adamw.state[p] = {"step": torch.zeros((), device=p.device if p.is_cuda else "cpu"),
                                        "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-        held = [{"masters": p.detach(), **self.adamw.state[p]} for p in self.masters]
-        return {key: {name: one[key] for name, one in zip(self.names, held)}
-                for key in ("masters", "exp_avg", "exp_avg_sq", "step")}
+        held = {name: {"masters": p.detach(), **self.adamw.state[p]} for name, p in zip(self.names, self.masters)}
+        return {key: {name: state[key] for name, state in held.items()} for key in STATE}
 
     def save(self, folder: Path, step: int, rank: int) -> None:
-        """trainer.pt by rank 0, with all; under FSDP the tensors go to optimizer/, every rank its part."""
-        if self.kind == "fsdp":
+        """trainer.pt by rank 0, with everything; of a sharded model every rank writes its part to optimizer/."""
+        if self.sharded:
             dcp.save(self._state(), checkpoint_id=folder / "optimizer")
         if rank == 0:
-            torch.save({"step": step} | ({} if self.kind == "fsdp" else {"optimizer": self._state()}),
-                       folder / "trainer.pt")
+            state = {} if self.sharded else {"optimizer": self._state()}
+            torch.save({"step": step, **state}, folder / "trainer.pt")
 
     @torch.no_grad()
     def load(self, folder: Path, saved: dict) -> None:
-        """What `save` wrote, on any number of ranks and of any kind. saved: its trainer.pt."""
+        """What `save` wrote, on any number of ranks, sharded or not. saved: its trainer.pt.
+        ValueError when other parameters were trained."""
         own = self._state()
         if "optimizer" in saved:
+            if set(saved["optimizer"]["masters"]) != set(self.names):
+                raise ValueError(f"--resume: {folder} trained other parameters; give the same --trainable, "
+                                 "--lora-rank and --freeze-vision")
             for key, tensors in own.items():
                 for name, tensor in tensors.items():
                     full = saved["optimizer"][key][name].to(tensor.device)
                     if isinstance(tensor, DTensor):         # every rank read the whole: nothing to send
-                        full = distribute_tensor(full, tensor.device_mesh, tensor.placements,
-                                                 src_data_rank=None)
+                        full = distribute_tensor(full, tensor.device_mesh, tensor.placements, src_data_rank=None)
                     tensor.copy_(full)
         else:
             dcp.load(own, checkpoint_id=folder / "optimizer")
-        for p, master in self._copies():
-            p.copy_(master)
+        self._copy_to_model()
