@@ -33,20 +33,19 @@ HOST_CACHE_BYTES = 4 * 2 ** 30          # keys and values of the prompts sampled
 
 @torch.no_grad()
 def sample(crm: CRM, prompts: Sequence[Prompt], G: int, max_new_tokens: int = 512, temperature: float = 1.0,
-           seed: int | Sequence[tuple[int, ...]] = 0, graphs: bool | None = None) -> list[Group]:
+           seed: int | Sequence[tuple[int, ...]] = 0, graphs: bool = True) -> list[Group]:
     """G completions of each prompt; temperature 0 takes the most likely token.
 
     seed: one number, or one tuple of numbers per prompt. Row g of a prompt draws from a stream of its own, so a
     completion depends neither on the other rows nor on how many prompts are sampled at once.
-    graphs: replay the step as a CUDA graph (None: on a GPU)."""
+    graphs: on a GPU, replay the step as a CUDA graph."""
     crm.model.eval()
     seeds = [(seed, i) for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
     at_once, groups = prompts_at_once(crm, prompts, G, max_new_tokens), []
     for start in range(0, len(prompts), at_once):
         chunk = slice(start, start + at_once)
         uniform = [np.random.default_rng([*s, g]).random(max_new_tokens) for s in seeds[chunk] for g in range(G)]
-        batch = Batch(crm, prompts[chunk], G, np.stack(uniform), temperature,
-                      crm.device.type == "cuda" if graphs is None else graphs)
+        batch = Batch(crm, prompts[chunk], G, np.stack(uniform), temperature, graphs and crm.device.type == "cuda")
         for t in range(1, max_new_tokens):
             if t % CHECK_EVERY[crm.device.type] == 0:
                 if batch.done.all():

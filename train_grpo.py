@@ -53,8 +53,6 @@ class Config(RunConfig):                        # model, data, optimizer, evalua
     group: int = flag(8, "G, completions per prompt (paper: 16)", low=2)
     resample: int = flag(0, "how often groups of equal rewards are replaced by other prompts", low=0)
     cuda_graphs: bool = flag(True, "on a GPU, replay the sampler's step as a CUDA graph")
-    # rewards
-    official: bool = flag(False, "rewards as the released code computes them")
     # advantages and loss
     norm: str = flag("group", "advantages are divided by the std of the group, by nothing, or by that of the batch",
                      ("group", "none", "batch"))
@@ -203,13 +201,13 @@ def main(cfg: Config) -> None:
         if cfg.prompts % (ranks.world * cfg.minibatches):
             raise ValueError(f"--prompts {cfg.prompts}: give a multiple of ranks x --minibatches, "
                              f"{ranks.world} x {cfg.minibatches}; a whole group stays on one rank")
-        if not cfg.temperature:
-            raise ValueError("--temperature must be positive: equal completions leave nothing to compare")
         train, tests = load_splits(cfg)
         run = Run(cfg, ranks)
         asm = load_asm(cfg.asm, ranks.device) if "mask_dice" in factors else None
         crm, optimizer = build(cfg, ranks)
         first = run.begin(optimizer, cfg.steps)
+    formula, maximum = reward_formula(cfg.mode, factors)
+    print0(f"reward = {formula}, at most {maximum:g}")
     print0(f"{optimizer.size:,} trainable parameters on {ranks.world} x {ranks.device}, {len(train)} training "
            f"samples, {cfg.prompts} prompts x {cfg.group} completions per step -> {run.folder}")
     # a mini-batch is the same prompts on any number of ranks: each rank takes an equal part of every one
@@ -221,8 +219,7 @@ def main(cfg: Config) -> None:
         samples = [train[indices[p]] for p in places]
         prompts = [crm.encode(s.image, fill_prompt(template, s.query)) for s in samples]
         seeds = [(cfg.seed, 0, step, p, indices[p], attempt) for p in places]       # the same on any rank
-        groups = sample(crm, prompts, cfg.group, cfg.max_new_tokens, cfg.temperature, seeds,
-                        cfg.cuda_graphs and ranks.device.type == "cuda")
+        groups = sample(crm, prompts, cfg.group, cfg.max_new_tokens, cfg.temperature, seeds, cfg.cuda_graphs)
         return [reward(s, g, cfg, factors, asm) for s, g in zip(samples, groups)]
 
     if first == 0 and tests:
@@ -233,7 +230,7 @@ def main(cfg: Config) -> None:
 
         # 1. this rank's prompts, a pure function of seed and step; a group of completions of each, rewarded
         indices = sample_indices(len(train), cfg.prompts, cfg.seed, step)
-        with unsharded(crm):
+        with run.checkpoint_on_bad_row(step, crm, optimizer), unsharded(crm):
             batch = roll_out(places, indices, step)
             for attempt in range(1, cfg.resample + 1):              # replace groups that teach nothing
                 equal = [i for i, r in enumerate(batch) if r.rewards.min() == r.rewards.max()]
@@ -309,7 +306,7 @@ def main(cfg: Config) -> None:
         run.give_up_after(cfg.max_skipped)
         if stopped:
             break
-    run.finish(tests and not stopped)
+    run.finish(compare=bool(tests) and not stopped)
     ranks.stop()
 
 

@@ -14,7 +14,7 @@ import torch
 from data import STRIDE, fill_prompt, model_size, to_image, to_model
 from rewards import Answer, box_iou, parse_answer, point_dice, reward_terms, total_reward
 from runtime.parallel import Ranks
-from sampling import sample
+from sampling import sample as sample_groups
 
 Interval = namedtuple("Interval", "mean low high")
 
@@ -123,7 +123,7 @@ def ask(crm, samples, indexes, template: str, kinds: dict[str, tuple[int, float]
         prompts = [crm.encode(s.image, fill_prompt(template, s.query)) for s in chosen]
         for kind, (completions, temperature) in kinds.items():
             seeds = [(seed, 1, i) for i in part]
-            groups = sample(crm, prompts, completions, max_new_tokens, temperature, seeds)
+            groups = sample_groups(crm, prompts, completions, max_new_tokens, temperature, seeds)
             for i, sample, group in zip(part, chosen, groups):
                 yield kind, sample, group, prediction(sample, i, group.texts, group.prompt.frame, official)
 
