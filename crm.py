@@ -263,8 +263,7 @@ class CRM:
         if self.lora:
             self.lora.save_pretrained(Path(path) / "adapter")
         # a server's own resizing, and load_crm's, then give the frame that this model was trained in
-        self.image_processor.size = {**self.image_processor.size, "shortest_edge": self.min_pixels,
-                                     "longest_edge": self.max_pixels}
+        self.image_processor.size = {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels}
         for part in (self.tokenizer, self.image_processor):
             part.save_pretrained(path)
         frame = {"resize": self.resize, "min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
