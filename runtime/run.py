@@ -59,6 +59,7 @@ def load_splits(cfg: RunConfig):
         samples = load_samples(path, split, cfg.skip_bad_rows)
         if samples.skipped:
             print0(f"{path}, {split}: {len(samples.skipped)} bad rows skipped; first: {samples.skipped[0]}")
+        samples.check()                                 # what shows without images, now and not in hours
         return samples
 
     train = load(cfg.data, "train")

@@ -567,3 +567,16 @@ def test_in_the_model_frame_no_held_out_question_pays_for_pushing_its_points_apa
         for push in (0.2, 1, 10.01 - distance):
             dx, dy = (x2 - x1) / distance * push / 2, (y2 - y1) / distance * push / 2
             assert earned(((x1 - dx, y1 - dy), (x2 + dx, y2 + dy))) <= earned(points)
+
+
+def test_training_names_a_bad_row_before_it_starts(folder):
+    from types import SimpleNamespace
+
+    from runtime.run import load_splits
+    path = folder({}, {"mask": "no.png"}, {"split": "test"})
+    flags = SimpleNamespace(data=str(path), test_data=None, only="", skip_bad_rows=False, eval_every=1, eval_limit=0)
+    with pytest.raises(BadRow, match="line 2, mask: no such file"):
+        load_splits(flags)
+    flags.skip_bad_rows = True
+    train, test = load_splits(flags)
+    assert (len(train), len(test)) == (1, 1)
