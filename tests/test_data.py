@@ -580,3 +580,50 @@ def test_training_names_a_bad_row_before_it_starts(folder):
     flags.skip_bad_rows = True
     train, test = load_splits(flags)
     assert (len(train), len(test)) == (1, 1)
+
+
+def read_coco(path, split):
+    """A reader as a user would write it: annotations.json beside images/, polygons, the category as the question."""
+    from PIL import ImageDraw
+    coco = json.loads((path / "annotations.json").read_text())
+    images = {image["id"]: image for image in coco["images"]}
+    names = {category["id"]: category for category in coco["categories"]}
+    rows = []
+    for a in coco["annotations"]:
+        image, category = images[a["image_id"]], names[a["category_id"]]
+        drawn = Image.new("L", (image["width"], image["height"]))
+        for polygon in a["segmentation"]:
+            ImageDraw.Draw(drawn).polygon(polygon, fill=255)
+        rows.append({"where": f"{path}, annotation {a['id']}", "id": str(a["id"]), "problem": "", "extra": a,
+                     "query": f"Where is the {category['name']}?", "think": "", "category": category["name"],
+                     "supercategory": category.get("supercategory", ""), "bbox": None, "points": None,
+                     "image": path / "images" / image["file_name"], "mask": png(drawn)})
+    return (rows if split == "train" else []), ["train"]
+
+
+def test_a_new_reader_is_a_function_and_its_name(folder, monkeypatch):
+    from runtime import readers
+    path = folder({})
+    (path / "samples.jsonl").unlink()
+    (path / "annotations.json").write_text(json.dumps({
+        "images": [{"id": 7, "file_name": "a.png", "width": 60, "height": 40}],
+        "categories": [{"id": 1, "name": "liver", "supercategory": "Abdomen"}],
+        "annotations": [{"id": 3, "image_id": 7, "category_id": 1, "segmentation": [[10, 5, 29, 5, 29, 24, 10, 24]]}]}))
+    monkeypatch.setitem(readers.READERS, "annotations.json", read_coco)
+    sample = load_samples(path)[0]
+    assert sample.bbox == (10, 5, 30, 25) and sample.category == "liver" and sample.query == "Where is the liver?"
+    with pytest.raises(ValueError, match="splits there: train"):
+        load_samples(path, "test")
+
+
+@pytest.mark.parametrize("changes", [{"extra_info": "x"}, {"extra_info": None}, {"prompt": "text"}, {"prompt": None},
+                                     {"masks": None}, {"masks": "x"}, {"images": "x"}, {"images": [1]},
+                                     {"reward_model": None}, {"reward_model": "x"}, {"reward_model": {"a": 1}},
+                                     {"reward_model": {"ground_truth": 3}}, {"reward_model": {"ground_truth": "[1]"}},
+                                     truth(bbox_2d="x"), truth(bbox_2d={"a": 1}), truth(point_2d=[1, 2])])
+def test_columns_of_other_types_are_bad_rows_or_do_not_matter(tmp_path, changes):
+    samples = load_samples(write(tmp_path / "train.parquet", [umrg_row() | changes]))
+    try:
+        assert samples[0].query == "question 0"
+    except BadRow as error:
+        assert "train.parquet, row 0" in str(error) and len(str(error).splitlines()) == 1
