@@ -550,6 +550,8 @@ def test_python_data_py_prints_what_is_there_and_every_bad_row(folder, capsys):
         assert line in out
     assert Image.open(path / "sheet.png").size == (6 * 224, 224)
     assert main([str(path), "--split", "test"]) == 0
+    with pytest.raises(ValueError, match="no sample in split 'nope'; the splits there: test, train"):
+        main([str(path), "--split", "nope"])
 
 
 def test_in_the_model_frame_no_held_out_question_pays_for_pushing_its_points_apart():
