@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import get_args
 
-from rewards import MODES
+from rewards import MODES, reward_formula
 
 ROOT = Path(__file__).parents[1]
 EMBEDDED = {"crm": ROOT / "demo/crm", "asm": ROOT / "demo/asm", "data": ROOT / "demo/data"}
@@ -183,6 +183,17 @@ def add_flag(parser: Parser, f) -> None:
     shown = "" if f.default in (None, "", "required") else f" ({f.default})"
     how["help"] = rule["help"].replace("%", "%%") + shown
     parser.add_argument(dashed(f.name), default=argparse.SUPPRESS, **how)
+
+
+def parse_weights(text: str) -> dict[str, float]:
+    """--weights "box_iou=2,mask_dice=1" -> {term: weight}; ValueError names an unknown term or a bad number."""
+    try:
+        pairs = [item.split("=") for item in text.split(",") if item]
+        weights = {name.strip(): float(value) for name, value in pairs}
+    except ValueError:
+        raise ValueError(f"--weights {text}: give term=number, separated by commas") from None
+    reward_formula("soft", weights)
+    return weights
 
 
 def dashed(name: str) -> str:
