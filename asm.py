@@ -2,7 +2,7 @@
 
     asm = load_asm("demo/asm", "cpu")                           # a folder written by save_asm
     asm = load_asm("MedSAM2_latest.pt", "cuda")                 # a released checkpoint: {"model": state_dict}
-    asm = load_asm("medsam:medsam_vit_b.pth", "cuda")           # asm_sam.py: MedSAM and SAM-Med2D
+    asm = load_asm("medsam:medsam_vit_b.pth", "cuda")           # tools/asm_sam.py: MedSAM and SAM-Med2D
     masks, scores = asm.segment(image, boxes=[[40, 30, 90, 80]], points=[[[60, 50], [75, 60]]])
     overlay(image, masks[0], (40, 30, 90, 80), ((60, 50), (75, 60))).save("overlay.png")
 
@@ -200,7 +200,7 @@ def load_sam2(path, device, multimask=False, image_size=None):
 
 
 def load_first_sam(family, path, device, **options):
-    from asm_sam import load_sam  # only when it is asked for
+    from tools.asm_sam import load_sam  # only when it is asked for
     return load_sam(family, path, device, **options)
 
 

@@ -313,6 +313,6 @@ def _sample(row: dict) -> Sample:
 
 
 if __name__ == "__main__":
-    from runtime.data_report import main
+    from tools.data_report import main
     with exit_on(ValueError, OSError):
         raise SystemExit(main())

@@ -8,7 +8,7 @@ from PIL import Image
 import asm as asm_module
 from asm import (ASM, MEDSAM2, OVERLAY_SIDE, SAM2_CONFIG, SEGMENTERS, build_model, load_asm, overlay, prompt_tokens,
                  read_config, save_asm)
-from asm_sam import MedSAM, SAMMed2D, build_sam, released_name
+from tools.asm_sam import MedSAM, SAMMed2D, build_sam, released_name
 from data import load_samples
 from demo.make_asm import (HERE, PARITY, PREPARED, PREPARED_SIDE, PROMPT_KINDS, dice, parity_case, parity_prompts,
                            predictor_answers, tiny_config)
@@ -492,7 +492,7 @@ class SlowSAM:
 
 def small_sam(family, tmp_path, monkeypatch):
     """A small random model of the family as its released file; load_asm then builds the small one."""
-    monkeypatch.setattr("asm_sam.build_sam", lambda f: build_sam(f, 128, **SMALL))
+    monkeypatch.setattr("tools.asm_sam.build_sam", lambda f: build_sam(f, 128, **SMALL))
     shapes = released_layout(128, 24, 3, 2, [1], 3, family == "sam-med2d")
     generator = torch.Generator().manual_seed(0)
     weights = {name: torch.randn(shape, generator=generator) / max(1, np.prod(shape[1:])) ** 0.5

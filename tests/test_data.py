@@ -540,7 +540,7 @@ def test_images_are_read_only_when_a_sample_is_asked_for(tmp_path, monkeypatch):
 
 
 def test_python_data_py_prints_what_is_there_and_every_bad_row(folder, capsys):
-    from runtime.data_report import main
+    from tools.data_report import main
     path = folder({"supercategory": "Brain", "category": "tumour"}, {"mask": "no.png"}, {"split": "test"},
                   {"box": [1, 2, 3, 4]}, {"id": "a"}, {"id": "a"})
     assert main([str(path), "--sheet", str(path / "sheet.png")]) == 2
