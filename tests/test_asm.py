@@ -127,7 +127,7 @@ def test_weights_that_do_not_fit_are_refused_by_key(folder, change, told):
                                      b"0.garbage", b"\x8c\x01\xe9.", bytes(range(256)) * 9])
 def test_a_garbage_file_is_refused_by_name(tmp_path, content):
     (tmp_path / "garbage.pt").write_bytes(content)
-    with pytest.raises(ValueError, match="garbage.pt: no torch file of plain tensors") as refusal:
+    with pytest.raises(ValueError, match="garbage.pt: not a torch file of plain tensors") as refusal:
         load_asm(tmp_path / "garbage.pt", "cpu")
     assert "\n" not in str(refusal.value)
 
@@ -147,7 +147,7 @@ class Payload:
 
 def test_a_pickle_that_calls_something_is_refused_and_not_run(tmp_path, capsys):
     torch.save({"model": Payload()}, tmp_path / "evil.pt")
-    with pytest.raises(ValueError, match="evil.pt: no torch file of plain tensors"):
+    with pytest.raises(ValueError, match="evil.pt: not a torch file of plain tensors"):
         load_asm(tmp_path / "evil.pt", "cpu")
     assert "unpickled" not in capsys.readouterr().out
 
@@ -216,8 +216,8 @@ def test_an_unknown_spec_is_one_line_that_names_what_there_is(monkeypatch):
 
 
 def test_the_first_sam_is_imported_only_when_it_is_asked_for():
-    code = ("import sys; from asm import load_asm; load_asm('demo/asm', 'cpu'); assert 'asm_sam' not in sys.modules\n"
-            "try: load_asm('medsam:nowhere', 'cpu')\nexcept FileNotFoundError: assert 'asm_sam' in sys.modules")
+    code = ("import sys; from asm import load_asm; load_asm('demo/asm', 'cpu'); assert 'tools.asm_sam' not in sys.modules\n"
+            "try: load_asm('medsam:nowhere', 'cpu')\nexcept FileNotFoundError: assert 'tools.asm_sam' in sys.modules")
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 

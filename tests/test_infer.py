@@ -72,7 +72,7 @@ def ask(tmp_path, monkeypatch, capsys):
 def test_box_and_points_are_scaled_from_the_model_frame_to_the_image_frame(ask):
     status, result, said, asked, _, _ = ask([completion((42, 56, 84, 84), ((56, 28), (70, 63)))])
     box = [42 * W / 112, 56 * H / 112, 84 * W / 112, 84 * H / 112]      # 112.5, 100, 225, 150
-    points = [[56 * W / 112, 28 * H / 112], [70 * W / 112, 63 * H / 112]]
+    points = [[56.5 * W / 112 - 0.5, 28.5 * H / 112 - 0.5], [70.5 * W / 112 - 0.5, 63.5 * H / 112 - 0.5]]
     assert status == 0 and result["size"] == [W, H]
     assert result["bbox"] == pytest.approx(box) and np.array(result["points"]) == pytest.approx(np.array(points))
     image, boxes, clicks = asked[0]
