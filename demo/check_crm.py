@@ -1,11 +1,15 @@
-"""What a checkpoint can do before and after GRPO: greedy answers on a split, asked by name and as the data asks.
+"""What a checkpoint can do, asked by name and as the data asks; with --after, what GRPO changed and how much of the gap it closed.
 
-    python -m demo.check_crm                             # demo/crm on demo/data's test split
-    python -m demo.check_crm --crm runs/demo/step_000100
+    python -m demo.check_crm                                        # demo/crm on demo/data's test split, greedy
+    python -m demo.check_crm --after runs/demo/step_000100          # greedy and sampled, before and after
 
-By name: the data's question with the target's own name for the clue. For each group of samples: n, the box IoU and pDice
-(image frame; an answer that cannot be parsed scores 0), parse rate, and how often the trace names the right target
-(extra_info.names of the data), each with its 95 % bootstrap interval over the samples.
+By name: the data's question with the target's own name for the clue. Printed for all samples, lesions, wordings seen in training
+and unseen, and real images, each with n and a 95 % bootstrap interval over the samples (paired, for a change):
+
+  iou, pdice   of the box and of the key points, image frame; a completion that cannot be parsed scores 0
+  parse        part of the completions that could be parsed
+  named        part of the traces that name the right target (extra_info.names of the data)
+  both         IoU where the trace names the right target, else 0: what a better format alone does not raise
 """
 import argparse
 import random
@@ -19,8 +23,10 @@ from rewards import box_iou, parse_answer, point_dice
 
 LESIONS = ("retinal fluid", "aneurysm", "brain tumour", "melanoma", "breast mass", "lung nodule", "liver tumour", "polyp",
            "haematoma", "kidney cyst", "pneumonia", "consolidation")
-KEYS = ("iou", "pdice", "parse", "named")
+KEYS = ("iou", "pdice", "parse", "named", "both")
 
+
+# ---------------------------------------------------------------- asking
 
 def target_name(sample) -> str:
     """How the trace calls the target: "the kidney on the left"."""
@@ -38,35 +44,58 @@ def ask(sample, how: str, rng) -> str:
             "name": lambda: target_name(sample)}[how]()
 
 
-def complete(crm, prompts, max_new_tokens=128):
-    """The greedy completion of each prompt."""
-    return [group.texts[0] for group in crm.sample(prompts, 1, max_new_tokens, 0.0)]
+def complete(crm, prompts, answers, temperature, seeds, max_new_tokens=128):
+    """The texts of some completions to each prompt."""
+    return [group.texts for group in crm.sample(prompts, answers, max_new_tokens, temperature, seeds)]
 
 
-def score_split(crm, samples, template, how, batch=16) -> list[dict]:
-    """One row per sample: KEYS, its category, whether its wording is one of training."""
+# ---------------------------------------------------------------- scoring
+
+def score_split(crm, samples, template, how, answers=1, temperature=0.0, batch=16) -> list[dict]:
+    """One row per sample: KEYS, each the mean over its completions, and what it is grouped by."""
     rng, rows = random.Random(0), []
     for at in range(0, len(samples), batch):
         part = [samples[i] for i in range(at, min(at + batch, len(samples)))]
         prompts = [crm.encode(s.image, fill_prompt(template, ask(s, how, rng))) for s in part]
-        for sample, prompt, text in zip(part, prompts, complete(crm, prompts)):
-            answer = parse_answer(text)
-            box, points = ((to_image(xy, prompt.frame) if xy else None) for xy in (answer.bbox, answer.points))
-            rows.append({"iou": box_iou(box, sample.bbox) if box else 0.0,
-                         "pdice": point_dice(points, sample.points) if points else 0.0,
-                         "parse": float(not answer.problem),
-                         "named": float(any(name in (answer.think or "").lower() for name in sample.extra.get("names", ()))),
-                         "category": sample.category, "seen": not sample.extra.get("unseen_wording"), "text": text,
+        seeds = [(0, 1, at + k) for k in range(len(part))]
+        for sample, prompt, texts in zip(part, prompts, complete(crm, prompts, answers, temperature, seeds)):
+            scores = [score(text, sample, prompt.frame) for text in texts]
+            rows.append({**dict(zip(KEYS, np.mean(scores, 0).tolist())), "category": sample.category,
+                         "seen": not sample.extra.get("unseen_wording"),
                          "source": sample.extra["image_source"].split()[0]})
     return rows
 
 
-def interval(values, draws=10_000) -> str:
-    values = np.asarray(values, float)
-    means = values[np.random.default_rng(0).integers(0, len(values), (draws, len(values)))].mean(1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return f"{values.mean():.3f} [{low:.3f}, {high:.3f}]"
+def score(text, sample, frame) -> tuple:
+    """KEYS of one completion."""
+    answer = parse_answer(text)
+    box, points = ((to_image(xy, frame) if xy else None) for xy in (answer.bbox, answer.points))
+    iou = box_iou(box, sample.bbox) if box else 0.0
+    named = float(any(name in (answer.think or "").lower() for name in sample.extra.get("names", ())))
+    return iou, point_dice(points, sample.points) if points else 0.0, float(not answer.problem), named, iou * named
 
+
+def bootstrap(values, draws=10_000) -> np.ndarray:
+    """(draws,) means of a bootstrap over the first axis, always the same draws."""
+    values = np.asarray(values, float)
+    return values[np.random.default_rng(0).integers(0, len(values), (draws, len(values)))].mean(1)
+
+
+def interval(values, sign="") -> str:
+    low, high = np.percentile(bootstrap(values), [2.5, 97.5])
+    return f"{np.mean(values):{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"
+
+
+def groups(rows) -> dict[str, list[int]]:
+    """Name of a group -> the indices of its rows; the empty ones left out."""
+    where = {"all": lambda row: True, "lesions": lambda row: row["category"] in LESIONS,
+             "seen wordings": lambda row: row["seen"], "unseen wordings": lambda row: not row["seen"],
+             "MNI152": lambda row: row["source"] == "MNI152", "patients": lambda row: row["source"] == "pyradiomics"}
+    found = {name: [i for i, row in enumerate(rows) if holds(row)] for name, holds in where.items()}
+    return {name: indices for name, indices in found.items() if indices}
+
+
+# ---------------------------------------------------------------- printing
 
 def check(crm, samples, template, how) -> str:
     """One line: greedy numbers over all and on lesions."""
@@ -76,35 +105,59 @@ def check(crm, samples, template, how) -> str:
     return f"{len(rows)} pictures, {means}; {len(lesions)} lesions, IoU {np.mean([row['iou'] for row in lesions]):.3f}"
 
 
-def table(rows) -> None:
-    """Print the groups of some rows."""
-    groups = {"all": rows, "lesions": [row for row in rows if row["category"] in LESIONS],
-              "seen wordings": [row for row in rows if row["seen"]],
-              "unseen wordings": [row for row in rows if not row["seen"]],
-              "named right": [row for row in rows if row["named"]],
-              **{source: [row for row in rows if row["source"] == source] for source in ("MNI152", "pyradiomics")}}
-    for name, group in groups.items():
-        if group:
-            print(f"  {name:16} n={len(group):4}  " +
-                  "  ".join(f"{key} {interval([row[key] for row in group])}" for key in KEYS), flush=True)
+def show(title, rows, before=None) -> None:
+    """Print the groups of some rows; given those before, what changed."""
+    print(title)
+    for name, indices in groups(rows).items():
+        cells = [interval([rows[i][key] - (before[i][key] if before else 0) for i in indices], "+" if before else "")
+                 for key in KEYS]
+        print(f"  {name:16} n={len(indices):4}  " + "  ".join(f"{key} {cell}" for key, cell in zip(KEYS, cells)), flush=True)
 
 
-if __name__ == "__main__":
+def show_categories(rows) -> None:
+    for category in sorted({row["category"] for row in rows}):
+        own = [row for row in rows if row["category"] == category]
+        print(f"    {category:18} IoU {np.mean([row['iou'] for row in own]):.2f}  "
+              f"named {np.mean([row['named'] for row in own]):.2f}")
+
+
+def gap_closed(named, before, after) -> str:
+    """(after - before) / (named - before) of the mean IoU, with the interval of a paired bootstrap."""
+    named, before, after = (bootstrap([row["iou"] for row in rows]) for rows in (named, before, after))
+    closed = np.percentile((after - before) / (named - before), [50, 2.5, 97.5])
+    return f"gap of {np.mean(named - before):.3f} IoU between asked by name and as the data asks; closed " + \
+        "{:.0%} [{:.0%}, {:.0%}]".format(*closed)
+
+
+def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--crm", default="demo/crm")
+    parser.add_argument("--after", nargs="*", default=[], help="checkpoints that GRPO made of it")
     parser.add_argument("--data", default="demo/data")
     parser.add_argument("--split", default="test")
     parser.add_argument("--prompt", default="reasoning", choices=list(PROMPTS))
     parser.add_argument("--limit", type=int, default=0, help="samples used (0: all)")
-    parser.add_argument("--categories", action="store_true", help="IoU of each category, too")
+    parser.add_argument("--answers", type=int, default=4, help="sampled completions per question, with --after")
+    parser.add_argument("--categories", action="store_true", help="each category, too")
     args = parser.parse_args()
-    crm, samples = load_crm(args.crm), load_samples(args.data, args.split)
-    samples = samples[:args.limit or None]
-    for how, title in (("named", "asked by name"), ("data", "asked as the data asks")):
-        rows = score_split(crm, samples, PROMPTS[args.prompt], how)
-        print(title)
-        table(rows)
+    crm, template = load_crm(args.crm), PROMPTS[args.prompt]
+    samples = load_samples(args.data, args.split)[:args.limit or None]
+    named, greedy = (score_split(crm, samples, template, how) for how in ("named", "data"))
+    for title, rows in (("asked by name, greedy", named), ("asked as the data asks, greedy", greedy)):
+        show(title, rows)
         if args.categories:
-            for category in sorted(WORDS):
-                ious = [(row["iou"], row["named"]) for row in rows if row["category"] == category]
-                print(f"    {category:18} IoU {np.mean([i for i, _ in ious]):.2f}  named {np.mean([n for _, n in ious]):.2f}")
+            show_categories(rows)
+    if args.after:
+        sampled = score_split(crm, samples, template, "data", args.answers, 1.0)
+        show("asked as the data asks, sampled", sampled)
+    for path in args.after:
+        crm = load_crm(path)
+        after = score_split(crm, samples, template, "data")
+        show(f"{path}: change of greedy completions", after, greedy)
+        show(f"{path}: change of sampled completions",
+             score_split(crm, samples, template, "data", args.answers, 1.0), sampled)
+        print(f"{path}: {gap_closed(named, greedy, after)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

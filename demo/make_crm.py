@@ -180,7 +180,7 @@ class Cache:
         return self.made[i]
 
 
-def run_stage(stage, crm, heads, pool, steps, batch, lr, dense_weight, digit_weight, seed):
+def run_stage(stage, crm, heads, pool, steps, batch, lr, dense_weight, digit_weight, seed, work):
     """AdamW with a short warm-up and a cosine; stage a trains the vision tower, the others everything."""
     rng, start = random.Random(seed), time.time()
     cache, size = Cache(crm, pool, stage, rng), len(pool) - HELD_BACK
@@ -200,8 +200,9 @@ def run_stage(stage, crm, heads, pool, steps, batch, lr, dense_weight, digit_wei
         if step % 50 == 0 or step == steps - 1:
             print(f"stage {stage} step {step:5}  dense {loss.item():.3f}  parts' IoU {parts:.2f}  text {text.item():.3f}  "
                   f"{time.time() - start:.0f} s", flush=True)
-        if stage != "a" and step % 500 == 499:
+        if stage != "a" and step % 500 == 499 and step < steps - 1:
             report(stage, crm, pool, 124)
+            crm.save(f"{work}/{stage}_{step + 1}")
     if stage == "a":
         report_dense(crm, heads, pool, cache)
     else:
@@ -262,7 +263,7 @@ def main():
     for stage in stages:
         steps, batch, lr = (getattr(args, f"{key}_{stage}") for key in ("steps", "batch", "lr"))
         run_stage(stage, crm, heads, pool, steps, batch, lr, dense_weight={"a": 1, "b": .3, "c": .3}[stage],
-                  digit_weight={"a": 1, "b": 1, "c": 3}[stage], seed=ord(stage))
+                  digit_weight={"a": 1, "b": 1, "c": 3}[stage], seed=ord(stage), work=args.work)
         crm.save(f"{args.work}/{stage}")
         torch.save(heads.state_dict(), f"{args.work}/{stage}/heads.pt")
     if args.end == "c":
