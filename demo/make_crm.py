@@ -18,6 +18,7 @@ import random
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -105,7 +106,7 @@ class Lesson:
         self.truth = torch.tensor(truth) / LARGEST                          # (8,)
         self.category = CATEGORIES.index(sample.category)
         texts = {"a": [], "b": [target_text(sample, self.prompt.frame, False)],
-                 "c": [habitual(sample, self.prompt.frame, rng)]}[stage]
+                 "c": [habitual(sample, self.prompt.frame, rng) for _ in range(2)]}[stage]     # the prompt is the longer part
         self.group = crm.group(self.prompt, texts) if texts else None
 
 
@@ -118,8 +119,7 @@ def habitual(sample, frame, rng) -> str:
            min(frame.image[0], x2 + loose[2] * width), min(frame.image[1], y2 + loose[3] * height))
     keep, middle = rng.uniform(HABITS["close"], 1), ((p[0] + q[0]) / 2, (p[1] + q[1]) / 2)
     points = tuple(tuple(m + keep * (v - m) for v, m in zip(point, middle)) for point in (p, q))
-    sample.bbox, sample.points = box, points                # a sample is decoded anew each time
-    text = target_text(sample, frame)
+    text = target_text(replace(sample, bbox=box, points=points), frame)
     if rng.random() < HABITS["broken"]:
         text = rng.choice((text.replace("</think>", ""), text.replace(', "points_2"', ' "points_2"'),
                            text.replace("}</answer>", "</answer>"), text.replace('"points_2"', '"points_1"')))
@@ -162,7 +162,8 @@ def dense(crm, heads, lessons):
 def answer_loss(crm, lessons, digit_ids, digit_weight):
     """Cross-entropy of the completions, digits counting more: mean over tokens."""
     total, count = 0.0, 0.0
-    for lesson, (logp, _) in zip(lessons, crm.score([(lesson.group, [0]) for lesson in lessons])):
+    packs = [(lesson.group, range(len(lesson.group.texts))) for lesson in lessons]
+    for lesson, (logp, _) in zip(lessons, crm.score(packs)):
         weight = 1 + (digit_weight - 1) * torch.isin(lesson.group.tokens, digit_ids).float()
         total, count = total - (weight * logp).sum(), count + weight.sum()
     return total / count
@@ -180,27 +181,31 @@ class Cache:
         return self.made[i]
 
 
-def run_stage(stage, crm, heads, pool, steps, batch, lr, dense_weight, digit_weight, seed, work):
-    """AdamW with a short warm-up and a cosine; stage a trains the vision tower, the others everything."""
+def run_stage(stage, crm, heads, pool, steps, batch, lr, dense_weight, digit_weight, stretch, seed, work):
+    """AdamW with a short warm-up and a cosine over `stretch` times the steps (stage b ends at a quarter of its peak, as
+    stage c goes on from there); stage a trains the vision tower, the others everything."""
     rng, start = random.Random(seed), time.time()
     cache, size = Cache(crm, pool, stage, rng), len(pool) - HELD_BACK
+    before = Cache(crm, pool, "b", rng)
     trained = list((crm.model.model.visual if stage == "a" else crm.model).parameters())
     adamw = torch.optim.AdamW([*trained, *heads.parameters()], lr=lr, weight_decay=0.01)
     digits = torch.tensor(crm.tokenizer.convert_tokens_to_ids(list("0123456789")))
     for step in range(steps):
         lessons = [cache[rng.randrange(size)] for _ in range(batch)]
         loss, parts = dense(crm, heads, lessons if stage == "a" else lessons[:batch // 3])     # it is there to be kept
+        if stage == "c":        # a few of stage b's, so that what it formed is kept
+            lessons += [before[rng.randrange(size)] for _ in range(batch // 2)]
         text = answer_loss(crm, lessons, digits, digit_weight) if stage != "a" else torch.zeros(())
         (dense_weight * loss + text).backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         for group in adamw.param_groups:
-            group["lr"] = lr * min(1, (step + 1) / 30) * (0.5 * (1 + np.cos(np.pi * step / steps)) + 0.02)
+            group["lr"] = lr * min(1, (step + 1) / 30) * (0.5 * (1 + np.cos(np.pi * step / (steps * stretch))) + 0.02)
         adamw.step()
         adamw.zero_grad()
         if step % 50 == 0 or step == steps - 1:
             print(f"stage {stage} step {step:5}  dense {loss.item():.3f}  parts' IoU {parts:.2f}  text {text.item():.3f}  "
                   f"{time.time() - start:.0f} s", flush=True)
-        if stage != "a" and step % 500 == 499 and step < steps - 1:
+        if stage != "a" and step % 250 == 249 and step < steps - 1:
             report(stage, crm, pool, 124)
             crm.save(f"{work}/{stage}_{step + 1}")
     if stage == "a":
@@ -234,7 +239,7 @@ def main():
     parser.add_argument("--out", default="demo/crm")
     parser.add_argument("--begin", default="a", choices="abc", help="stage to begin with, from --work")
     parser.add_argument("--end", default="c", choices="abc", help="last stage")
-    for stage, steps, batch, lr in (("a", 1500, 32, 1e-3), ("b", 2400, 24, 1e-3), ("c", 400, 24, 5e-4)):
+    for stage, steps, batch, lr in (("a", 4000, 16, 1e-3), ("b", 1500, 24, 1e-3), ("c", 750, 12, 8e-4)):
         parser.add_argument(f"--steps-{stage}", type=int, default=steps)
         parser.add_argument(f"--batch-{stage}", type=int, default=batch)
         parser.add_argument(f"--lr-{stage}", type=float, default=lr)
@@ -263,7 +268,8 @@ def main():
     for stage in stages:
         steps, batch, lr = (getattr(args, f"{key}_{stage}") for key in ("steps", "batch", "lr"))
         run_stage(stage, crm, heads, pool, steps, batch, lr, dense_weight={"a": 1, "b": .3, "c": .3}[stage],
-                  digit_weight={"a": 1, "b": 1, "c": 3}[stage], seed=ord(stage), work=args.work)
+                  digit_weight={"a": 1, "b": 1, "c": 3}[stage], stretch=22 / 15 if stage == "b" else 1,
+                  seed=ord(stage), work=args.work)
         crm.save(f"{args.work}/{stage}")
         torch.save(heads.state_dict(), f"{args.work}/{stage}/heads.pt")
     if args.end == "c":
