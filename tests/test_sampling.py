@@ -238,4 +238,4 @@ def test_large_key_biases_in_bfloat16_do_not_part_sampler_and_scorer(monkeypatch
         float32 = mean_gap()
         assert float32 < 0.01
         monkeypatch.setattr(sampling, "scores_float32", lambda q, keys: (q @ keys.mT).float())
-        assert mean_gap() > 4 * float32                 # so the biases are large enough to show it
+        assert mean_gap() > 2 * float32                 # so the biases are large enough to show it
