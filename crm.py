@@ -241,12 +241,12 @@ class CRM:
         """A folder that from_pretrained and any server loads as it is. LoRA matrices are merged into its weights,
         and kept beside them, exact, in adapter/."""
         model, weights = self.model, {}
-        for name, module in model.named_modules():
-            for key, p in module.named_parameters(recurse=False):
-                if "lora_" not in name:
-                    weights[f"{name}.{key}".replace(".base_layer", "")] = p.detach()
-            if hasattr(module, "get_delta_weight"):                     # a linear layer with LoRA matrices
-                weight, delta = module.base_layer.weight.detach(), module.get_delta_weight("default").detach()
+        for name, p in model.named_parameters(remove_duplicate=False):
+            if "lora_" not in name:
+                weights[name.replace(".base_layer", "")] = p.detach()
+        for name, layer in model.named_modules():
+            if hasattr(layer, "get_delta_weight"):                      # a linear layer with LoRA matrices
+                weight, delta = layer.base_layer.weight.detach(), layer.get_delta_weight("default").detach()
                 weights[f"{name}.weight"] = (weight.float() + delta.float()).to(weight.dtype).cpu()
         model.generation_config.do_sample = True        # save_pretrained refuses a temperature without it
         model.save_pretrained(path, state_dict=weights)
