@@ -33,7 +33,7 @@ from runtime.cli import EMBEDDED, ModelConfig, exit_on, flag, parse_args, print0
 from runtime.files import write_whole
 from runtime.metrics import QUESTION_METRICS, ask, interval, iou, mask_dice, mean, parsed, pdice
 from runtime.parallel import Ranks
-from tools.predictions import compare, encode_mask, finished, from_file, in_order, read_predictions, shown
+from tools.predictions import encode_mask, finished, from_file, in_order, read_predictions, shown
 
 # what the segmenter is given of a completion: whether the box, and how many points
 GIVEN = {"points": (False, 2), "box": (True, 0), "one": (True, 1), "both": (True, 2)}
@@ -100,11 +100,9 @@ def summarise(rows: list[dict]) -> dict:
     values = [scores(row) for row in rows]
     summary = {"all": part(values)}
     for name in ("supercategory", "category", "wording"):
-        groups = {}
-        for row, value in zip(rows, values):
-            if row[name]:
-                groups.setdefault(row[name], []).append(value)
-        summary[name] = {group: part(groups[group]) for group in sorted(groups)}
+        groups = sorted({row[name] for row in rows if row[name]})
+        summary[name] = {group: part([value for row, value in zip(rows, values) if row[name] == group])
+                         for group in groups}
     problems = Counter(c["problem"] for row in rows for c in row["completions"] if c["problem"])
     return {**summary, "refusals": dict(problems.most_common())}
 
@@ -187,6 +185,7 @@ def from_model(cfg: Config, samples, asm, ranks: Ranks) -> list[dict]:
 def main(cfg: Config) -> None:
     with exit_on(ValueError, OSError):
         if cfg.compare:
+            from tools.compare import compare
             return compare(*cfg.compare, METRICS)
         if cfg.rescore:
             return report(read_predictions(cfg.rescore), Path(cfg.rescore))

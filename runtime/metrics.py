@@ -6,7 +6,6 @@ problem (rewards.parse_answer) is a refusal. What can still be read of it counts
 """
 from collections import namedtuple
 from collections.abc import Iterator
-from itertools import product
 
 import numpy as np
 
@@ -138,19 +137,6 @@ def held_out_means(rows: list[dict]) -> dict[str, float]:
     return {key: sum(scores) / len(scores) for key, scores in values.items()}
 
 
-def summary_lines(before: list[dict], after: list[dict]) -> list[str]:
-    """Two held_out results for the same questions, compared: one line per kind and score, over all questions, over the
-    wordings seen in training and over the unseen ones."""
-    lines = []
-    for kind, wording in product(dict.fromkeys(row["kind"] for row in before), (None, "seen", "unseen")):
-        pairs = [(old, new) for old, new in zip(before, after)
-                 if old["kind"] == kind and wording in (None, old["wording"])]
-        for key in (*QUESTION_METRICS, "reward"):
-            if text := change_text([old[key] for old, _ in pairs], [new[key] for _, new in pairs]):
-                lines.append(f"  {f'{kind}, {wording}' if wording else kind:15} {key:10} {text}")
-    return lines
-
-
 def interval(values, draws: int = 2000, seed: int = 0) -> Interval | None:
     """Mean and 95 % percentile bootstrap interval of the values that are not None; None if there are none."""
     values = np.array([value for value in values if value is not None], dtype=float)
@@ -164,16 +150,3 @@ def interval(values, draws: int = 2000, seed: int = 0) -> Interval | None:
 def paired_bootstrap(before, after, draws: int = 2000, seed: int = 0) -> Interval | None:
     """`interval` of after - before over the same questions; one with None on either side is left out."""
     return interval([b - a for a, b in zip(before, after) if None not in (a, b)], draws, seed)
-
-
-def change_text(before: list, after: list, percent: bool = False) -> str:
-    """"0.250 -> 0.300   +0.050 [+0.010, +0.090]" over the questions where both are defined; "" if none."""
-    pairs = [pair for pair in zip(before, after) if None not in pair]
-    if not pairs:
-        return ""
-    numbers = np.array([*np.mean(pairs, axis=0), *paired_bootstrap(*zip(*pairs))])
-    form = "{:.3f} -> {:.3f}   {:+.3f} [{:+.3f}, {:+.3f}]"
-    if percent:
-        form, numbers = "{:5.1f} -> {:5.1f}   {:+.1f} [{:+.1f}, {:+.1f}]", 100 * numbers
-    some = "" if len(pairs) == len(before) else f"   {len(pairs)} of {len(before)} questions"
-    return form.format(*numbers) + some

@@ -5,10 +5,13 @@ import torch
 
 from conftest import noise_image, random_crm
 from data import Frame, Sample
-from runtime.metrics import (QUESTION_METRICS, change_text, held_out, held_out_means, interval,
-                             mask_dice, paired_bootstrap, prediction, summary_lines)
+from runtime import metrics
+from runtime.metrics import (QUESTION_METRICS, held_out, held_out_means, interval, mask_dice, paired_bootstrap,
+                             prediction)
 from runtime.parallel import Ranks
 from runtime.step import add_up, step_row, total_stats, warnings_of
+from sampling import sample as sample_groups
+from tools.compare import change_text, summary_lines
 
 BOX, PAIR = (10, 10, 20, 20), ((12, 12), (18, 18))
 
@@ -126,8 +129,8 @@ def test_a_prompt_is_encoded_once_for_sampled_and_greedy(crm, monkeypatch):
 
 
 def test_the_temperature_of_the_run_is_the_temperature_of_the_held_out_split(crm, monkeypatch):
-    used, sample_as_before = [], crm.sample
-    monkeypatch.setattr(crm, "sample", lambda *args: used.append(args[3]) or sample_as_before(*args))
+    used = []
+    monkeypatch.setattr(metrics, "sample_groups", lambda *args: used.append(args[4]) or sample_groups(*args))
     held_out(crm, samples(1), "{query}", {"sampled": (2, 0.7)}, "soft", {}, Ranks(), max_new_tokens=4)
     assert used == [0.7]
 

@@ -4,8 +4,8 @@ A line of predictions.jsonl is what metrics.prediction returns, with masks as CO
 else.
 
 A line of --predictions: {"id": …, "text": "<answer>{…}</answer>"}, or {"id": …, "bbox": [4], "points": [[2], [2]]}
-in the frame that --frame names: pixels of the image file, norm1000 (0 to 1000 along each side), or model (as --crm resizes
-images). If no line has points, none were asked for: their metrics are left out, and a line with a good box is no
+in the frame that --frame names: pixels of the image file, norm1000 (0 to 1000 along each side), or model (as --crm
+resizes images). If no line has points, none were asked for: their metrics are left out, and a line with a good box is no
 refusal. The same holds for boxes. A question without a line is a refusal.
 """
 import json
@@ -17,7 +17,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from data import MAX_PIXELS, MIN_PIXELS, Frame, model_size
 from runtime.cli import print0
 from runtime.files import read_text, write_whole
-from runtime.metrics import change_text, prediction
+from runtime.metrics import prediction
 
 FORM = {"text": str, "bbox": list, "points": list}      # of a line of --predictions
 
@@ -61,19 +61,6 @@ def in_order(rows: list[dict], n: int, out: Path) -> list[dict]:
 def shown(p: dict) -> dict:
     """The kept completion, or the first one if none can be used."""
     return p["completions"][p["kept"] or 0]
-
-
-def compare(one: str, two: str, metrics: dict) -> None:
-    """Print the paired differences of two evaluations of the same questions. metrics: evaluate.METRICS."""
-    before, after = ({p["id"]: p for p in read_predictions(folder)} for folder in (one, two))
-    if before.keys() != after.keys():
-        only = sorted(before.keys() ^ after.keys())
-        raise ValueError(f"--compare {one} {two}: {len(only)} questions are in only one, first {only[0]}")
-    print(f"{one} -> {two}, {len(before)} questions, percent [95 % paired bootstrap interval]")
-    for title, metric in metrics.values():
-        old, new = ([metric(side[name]) for name in before] for side in (before, after))
-        if text := change_text(old, new, percent=True):
-            print(f"  {title:21} {text}")
 
 
 def encode_mask(mask: np.ndarray) -> dict:
