@@ -40,7 +40,7 @@ def examples(rows: list[dict], samples, path: Path, most: int = 12) -> None:
     picks = np.unique(np.linspace(0, len(order) - 1, most).round().astype(int))
     columns = min(4, len(picks))
     lines = math.ceil(len(picks) / columns)
-    figure = Figure(figsize=(3.2 * columns, 3.5 * lines + 0.8))
+    figure = Figure(figsize=(3.2 * columns, 3.5 * lines + 0.8), layout="constrained")
     for place, pick in enumerate(picks, 1):
         axis = figure.add_subplot(lines, columns, place)
         axis.axis("off")
@@ -50,8 +50,7 @@ def examples(rows: list[dict], samples, path: Path, most: int = 12) -> None:
               **{f"point {n}": ("", "o", colour) for n, colour in enumerate(POINT_COLOURS, 1)}}
     handles = [Line2D([], [], linestyle=line, marker=marker, color=np.divide(colour, 255))
                for line, marker, colour in legend.values()]
-    figure.legend(handles, legend, loc="lower center", ncols=3, facecolor="dimgrey", labelcolor="white")
-    figure.tight_layout(rect=(0, 0.8 / figure.get_figheight(), 1, 1))
+    figure.legend(handles, legend, loc="outside lower center", ncols=3, facecolor="dimgrey", labelcolor="white")
     figure.savefig(path, dpi=80)
 
 
