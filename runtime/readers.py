@@ -16,7 +16,7 @@ import re
 from functools import lru_cache, partial
 from pathlib import Path
 
-from runtime.files import read_text
+from runtime.files import parse_object, read_text
 
 
 def read_folder(path: Path, split: str) -> tuple[list[dict], list[str]]:
@@ -25,11 +25,10 @@ def read_folder(path: Path, split: str) -> tuple[list[dict], list[str]]:
     image's size; file names are relative to images/ and masks/."""
     file, rows, splits = path / "samples.jsonl" if path.is_dir() else path, [], set()
     for number, line in enumerate(read_text(file).splitlines(), 1):
-        if not line.strip():
-            continue
-        fields = parse_object(line, f"{file}, line {number}")
-        splits.add(str(fields.get("split", "train")))
-        if fields.get("split", "train") != split:
+        fields = parse_object(line, f"{file}, line {number}") if line.strip() else {}
+        if fields:
+            splits.add(str(fields.get("split", "train")))
+        if not fields or fields.get("split", "train") != split:
             continue
         image, mask, problem = None, None, ""
         try:
@@ -39,19 +38,12 @@ def read_folder(path: Path, split: str) -> tuple[list[dict], list[str]]:
             problem = f"{'mask' if image else 'image'}: {error}"
         rows.append({"where": f"{file}, line {number}", "problem": problem, "image": image, "mask": mask,
                      "id": str(fields.get("id", f"{file.parent.name}-{number}")), "extra": fields,
-                     **{key: fields.get(key) for key in ("query", "bbox", "points")},
-                     **{key: str(fields.get(key) or "") for key in ("supercategory", "category", "think")}})
+                     **{key: fields.get(key) for key in ("query", "bbox", "points")}, **names_in(fields)})
     return rows, sorted(splits)
 
 
-def parse_object(text: str, where: str) -> dict:
-    try:
-        fields = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not JSON ({error})") from None
-    if not isinstance(fields, dict):
-        raise ValueError(f"{where}: not a JSON object")
-    return fields
+def names_in(fields: dict) -> dict[str, str]:
+    return {key: str(fields.get(key) or "") for key in ("supercategory", "category", "think")}
 
 
 def file_in(folder: Path, name) -> Path:
@@ -113,8 +105,7 @@ def umrg_row(record: dict, where: str, index: int) -> dict:
         problem = str(error) if isinstance(error, ValueError) else "reward_model: has no ground_truth string"
     return {"where": where, "id": str(extra.get("id") or extra.get("index") or index), "problem": problem,
             "query": first(record["prompt"]).get("content"), "extra": extra,
-            "bbox": truth.get("bbox_2d"), "points": truth.get("point_2d"),
-            **{key: str(extra.get(key) or "") for key in ("supercategory", "category", "think")}}
+            "bbox": truth.get("bbox_2d"), "points": truth.get("point_2d"), **names_in(extra)}
 
 
 def first(values) -> dict:
