@@ -174,7 +174,7 @@ def load_samples(path: str | Path, split: str = "train", skip_bad_rows: bool = F
     """The samples of one split, lazily: an image is decoded when its sample is asked for.
 
     path: a folder with samples.jsonl, or U-MRG parquet (see runtime/readers.py). A row that cannot be used raises
-    BadRow when asked for; with skip_bad_rows every row is tried now, and bad ones are left out, their messages in `.skipped`.
+    BadRow when asked for; with skip_bad_rows all are tried now, and bad ones left out, their messages in `.skipped`.
     Repeated ids get a number. ValueError: nothing there, an unreadable file or column, no row left."""
     rows, _ = read_rows(Path(path), split)
     for message in number_repeated_ids(rows)[:1]:

@@ -62,4 +62,4 @@ def _opened(source: str | Path | bytes):
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise ValueError(f"has more than {Image.MAX_IMAGE_PIXELS:,} pixels; scale or tile it first") from None
     except (OSError, SyntaxError, EOFError) as error:
-        raise ValueError(f"is broken, or not an image in one of the formats {', '.join(FORMATS)} ({error})") from None
+        raise ValueError(f"is not an image of the formats {', '.join(FORMATS)}, or broken ({error})") from None
