@@ -9,7 +9,7 @@ data.py checks; coordinates are pixels of the upright image:
   bbox, points                          [x1, y1, x2, y2] and [[x, y], …], or None: taken from the mask
   extra                                 a dict of whatever else the data has
   problem                               "" or what could not be read, as in "image: is missing"
-To add a reader, write the function and name it in READERS.
+To add a reader, write the function and name it in READERS, by the pattern of a path or of what is in a folder.
 """
 import json
 import re
@@ -25,10 +25,11 @@ def read_folder(path: Path, split: str) -> tuple[list[dict], list[str]]:
     image's size; file names are relative to images/ and masks/."""
     file, rows, splits = path / "samples.jsonl" if path.is_dir() else path, [], set()
     for number, line in enumerate(read_text(file).splitlines(), 1):
-        fields = parse_object(line, f"{file}, line {number}") if line.strip() else {}
-        if fields:
-            splits.add(str(fields.get("split", "train")))
-        if not fields or fields.get("split", "train") != split:
+        if not line.strip():
+            continue
+        fields = parse_object(line, f"{file}, line {number}")
+        splits.add(str(fields.get("split", "train")))
+        if fields.get("split", "train") != split:
             continue
         image, mask, problem = None, None, ""
         try:
@@ -60,9 +61,9 @@ def file_in(folder: Path, name) -> Path:
 
 
 def read_parquet(path: Path, split: str) -> tuple[list[dict], list[str]]:
-    """The U-MRG schema in {split}*.parquet, or in one file of any name: prompt [{role, content: question}],
-    images [{bytes, path}], masks [{bytes, path}] (one 0/255 image, may be missing), extra_info {id,
-    supercategory, category}, reward_model {ground_truth: JSON {"bbox_2d": [4], "point_2d": [[2], [2]]}}."""
+    """The U-MRG schema in {split}*.parquet, or in one file of any name: prompt [{role, content: question}], images
+    and masks [{bytes, path}] (one 0/255 image, may be missing), extra_info {id, supercategory, category},
+    reward_model {ground_truth: JSON {"bbox_2d": [4], "point_2d": [[2], [2]]}}."""
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
@@ -83,12 +84,11 @@ def read_parquet(path: Path, split: str) -> tuple[list[dict], list[str]]:
             columns = set(opened.schema_arrow.names)
             if missing := {"prompt", "images", "reward_model"} - columns:
                 raise ValueError(f"{file}: column {', '.join(sorted(missing))} is missing (U-MRG schema)")
-            texts = sorted(columns & {"prompt", "reward_model", "extra_info"})
-            records = opened.read(columns=texts).to_pylist()
-            sizes = [opened.metadata.row_group(group).num_rows for group in range(opened.num_row_groups)]
+            records = opened.read(columns=sorted(columns & {"prompt", "reward_model", "extra_info"})).to_pylist()
+            places = [(group, offset) for group in range(opened.num_row_groups)
+                      for offset in range(opened.metadata.row_group(group).num_rows)]
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{file}: not a readable parquet file ({str(error).splitlines()[0]})") from None
-        places = [(group, offset) for group, size in enumerate(sizes) for offset in range(size)]
         for number, (record, place) in enumerate(zip(records, places)):
             rows.append(umrg_row(record, f"{file}, row {number}", len(rows)) |
                         {"image": partial(read_bytes, "images", file, *place),
@@ -113,10 +113,7 @@ def first(values) -> dict:
     return values[0] if isinstance(values, list) and len(values) == 1 and isinstance(values[0], dict) else {}
 
 
-READERS = {                                     # pattern of a path, or of what is in a folder: its reader
-    "samples.jsonl": read_folder,
-    "**/*.parquet": read_parquet,
-}
+READERS = {"samples.jsonl": read_folder, "**/*.parquet": read_parquet}     # pattern of a file: its reader
 
 
 def read_rows(path: Path, split: str | None) -> tuple[list[dict], list[str]]:
