@@ -164,8 +164,7 @@ def target_text(sample: Sample, frame: Frame, with_think: bool = True) -> str:
     x1, y1, x2, y2 = (round(v) for v in to_model(sample.bbox, frame))
     x1, y1 = min(max(x1, 0), w - 1), min(max(y1, 0), h - 1)
     box = x1, y1, min(max(x2, x1 + 1), w), min(max(y2, y1 + 1), h)      # even the thinnest target has an area
-    points = [(min(max(round(x), 0), w - 1), min(max(round(y), 0), h - 1))
-              for x, y in to_model(sample.points, frame)]
+    points = [(min(max(round(x), 0), w - 1), min(max(round(y), 0), h - 1)) for x, y in to_model(sample.points, frame)]
     think = f"<think>{sample.think}</think>" if with_think and sample.think else ""
     return think + write_answer(box, points)
 

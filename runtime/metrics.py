@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from data import fill_prompt, to_image, to_model
-from rewards import Answer, box_iou, parse_answer, point_dice, reward_terms, total_reward
+from data import BadRow, clip_to, fill_prompt, to_image, to_model
+from rewards import Answer, box_iou, parse_answer, point_dice, reward_terms, smooth_log, total_reward
 from runtime.parallel import Ranks
 from sampling import sample as sample_groups
 
@@ -76,6 +76,18 @@ QUESTION_METRICS = {       # name: (title, function of a prediction -> float, or
 def mask_dice(mask: np.ndarray, truth: np.ndarray) -> float:
     """Dice 2|M T| / (|M| + |T|) of two (H, W) bool masks, in [0, 1]; 0 when both are empty."""
     return float(2 * (mask & truth).sum() / max(1, mask.sum() + truth.sum()))
+
+
+def mask_rewards(asm, sample, texts: list[str], frame, official: bool = False) -> list[float]:
+    """The reward term mask_dice: S_log(Dice) of the frozen segmenter's mask for each completion; 0 without a box.
+    frame: of the completions. BadRow where the sample has no true mask."""
+    if sample.mask is None:
+        raise BadRow(f"sample {sample.id}: no mask, which the mask_dice reward needs; drop it from --weights")
+    image, dice = np.asarray(sample.image), []
+    for answer in (parse_answer(text, official) for text in texts):
+        bbox, points = (xy and [clip_to(sample.image.size, to_image(xy, frame))] for xy in (answer.bbox, answer.points))
+        dice.append(smooth_log(mask_dice(asm.segment(image, bbox, points)[0][0], sample.mask)) if bbox else 0.0)
+    return dice
 
 
 def medoid(answers: list[Answer]) -> tuple[int | None, float | None]:
