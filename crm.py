@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
@@ -40,7 +41,8 @@ END = ("<|im_end|>", "<|endoftext|>")       # either one ends a completion
 BANNED = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 FRAME_FILE = "frame.json"                   # what a checkpoint remembers of how its images were resized
-UNLOADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError)
+UNLOADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError,
+              StrictDataclassError)                 # what from_pretrained raises on a broken folder, found by fuzzing
 
 
 @dataclass
@@ -241,12 +243,12 @@ class CRM:
         """A folder that from_pretrained and any server loads as it is. LoRA matrices are merged into its weights,
         and kept beside them, exact, in adapter/."""
         model, weights = self.model, {}
-        for name, module in model.named_modules():
-            for key, p in module.named_parameters(recurse=False):
-                if "lora_" not in name:
-                    weights[f"{name}.{key}".replace(".base_layer", "")] = p.detach()
-            if hasattr(module, "get_delta_weight"):                     # a linear layer with LoRA matrices
-                weight, delta = module.base_layer.weight.detach(), module.get_delta_weight("default").detach()
+        for name, p in model.named_parameters(remove_duplicate=False):
+            if "lora_" not in name:
+                weights[name.replace(".base_layer", "")] = p.detach()
+        for name, layer in model.named_modules():
+            if hasattr(layer, "get_delta_weight"):                      # a linear layer with LoRA matrices
+                weight, delta = layer.base_layer.weight.detach(), layer.get_delta_weight("default").detach()
                 weights[f"{name}.weight"] = (weight.float() + delta.float()).to(weight.dtype).cpu()
         model.generation_config.do_sample = True        # save_pretrained refuses a temperature without it
         model.save_pretrained(path, state_dict=weights)
