@@ -597,6 +597,13 @@ def test_the_released_layout_is_this_one_key_by_key(family, size):
     assert own == released_layout(size, 768, 12, 12, [2, 5, 8, 11], 14, family == "sam-med2d")
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_decoders_layer_norms_have_sams_epsilon(family):
+    with torch.device("meta"):
+        decoder = build_sam(family).mask_decoder.transformer
+    assert {module.eps for module in decoder.modules() if isinstance(module, torch.nn.LayerNorm)} == {1e-5}
+
+
 @pytest.mark.parametrize("boxes, points", [(BOXES, POINTS), (BOXES, None), (None, POINTS)])
 @pytest.mark.parametrize("multimask", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
