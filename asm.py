@@ -167,8 +167,8 @@ def read_config(file):
 
 
 def called_names(node):
-    """What building a configuration may call: every `_target_`, and every reference, because hydra resolves it
-    after this check (`oc.create` makes a `_target_` out of a string)."""
+    """What building a configuration may call: every `_target_`, and every reference, because hydra resolves
+    references after this check (`oc.create` makes a `_target_` out of a string)."""
     if isinstance(node, dict):
         own = {str(node["_target_"])} if "_target_" in node else set()
         return own.union(*map(called_names, node.values()))
