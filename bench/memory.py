@@ -54,8 +54,8 @@ def memory(model, lora_rank: int, group: int, tokens: int, prompt: int, prompts:
            "logits, a chunk": 3 * LOGITS_CHUNK["cuda"] * FP32}
     out = {name: value / GB for name, value in out.items()}
     in_turn = ["cache while sampling", "activations while updating"]
-    if offload:                             # the reference comes for its pass, as a gradient for its way back
-        out |= dict.fromkeys(("float32 masters", "gradients, float32", "AdamW's two moments"), 0.0)
+    if offload:                             # gradients are added up on the GPU; the reference comes for its pass
+        out |= dict.fromkeys(("float32 masters", "AdamW's two moments"), 0.0)
         in_turn.append("reference")
     steady = sum(v for k, v in out.items() if k not in in_turn)
     return out | {"most at once": steady + max(out[k] for k in in_turn)}
