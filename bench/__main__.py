@@ -179,14 +179,19 @@ def switches(args) -> None:
 
 def close(args) -> None:
     table = parity(args.crm, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    print(f"{'relative error of':26} log-prob.  gradient  sampled  equal answers")
-    for name, r in table.items():
-        print(f"{name:26} " + (r["problem"] if "problem" in r else
-                               f"{r['logp']:9.1e} {r['gradient']:9.1e} {r['sampled']:8.1e}" +
-                               (f"  {r['equal answers']:13.2f}" if "equal answers" in r else "")),
-              "" if r.get("passed", True) else "  <- failed")
+    print(f"{'relative error of':28} log-prob.  gradient   sampled  equal completions")
+    for name, row in table.items():
+        if "problem" in row:
+            text = row["problem"]
+        elif "mean gap" in row:
+            text = f"mean gap between sampled and scored log-probabilities {row['mean gap']:.4f} nats"
+        else:
+            text = f"{row['logp']:9.1e} {row['gradient']:9.1e} {row['sampled']:9.1e}"
+            if "equal completions" in row:
+                text += f"  {row['equal completions']:17.2f}"
+        print(f"{name:28} {text}" + ("" if row.get("passed", True) else "  <- failed"))
     record("parity", table, args)
-    sys.exit(not all(r.get("passed", True) for r in table.values()))
+    sys.exit(not all(row.get("passed", True) for row in table.values()))
 
 
 def pairs(args) -> None:
