@@ -52,7 +52,7 @@ bench-trl: setup build/trl/ready
 bench-gpu: setup build/trl/ready
 	$(RUN) -m bench --parity
 	for size in 3b 7b; do \
-	    for graphs in "" --cuda-graphs; do \
+	    for graphs in "" --no-cuda-graphs; do \
 	        $(RUN) -m bench --random-model $$size --peer trl --micro 16 64 --ours="$$graphs" && \
 	        $(RUN) -m bench --random-model $$size --roofline --ours="$$graphs" || exit; done; \
 	    $(RUN) -m bench --random-model $$size || exit; done

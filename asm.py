@@ -2,7 +2,7 @@
 
     asm = load_asm("demo/asm", "cpu")                           # a folder written by save_asm
     asm = load_asm("MedSAM2_latest.pt", "cuda")                 # a released checkpoint: {"model": state_dict}
-    asm = load_asm("medsam:medsam_vit_b.pth", "cuda")           # asm_sam.py: MedSAM and SAM-Med2D
+    asm = load_asm("medsam:medsam_vit_b.pth", "cuda")           # tools/asm_sam.py: MedSAM and SAM-Med2D
     masks, scores = asm.segment(image, boxes=[[40, 30, 90, 80]], points=[[[60, 50], [75, 60]]])
     overlay(image, masks[0], (40, 30, 90, 80), ((60, 50), (75, 60))).save("overlay.png")
 
@@ -16,6 +16,8 @@ Differences from the paper's released code:
    best predicted score; `multimask=True` gives that).
 3. Images are RGB (the released demo feeds BGR).
 """
+import json
+import re
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -27,10 +29,11 @@ import safetensors.torch
 import sam2
 import torch
 import torch.nn.functional as F
+import yaml
 from einops import rearrange
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-from runtime.files import load_weights, read_safetensors, read_torch, read_yaml, targets
+from runtime.files import load_weights, read_safetensors, read_torch
 
 SAM2_CONFIG = Path(sam2.__file__).parent / "configs/sam2.1/sam2.1_hiera_t.yaml"
 # MedSAM2's side, and what sam2's build_sam2 adds: an unstable single mask gives way to the best of three
@@ -155,8 +158,11 @@ class ASM:
 
 
 def read_config(file):
-    """A yaml with the structure of sam2's own -> dict. ValueError names the file."""
-    config = read_yaml(file)
+    """A yaml with the structure of sam2's own -> dict, references resolved. ValueError names the file."""
+    try:
+        config = omegaconf.OmegaConf.to_container(omegaconf.OmegaConf.load(file), resolve=True)
+    except (yaml.YAMLError, UnicodeDecodeError, omegaconf.errors.OmegaConfBaseException) as error:
+        raise ValueError(f"{file}: not a model's yaml: {str(error).splitlines()[0]}") from error
     if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
         raise ValueError(f"{file}: no `model:` section, which sam2's own {SAM2_CONFIG.name} has")
     return config
@@ -164,9 +170,10 @@ def read_config(file):
 
 def build_model(config, source):
     """Untrained SAM 2 from a configuration. ValueError names `source`, where the configuration came from."""
-    # building calls whatever the yaml names, so only names in sam2's own yaml are allowed
-    strange = targets(config) - targets(read_config(SAM2_CONFIG))
-    if strange:
+    # building calls whatever a `_target_` names, so only the names in sam2's own yaml are allowed
+    ours, theirs = (set(re.findall('"_target_": "?([^",}]*)', json.dumps(c, default=str)))
+                    for c in (read_config(SAM2_CONFIG), config))
+    if strange := theirs - ours:
         raise ValueError(f"{source}: `_target_: {min(strange)}` is no part of SAM 2 and was not called")
     try:
         return hydra.utils.instantiate(config["model"])
@@ -200,7 +207,7 @@ def load_sam2(path, device, multimask=False, image_size=None):
 
 
 def load_first_sam(family, path, device, **options):
-    from asm_sam import load_sam  # only when it is asked for
+    from tools.asm_sam import load_sam  # only when it is asked for
     return load_sam(family, path, device, **options)
 
 

@@ -7,8 +7,8 @@
     crm.save("runs/mine/step_000100")       # a folder that from_pretrained loads
 
 Any Qwen2.5-VL checkpoint loads, from a folder or by its hub name. What trains: all weights, all but the vision
-tower, LoRA matrices, or the parameters that a regular expression names. The reference model is frozen: a copy
-of the start, or the same weights with the LoRA matrices switched off.
+tower, LoRA matrices, or what a regular expression names. The reference model is frozen: a copy of the start, or
+the same weights with the LoRA matrices switched off.
 
 Read next: sampling.py draws completions from a CRM, scoring.py computes their log-probabilities.
 
@@ -67,9 +67,8 @@ class Group:
 
 
 def load_crm(path: str | Path, device="cpu", dtype=torch.float32, **options) -> "CRM":
-    """A CRM from a folder or a hub name; options are those of the class.
-
-    ValueError in one line when the checkpoint is not there or is not a Qwen2.5-VL."""
+    """A CRM from a folder or a hub name; options are those of the class. ValueError, one line, where there is no
+    Qwen2.5-VL."""
     if str(path).startswith((".", "/", "~")) or str(path).count("/") > 1 or Path(path).exists():
         if not (Path(path) / "config.json").is_file():      # not a hub name: do not ask the hub
             raise ValueError(f"--crm {path}: no folder with a config.json there")
@@ -98,7 +97,7 @@ def load_crm(path: str | Path, device="cpu", dtype=torch.float32, **options) -> 
 class CRM:
     """Model, tokenizer and image processor of one Qwen2.5-VL.
 
-    lora_rank      > 0: train LoRA matrices (arXiv 2106.09685) on the language model's linear layers only
+    lora_rank      above 0: train LoRA matrices (arXiv 2106.09685) on the language model's linear layers only
     reference      keep a frozen copy as the reference model (LoRA needs none: it switches the matrices off)
     freeze_vision  do not train the vision tower and its merger
     checkpointing  recompute activations in the backward pass
@@ -117,19 +116,17 @@ class CRM:
         model_size((56, 56), self.resize, self.min_pixels, self.max_pixels)    # a wrong --resize is an error now
         self.freeze_vision, self.checkpointing = freeze_vision or lora_rank > 0, checkpointing
 
-        self.ref_model = None
+        self.ref_model = self.lora = None
         if reference and not lora_rank:
             self.ref_model = copy.deepcopy(model).eval().requires_grad_(False)
         self.host_weights = []                              # (tensor on the device, its home in host memory)
         if offload and self.ref_model:
             self.ref_model.cpu()
-            self.host_weights = [(tensor, tensor.data) for tensor in
-                                 (*self.ref_model.parameters(), *self.ref_model.buffers())]
-        self.lora = None
+            tensors = *self.ref_model.parameters(), *self.ref_model.buffers()
+            self.host_weights = [(tensor, tensor.data) for tensor in tensors]
         if lora_rank:
             from peft import LoraConfig, get_peft_model
-            settings = LoraConfig(r=lora_rank, lora_alpha=lora_alpha or 2 * lora_rank,
-                                  target_modules=LORA_TARGETS)
+            settings = LoraConfig(r=lora_rank, lora_alpha=lora_alpha or 2 * lora_rank, target_modules=LORA_TARGETS)
             # in the model's type: the optimizer keeps the float32 copy
             self.lora = get_peft_model(model, settings, autocast_adapter_dtype=False)
         if self.freeze_vision:
@@ -141,17 +138,12 @@ class CRM:
         to_id = tokenizer.convert_tokens_to_ids
         self.image_id, end, banned = to_id("<|image_pad|>"), to_id(list(END)), to_id(list(BANNED))
         if None in (self.image_id, *end, *banned):
-            raise ValueError(f"{tokenizer.name_or_path}: the tokenizer lacks one of "
-                             f"{', '.join(END + BANNED)}")
+            raise ValueError(f"{tokenizer.name_or_path}: the tokenizer lacks one of {', '.join(END + BANNED)}")
         self.end, self.banned = (torch.tensor(ids, device=self.device) for ids in (end, banned))
 
     @property
     def device(self) -> torch.device:
         return self.model.lm_head.weight.device
-
-    @property
-    def vocabulary(self) -> int:
-        return self.model.config.text_config.vocab_size
 
     def trainable(self, pattern: str = "") -> dict[str, torch.nn.Parameter]:
         """The parameters that train, by name. A pattern freezes those whose name has no match of it."""
@@ -176,8 +168,8 @@ class CRM:
     # ------------------------------------------------------------ from image and text to what the model reads
 
     def encode(self, image: Image.Image, prompt_text: str) -> Prompt:
-        """image: RGB in the image frame; resized here, once, to the model frame.
-        prompt_text: what the user says; text that looks like a special token stays text."""
+        """image: RGB in the image frame; resized here, once, to the model frame. Text that looks like a special
+        token stays text."""
         size = model_size(image.size, self.resize, self.min_pixels, self.max_pixels)
         resized = image.resize(size, Image.Resampling.BICUBIC)
         pixels = self.image_processor(images=resized, do_resize=False, return_tensors="pt")
@@ -185,12 +177,11 @@ class CRM:
         image_tokens = int(grid.prod()) // self.image_processor.merge_size ** 2
         before, between, after = (self.tokenizer(text).input_ids for text in CHAT)
         words = self.tokenizer(prompt_text, split_special_tokens=True).input_ids
-        ids = torch.tensor(before + [self.image_id] * image_tokens + between + words + after,
-                           device=self.device)
+        ids = torch.tensor(before + [self.image_id] * image_tokens + between + words + after, device=self.device)
         is_image = (ids[None] == self.image_id).int()
         positions, _ = self.model.model.get_rope_index(ids[None], is_image, grid)
-        return Prompt(ids, pixels["pixel_values"].to(self.device), grid, positions[:, 0],
-                      Frame(image.size, size), len(before))
+        frame = Frame(image.size, size)
+        return Prompt(ids, pixels["pixel_values"].to(self.device), grid, positions[:, 0], frame, len(before))
 
     def image_features(self, prompts: Sequence[Prompt]) -> list[torch.Tensor]:
         """What the vision tower makes of each prompt's image, (image tokens, D). Those of a frozen tower are
@@ -210,8 +201,7 @@ class CRM:
     def embed(self, prompt: Prompt, features: torch.Tensor, completions: Sequence[torch.Tensor] = ()):
         """[prompt | completion 1 | … | completion g] -> embeddings (S, D), positions (3, S).
 
-        Every completion's positions continue from the prompt's. Image features go into the prompt's own image
-        span only."""
+        Every completion's positions continue from the prompt's. Features go into the prompt's own image span."""
         x = self.model.get_input_embeddings()(torch.cat([prompt.ids, *completions]))
         start, end = prompt.image_start, prompt.image_start + len(features)
         x = torch.cat([x[:start], features.to(x.dtype), x[end:]])
@@ -220,8 +210,8 @@ class CRM:
         return x, torch.cat([prompt.positions, *(first + step for step in steps)], dim=1)
 
     def logits(self, hidden: torch.Tensor, temperature: float) -> torch.Tensor:
-        """hidden (n, D) -> float32 logits / temperature (n, V); the banned tokens' are so low that their
-        probability is 0. The one definition of the distribution that is sampled and scored."""
+        """hidden (n, D) -> float32 logits / temperature (n, V), without the banned tokens: the one definition of the
+        distribution that is sampled and scored."""
         logits = self.model.lm_head(hidden).float()
         if temperature not in (0, 1):
             logits = logits / temperature
@@ -248,21 +238,21 @@ class CRM:
                     tensor.data = home
 
     def save(self, path: str | Path) -> None:
-        """A folder that from_pretrained and any server loads as it is. LoRA matrices are merged into the
-        weights, and kept beside them, exact, in adapter/."""
+        """A folder that from_pretrained and any server loads as it is. LoRA matrices are merged into its weights,
+        and kept beside them, exact, in adapter/."""
         model, weights = self.model, {}
-        for name, module in model.named_modules():
-            for key, p in module.named_parameters(recurse=False):
-                if "lora_" not in name:
-                    weights[f"{name}.{key}".replace(".base_layer", "")] = p.detach()
-            if hasattr(module, "get_delta_weight"):                         # a linear layer with LoRA matrices
-                merged = module.base_layer.weight.detach().float() + module.get_delta_weight("default").float()
-                weights[f"{name}.weight"] = merged.to(module.base_layer.weight.dtype).cpu()
+        for name, p in model.named_parameters(remove_duplicate=False):
+            if "lora_" not in name:
+                weights[name.replace(".base_layer", "")] = p.detach()
+        for name, layer in model.named_modules():
+            if hasattr(layer, "get_delta_weight"):                      # a linear layer with LoRA matrices
+                weight, delta = layer.base_layer.weight.detach(), layer.get_delta_weight("default").detach()
+                weights[f"{name}.weight"] = (weight.float() + delta.float()).to(weight.dtype).cpu()
         model.generation_config.do_sample = True        # save_pretrained refuses a temperature without it
         model.save_pretrained(path, state_dict=weights)
         if self.lora:
             self.lora.save_pretrained(Path(path) / "adapter")
-        # a server's own resizing, and load_crm's, then give the frame that this model was trained in
+        # so that a server's own resizing, and load_crm's, give the frame that this model was trained in
         self.image_processor.size = {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels}
         for part in (self.tokenizer, self.image_processor):
             part.save_pretrained(path)

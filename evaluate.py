@@ -37,7 +37,7 @@ from data import BadRow, clip_to, load_prompt, load_samples
 from runtime.cli import EMBEDDED, ModelConfig, exit_on, flag, parse_args, print0
 from runtime.metrics import QUESTION_METRICS, ask, change_text, interval, iou, mask_dice, mean, parsed, pdice
 from runtime.parallel import Ranks
-from runtime.predictions import (decode_mask, encode_mask, finished, from_file, question_ids,
+from tools.predictions import (decode_mask, encode_mask, finished, from_file, question_ids,
                                  read_predictions, write)
 
 # what the segmenter is given of a completion: whether the box, and how many points

@@ -3,7 +3,7 @@
     terms = reward_terms(text, gt_box, gt_points)      # every term, each in [0, 1]
     reward = total_reward(terms, "soft")               # the weighted sum of the mode's terms
 
-To add a term, add one line to the dict in `_box_terms`, `_point_terms` or `reward_terms`; `--weights name=0.5`
+To add a term, add one line to a dict in `_box_terms`, `_point_terms` or `reward_terms`; `--weights name=0.5`
 uses it at once, and MODES puts it into a mode. A term that needs more than text and truth is computed by the
 caller and put into the same dict: terms["mask_dice"] = smooth_log(dice).
 To change the answer format, change `write_answer` and `parse_answer`; prompts and SFT targets follow.

@@ -3,18 +3,16 @@
     group, = sample(crm, [prompt], G=8, max_new_tokens=128, temperature=1.0, seed=0)
 
 Each prompt and its image go through the model once; its keys and values are stored once, and all G rows attend
-to them in one product. A decoding step is written out over the model's own modules. What it reads and writes
-are tensors that stay in place, so on a GPU it is recorded once per shape as a CUDA graph and replayed, without
-Python between its several hundred kernels. Rows that have ended leave the batch.
-
-What is sampled is softmax(logits / temperature) and nothing else: no top-p, no top-k, no repetition penalty. A
+to them in one product. A decoding step is written out over the model's own modules, on tensors that stay in
+place: on a GPU it is recorded as a CUDA graph and replayed, without Python between its several hundred kernels.
+Rows that have ended leave the batch. What is sampled is softmax(logits / temperature) and nothing else; a
 checkpoint's own generation_config (Qwen's has a temperature of 1e-6) is never used.
 
 Read next: scoring.py computes the same log-probabilities, differentiably.
 
-Shapes: P prompts, G completions each, N = P*G rows laid out (p g), L longest prompt, T completion tokens there
-is room for, V vocabulary, D hidden, h query heads, k key heads, r = h / k, d head size. After rows have left,
-P and G are those of the rows that remain.
+Shapes: P prompts, G completions each, N = P*G rows laid out (p g), L longest prompt, T completion tokens that
+the caches have room for, V vocabulary, D hidden, k key heads, r query heads per key head, d head size. After
+rows have left, P and G are those of the rows that remain.
 """
 from collections.abc import Callable, Sequence
 
@@ -38,7 +36,7 @@ def sample(crm: CRM, prompts: Sequence[Prompt], G: int, max_new_tokens: int = 51
 
     seed: one number, or one tuple of numbers per prompt. Row g of a prompt draws from a stream of its own, so a
     completion depends neither on the other rows nor on how many prompts are sampled at once.
-    graphs: on a GPU, replay the step as a CUDA graph."""
+    graphs: on a GPU, replay the step as a CUDA graph. FloatingPointError where logits are not finite."""
     crm.model.eval()
     seeds = [(seed, i) for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
     at_once, groups = prompts_at_once(crm, prompts, G, max_new_tokens), []
@@ -58,11 +56,9 @@ def sample(crm: CRM, prompts: Sequence[Prompt], G: int, max_new_tokens: int = 51
 
 def prompts_at_once(crm: CRM, prompts: Sequence[Prompt], G: int, max_new_tokens: int) -> int:
     """How many prompts' caches fit into half of the free memory, if every completion were of full length."""
-    config = crm.model.config.text_config
-    head_size = config.hidden_size // config.num_attention_heads
-    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_size * \
-        crm.model.lm_head.weight.element_size()
-    longest = max((len(p.ids) for p in prompts), default=0)
+    c, longest = crm.model.config.text_config, max((len(p.ids) for p in prompts), default=0)
+    width = c.num_key_value_heads * c.hidden_size // c.num_attention_heads
+    per_token = 2 * c.num_hidden_layers * width * crm.model.dtype.itemsize
     free = torch.cuda.mem_get_info(crm.device)[0] // 2 if crm.device.type == "cuda" else HOST_CACHE_BYTES
     return max(1, int(free // (per_token * (longest + G * max_new_tokens))))
 
@@ -74,7 +70,7 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor, temperature: float):
 
     logits (n, V) float32, already divided by the temperature; uniform (n,) float64 in [0, 1)
     -> tokens (n,), logp (n,). Temperature 0 takes the most likely token. A token of probability 0 is never
-    drawn. Logits that are not finite give V - 1 with a log-probability of nan, which the caller checks."""
+    drawn. Logits that are not finite give a log-probability of nan."""
     logp = logits.log_softmax(-1)
     if temperature == 0:
         token = logp.argmax(-1)
@@ -86,8 +82,8 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor, temperature: float):
 
 
 def scores_float32(q: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """q keysᵀ in float32: (…, a, d), (…, b, d) -> (…, a, b). Qwen2.5's key biases make attention scores so
-    large that bfloat16 would round them by whole units; kernels like flash attention keep float32, too."""
+    """q k^T in float32: (…, a, d), (…, b, d) -> (…, a, b). Qwen2.5's key biases make attention scores so large
+    that bfloat16 rounds them by whole units; fused kernels, which score, keep float32, too."""
     if q.dtype == torch.float32:
         return q @ keys.mT
     if q.is_cuda:
@@ -117,11 +113,6 @@ class LayerCache:
         self.prompt_keys, self.prompt_values = prompt_keys, prompt_values
         self.own_keys, self.own_values = (prompt_keys.new_zeros(P, k, G, room, d) for _ in range(2))
 
-    def write(self, t, key, value) -> None:
-        """Token t of every row: key, value (P, k, G, d); t (1,)."""
-        self.own_keys.index_copy_(3, t, key[:, :, :, None])
-        self.own_values.index_copy_(3, t, value[:, :, :, None])
-
     def grow(self, room: int) -> None:
         self.own_keys, self.own_values = (pad(x, (0, 0, 0, room)) for x in (self.own_keys, self.own_values))
 
@@ -129,8 +120,7 @@ class LayerCache:
         """Keep some prompts (p,) and, of each, some rows (p, g)."""
         self.prompt_keys, self.prompt_values = self.prompt_keys[prompts], self.prompt_values[prompts]
         self.own_keys, self.own_values = (
-            rearrange(x[prompts[:, None], :, rows], "p g k t d -> p k g t d").contiguous()
-            for x in (self.own_keys, self.own_values))
+            x[prompts[:, None], :, rows].transpose(1, 2).contiguous() for x in (self.own_keys, self.own_values))
 
 
 class Batch:
@@ -142,8 +132,8 @@ class Batch:
                  graphs: bool):
         self.crm, self.temperature, self.graphs = crm, temperature, graphs
         device, P, (N, limit) = crm.device, len(prompts), uniform.shape
-        self.uniform = torch.from_numpy(uniform).to(device)
         # what is written, for all N rows
+        self.uniform = torch.from_numpy(uniform).to(device)
         self.tokens = torch.full((N, limit), int(crm.end[-1]), device=device)
         self.logp = torch.zeros(N, limit, device=device)
         self.lengths = torch.zeros(N, dtype=torch.long, device=device)
@@ -154,17 +144,14 @@ class Batch:
         self.token = torch.zeros(N, dtype=torch.long, device=device)    # the newest token of each
         self.t = torch.zeros(1, dtype=torch.long, device=device)        # completion tokens in the caches
         self.written, self.room = 0, ROOM[device.type]                  # the same number, on the host
-        self.replay: Callable | None = None                             # the step's CUDA graph
-        self.warm = False                                               # whether this shape's step has run
-
+        self.replay, self.warm = None, False            # the step's CUDA graph; whether its shape has run once
         hidden, caches = prefill(crm, prompts)
         lengths = torch.tensor([len(p.ids) for p in prompts], device=device)
         self.position = torch.stack([p.positions.max() + 1 for p in prompts])               # (P,)
         self.caches = [LayerCache(keys, values, G, self.room) for keys, values in caches]
         L = caches[0][0].shape[2]
-        hidden_keys = torch.arange(L + self.room, device=device) >= lengths[:, None]    # padding, and the future
-        bias = torch.zeros(hidden_keys.shape, device=device).masked_fill(hidden_keys, -torch.inf)
-        self.bias = rearrange(bias, "p l -> p 1 1 1 l")
+        unseen = torch.arange(L + self.room, device=device) >= lengths[:, None]     # padding, and the future
+        self.bias = torch.zeros(unseen.shape, device=device).masked_fill(unseen, -torch.inf)[:, None, None, None]
         self.write(repeat(hidden, "p d -> (p g) d", g=G))
 
     def advance(self) -> None:
@@ -193,7 +180,8 @@ class Batch:
             q, key, value = (projection(h).unflatten(-1, (-1, d)) for projection in
                              (attention.q_proj, attention.k_proj, attention.v_proj))            # (n, heads, d)
             q, key = apply_rotary_pos_emb(q, key, cos, sin)
-            cache.write(self.t, *(rearrange(new, "(p g) k d -> p k g d", p=P) for new in (key, value)))
+            for own, new in ((cache.own_keys, key), (cache.own_values, value)):
+                own.index_copy_(3, self.t, rearrange(new, "(p g) k d -> p k g 1 d", p=P))
             q = rearrange(q, "(p g) (k r) d -> p k g r d", p=P, k=key.shape[1])
             out = attend(q, cache, self.bias, attention.scaling)
             x = x + attention.o_proj(rearrange(out, "p k g r d -> (p g) (k r d)"))
@@ -213,8 +201,8 @@ class Batch:
         self.token.copy_(token)
 
     def drop_finished(self) -> None:
-        """Take finished rows out of the batch once that frees a quarter of it. It stays a rectangle: every
-        prompt that remains keeps as many rows as the one with the most unfinished."""
+        """Take finished rows out of the batch once that frees a quarter of it. It stays a rectangle: each prompt
+        that remains keeps as many rows as the one with the most unfinished."""
         P, G = self.shape
         live = ~self.done[self.rows].view(P, G)
         unfinished = live.sum(1)
@@ -231,7 +219,7 @@ class Batch:
             cache.keep(prompts, rows)
 
     def groups(self, prompts: Sequence[Prompt], tokenizer) -> list[Group]:
-        """What was written, one Group per prompt. FloatingPointError where the model's logits were not finite."""
+        """What was written, one Group per prompt."""
         lengths, done = self.lengths.cpu(), self.done.cpu()
         split = (rearrange(x, "(p g) ... -> p g ...", p=len(prompts)) for x in
                  (self.tokens, self.logp, lengths, done))
@@ -240,7 +228,7 @@ class Batch:
             width = int(lengths.max())
             tokens, logp = tokens[:, :width].clone(), logp[:, :width].clone()
             if not logp.isfinite().all():
-                raise FloatingPointError("the model's logits are not finite: its weights or its input are broken")
+                raise FloatingPointError("the model's logits are not finite: its weights or its image are broken")
             # without the token that ends it; a special token anywhere else stays visible, and costs the format
             texts = [tokenizer.decode(row[:n - ended]) for row, n, ended in zip(tokens, lengths, done.long())]
             groups.append(Group(prompt, tokens, lengths, logp, done, texts))

@@ -1,7 +1,7 @@
 """Scoring: the log-probabilities of given completions, differentiable, one prompt's group in one sequence.
 
     logp(crm, group, rows=range(8))             # (g, T)
-    for pack in make_packs(groups, 8192):       # packs of some rows of some groups, to bound the memory
+    for pack in make_packs(groups, 8192):       # some rows of some groups at a time, to bound the memory
         for logp, entropy in score(crm, pack): ...
 
 A packed sequence is [prompt | completion 1 | … | completion g], group after group, so a prompt and its image
@@ -11,16 +11,14 @@ are computed once for all of its completions. Who attends to whom:
     a completion's token   to its prompt and its completion so far   causal_lower_right(T, L + T)
 
 The completions of one prompt are one call of the attention kernel: their keys are [prompt | own tokens] without
-padding in between, so the plain causal mask, aligned at the lower right, is all it takes. Everything else in a
-transformer acts on each token by itself. Positions continue from the prompt's (CRM.embed).
-
-Only the positions that predict a completion's token go through the vocabulary projection, in chunks:
-log softmax in float32, logp = logit - logsumexp. Nothing of shape (N, T, V) ever exists.
+padding in between, so the causal mask, aligned at the lower right, is all it takes. Everything else in a
+transformer acts on each token by itself. Only the positions that predict a completion's token go through the
+vocabulary projection, in chunks: logp = logit - logsumexp, in float32. Nothing of shape (N, T, V) ever exists.
 
 Read next: train_grpo.py.
 
-Shapes: g completions of L prompt tokens, T tokens in the longest, S tokens in the packed sequence, n completion
-tokens in it, h query heads, k key heads, d head size, V vocabulary, D hidden.
+Shapes: g completions, T tokens in the longest, n tokens in all of them, L prompt tokens, S tokens in the packed
+sequence, h query heads, k key heads, d head size, V vocabulary, D hidden.
 """
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -91,7 +89,7 @@ def packed_attention(module, q, k, v, attention_mask, scaling=None, **options):
 
 
 def pick_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """(1, heads, S, d), index (g, T) -> (g, heads, T, d). index_select's backward is twice as fast as x[index]'s."""
+    """(1, heads, S, d), index (g, T) -> (g, heads, T, d); index_select's backward is twice as fast as x[index]'s."""
     return x[0].transpose(0, 1).index_select(0, index.flatten()).unflatten(0, index.shape).transpose(1, 2)
 
 
@@ -114,8 +112,7 @@ def packed_forward(crm: CRM, prompts: Sequence[Prompt], completions: Sequence[Se
 # ---------------------------------------------------------------- log-probabilities
 
 def score(crm: CRM, pack: Pack, temperature: float = 1.0, entropy_gradient: bool = False):
-    """[(logp (g, T), entropy (g, T))] of a pack's completions, zero past each length.
-
+    """[(logp (g, T), entropy (g, T))] of a pack's completions, zero past each length; differentiable.
     entropy: that of the whole distribution, sum of -p log p; without gradient unless asked for."""
     return crm.run(_score, crm, pack, temperature, entropy_gradient)
 
@@ -153,8 +150,9 @@ def token_logp(crm: CRM, hidden, targets, temperature: float, entropy_gradient: 
             entropy = total - torch.einsum("nv,nv->n", p, logits)                   # sum of -p log p
         return logp, entropy
 
-    size = max(1, LOGITS_CHUNK[crm.device.type] // crm.vocabulary)
-    recompute = torch.is_grad_enabled() and len(hidden) * crm.vocabulary > LOGITS_KEPT
+    V = crm.model.config.text_config.vocab_size
+    size = max(1, LOGITS_CHUNK[crm.device.type] // V)
+    recompute = torch.is_grad_enabled() and len(hidden) * V > LOGITS_KEPT
     parts = [checkpoint(chunk, *part, use_reentrant=False) if recompute else chunk(*part)
              for part in zip(hidden.split(size), targets.split(size))]
     logp, entropy = zip(*parts)
@@ -162,7 +160,7 @@ def token_logp(crm: CRM, hidden, targets, temperature: float, entropy_gradient: 
 
 
 def logp(crm: CRM, group: Group, rows: Sequence[int], temperature: float = 1.0) -> torch.Tensor:
-    """Log-probabilities of the tokens of some rows of a group, (g, T), zero past each length; differentiable."""
+    """Log-probabilities of the tokens of some rows of a group, (g, T): see `score`."""
     return score(crm, [(group, list(rows))], temperature)[0][0]
 
 
@@ -188,10 +186,8 @@ def group_of(crm: CRM, prompt: Prompt, texts: Sequence[str]) -> Group:
 
 
 def make_packs(groups: Sequence[Group], most_tokens: int) -> list[Pack]:
-    """All rows of some groups, in packs of at most `most_tokens` tokens.
-
-    A group that does not fit into what is left begins a new pack. Only one that fits into none is cut, and its
-    prompt repeated. A single completion is never cut."""
+    """All rows of some groups, in packs of at most `most_tokens` tokens. A group that does not fit into what is left
+    begins a new pack; one that fits into none is cut, and its prompt repeated. A completion is never cut."""
     packs, used = [], most_tokens
     for group in groups:
         prompt, lengths = len(group.prompt.ids), group.lengths.tolist()

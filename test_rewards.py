@@ -419,7 +419,7 @@ def test_accepted_answers(body):
     "NaN", "Infinity", "-Infinity", "true", "null", "'3'", "[3]", "{}", "1e999", "-1e999", "9" * 10_000,
     "-" + "9" * 5_000,
 ])
-def test_a_bad_number_spoils_the_box_or_the_points_but_not_both(bad):
+def test_a_bad_number_makes_the_box_or_the_points_malformed_but_not_both(bad):
     read = answer("{'bbox': [1, 2, %s, 40], 'points_1': [5, 6], 'points_2': [7, 8]}" % bad)
     assert read.bbox is None and read.points == ((5, 6), (7, 8)) and read.problem == "box malformed"
     read = answer("{'bbox': [1, 2, 30, 40], 'points_1': [5, 6], 'points_2': [7, %s]}" % bad)

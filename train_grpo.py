@@ -3,8 +3,8 @@
     python train_grpo.py                      # the embedded default: a tiny model, a small data set, one CPU
     torchrun --nproc-per-node 8 train_grpo.py @recipes/lora_7b.args
 
-For each prompt, sample a group of completions and reward each for its format and for where it points. How far a
-completion's reward lies above its own group's mean, in standard deviations, is its advantage. Raise the
+For each prompt, sample a group of completions and reward each for its format and for where it points. How far
+its reward lies above its own group's mean, in standard deviations, is a completion's advantage. Raise the
 probability of completions with a positive advantage, lower that of the others, within a trust region and near
 the model that training started from:
 
@@ -13,9 +13,10 @@ the model that training started from:
     L    = - sum_t w_t min(rho A, clip(rho, 1-c, 1+c) A)  +  beta sum_t w_t KL_t     grpo_loss
     KL_t = pi_ref/pi - log(pi_ref/pi) - 1                                            "k3"
 
-Defaults are the paper's; the sizes (prompts per step, group, tokens, steps) are the embedded default's. Variants
-by name: Dr. GRPO is --norm none --agg constant --kl-coef 0, DAPO is --agg token --clip-high 0.28 --kl-coef 0
---resample 3, GSPO is --ratio sequence --clip-low 3e-4 --clip-high 4e-4 --kl-coef 0.
+Defaults are the paper's; the sizes (prompts per step, group, tokens, steps) are the embedded default's.
+  Dr. GRPO  --norm none --agg constant --kl-coef 0                             arXiv 2503.20783
+  DAPO      --agg token --clip-high 0.28 --resample 3 --kl-coef 0              arXiv 2503.14476
+  GSPO      --ratio sequence --clip-low 3e-4 --clip-high 4e-4 --kl-coef 0      arXiv 2507.18071
 
 Differences from the paper, each a flag:
   1. Rewards follow the formulas, not the released code's quirks (--official gives those).
@@ -33,7 +34,7 @@ from asm import load_asm
 from crm import CRM, Group, load_crm
 from data import BadRow, Sample, clip_to, fill_prompt, load_prompt, to_image, to_model
 from rewards import parse_answer, reward_formula, reward_terms, smooth_log, total_reward
-from runtime.cli import RunConfig, exit_on, flag, parse_args, print0
+from runtime.cli import RunConfig, exit_on, flag, parse_args, parse_weights, print0
 from runtime.metrics import mask_dice
 from runtime.optim import Optimizer
 from runtime.parallel import Ranks, equal_passes, shard, unsharded
@@ -54,12 +55,9 @@ class Config(RunConfig):                        # model, data, optimizer, evalua
     resample: int = flag(0, "how often groups of equal rewards are replaced by other prompts", low=0)
     cuda_graphs: bool = flag(True, "on a GPU, replay the sampler's step as a CUDA graph")
     # advantages and loss
-    norm: str = flag("group", "advantages are divided by the std of the group, by nothing, or by that of the batch",
-                     ("group", "none", "batch"))
-    agg: str = flag("sequence", "mean per completion, then over completions; mean over all tokens; sum / max_new_tokens",
-                    ("sequence", "token", "constant"))
-    ratio: str = flag("token", "one ratio per token, or its geometric mean per completion (GSPO, arXiv 2507.18071)",
-                      ("token", "sequence"))
+    norm: str = flag("group", "whose std divides the advantages", ("group", "none", "batch"))
+    agg: str = flag("sequence", "how token losses are averaged: see token_weights", ("sequence", "token", "constant"))
+    ratio: str = flag("token", "pi/pi_old per token, or its geometric mean per completion", ("token", "sequence"))
     clip_low: float = flag(0.2, "the ratio's lower bound is 1 - this", low=0)
     clip_high: float = flag(0.2, "the ratio's upper bound is 1 + this", low=0)
     dual_clip: float = flag(3.0, "bound on the loss of a bad completion's token (0: none)", low=0)
@@ -79,8 +77,8 @@ class Config(RunConfig):                        # model, data, optimizer, evalua
 # ---------------------------------------------------------------- the algorithm, on plain tensors
 
 def group_advantages(rewards: torch.Tensor, norm: str = "group", eps: float = 1e-6) -> torch.Tensor:
-    """Rewards (P, G) -> advantages (P, G): r minus its group's mean, divided by the group's unbiased std
-    (GRPO), by nothing (arXiv 2503.20783), or by the std of all. A group of equal rewards gets exactly 0."""
+    """Rewards (P, G) -> advantages (P, G): r minus its group's mean, divided by the group's unbiased std, by
+    nothing, or by the std of all. A group of equal rewards gets exactly 0."""
     centred = rewards - rewards.mean(1, keepdim=True)
     centred = torch.where(rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True), 0.0, centred)
     if norm == "none":
@@ -91,9 +89,9 @@ def group_advantages(rewards: torch.Tensor, norm: str = "group", eps: float = 1e
 def token_weights(mask: torch.Tensor, agg: str = "sequence", max_tokens: int | None = None) -> torch.Tensor:
     """How much each token counts: mask (N, T) of an optimizer step's completions over all ranks -> (N, T).
 
-    sequence  mean over a completion's tokens, then over completions                sums to 1
-    token     mean over all tokens of the step (arXiv 2503.14476)                   sums to 1
-    constant  sum / (completions * max_tokens), no length bias (arXiv 2503.20783)   sums to the mean fill
+    sequence  mean over a completion's tokens, then over completions    sums to 1
+    token     mean over all tokens of the step                          sums to 1
+    constant  sum / (completions * max_tokens): no length bias          sums to the mean fill
     So a micro-batch's loss is a plain weighted sum, and the gradient does not depend on how the step is cut.
     Rows without tokens (mask_truncated) count as no completion."""
     mask = mask.float()
@@ -112,7 +110,7 @@ def grpo_loss(logp, old_logp, ref_logp, advantages, weights, clip_low=0.2, clip_
     mask, A = weights > 0, advantages[:, None]
     zero = torch.zeros_like(old_logp)                                       # before exp: inf * 0 is nan
     log_ratio = torch.where(mask, logp - old_logp, zero)
-    if ratio == "sequence":                                                 # arXiv 2507.18071, Eq. 7
+    if ratio == "sequence":                                                 # GSPO, Eq. 7
         log_ratio = (log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)).expand_as(mask)
     rho = log_ratio.clamp(-20, 20).exp()
     clipped = rho.clamp(1 - clip_low, 1 + clip_high)
@@ -142,16 +140,6 @@ class Rollout(Group):
     weights: torch.Tensor | None = None         # (G, T) how much each token counts in its optimizer step
     old_logp: torch.Tensor | None = None        # (G, T) under the policy that sampled; None: on-policy
     ref_logp: torch.Tensor | None = None        # (G, T) under the reference model; None: no KL
-
-
-def parse_weights(text: str) -> dict[str, float]:
-    try:
-        pairs = [item.split("=") for item in text.split(",") if item]
-        weights = {name.strip(): float(value) for name, value in pairs}
-    except ValueError:
-        raise ValueError(f"--weights {text}: give term=number, separated by commas") from None
-    reward_formula("soft", weights)                         # a ValueError names the unknown term
-    return weights
 
 
 def reward(sample: Sample, group: Group, cfg: Config, weights: dict[str, float], asm) -> Rollout:
@@ -210,7 +198,7 @@ def main(cfg: Config) -> None:
     print0(f"reward = {formula}, at most {maximum:g}")
     print0(f"{optimizer.size:,} trainable parameters on {ranks.world} x {ranks.device}, {len(train)} training "
            f"samples, {cfg.prompts} prompts x {cfg.group} completions per step -> {run.folder}")
-    # a mini-batch is the same prompts on any number of ranks: each rank takes an equal part of every one
+    # a mini-batch is the same prompts on any number of ranks: each takes an equal part of every one
     places = np.arange(cfg.prompts).reshape(cfg.minibatches, ranks.world, -1)[:, ranks.rank].ravel().tolist()
     share = len(places) // cfg.minibatches
     updates = cfg.inner_epochs * cfg.minibatches
@@ -245,8 +233,8 @@ def main(cfg: Config) -> None:
         for r, A in zip(batch, advantages[ranks.rank * len(batch):]):
             r.advantages = A
 
-        # 3. log-probabilities under the reference model, and, where one rollout makes several updates, under the
-        #    policy that sampled. With one update these are those of the update's own forward pass
+        # 3. log-probabilities under the reference model, and, where a rollout makes several updates, under
+        #    the policy that sampled (with one update, its own forward pass has them)
         if cfg.kl_coef:
             with crm.reference(), unsharded(crm):
                 for r, logp in zip(batch, all_logp(crm, batch, cfg.pack_tokens, cfg.temperature)):
@@ -268,8 +256,8 @@ def main(cfg: Config) -> None:
             # a group of equal rewards has no gradient, unless the KL or the entropy moves it
             live = [r for r in part if cfg.kl_coef or entropy_coef or r.advantages.any()] or part[:1]
             for pack, counts in equal_passes(crm, ranks, make_packs(live, cfg.pack_tokens)):
-                losses = []
-                for (r, rows), (logp, entropy) in zip(pack, score(crm, pack, cfg.temperature, entropy_coef > 0)):
+                losses, scores = [], score(crm, pack, cfg.temperature, entropy_coef > 0)
+                for (r, rows), (logp, entropy) in zip(pack, scores):
                     weights = counts * r.weights[rows]
                     old_logp = logp.detach() if r.old_logp is None else r.old_logp[rows]
                     ref_logp = None if r.ref_logp is None else r.ref_logp[rows]
@@ -289,7 +277,8 @@ def main(cfg: Config) -> None:
 
         # 5. numbers over all ranks, warnings, the held-out split, checkpoints
         done, completions = step + 1, ranks.gather([row for r in batch for row in completion_rows(r)])
-        row = {"step": done, **step_row(completions, total_stats(stats, ranks), grad_norms, lr, clock, ranks.device)}
+        row = {"step": done, **step_row(completions, total_stats(stats, ranks), grad_norms, lr, clock,
+                                        ranks.device)}
         if step == 0:
             check_first_step(total_stats(at_start, ranks), completions, crm.model.dtype)
         run.warn(row)
@@ -299,7 +288,7 @@ def main(cfg: Config) -> None:
         run.log("metrics", row)
         ranked = sorted(completions, key=lambda completion: completion["reward"])
         run.log("samples", {"step": done, "best": ranked[-1], "worst": ranked[0]})
-        bar.set_postfix(reward=f"{row['reward']:.2f}", iou=f"{row['box_iou']:.2f}", s=f"{row['seconds']:.1f}")
+        bar.set_postfix({key: f"{row[key]:.2f}" for key in ("reward", "seconds")})
         if run.due(done, stopped):
             run.save(done, crm, optimizer)
             run.curves(PANELS)

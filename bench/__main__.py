@@ -41,10 +41,7 @@ RESULTS = Path(__file__).parent / "results"
 OURS = ("--prompts 8 --group 8 --weights '' --trainable '' --lr 1e-6 --minibatches 1 --kl-coef 0.01 --warmup 0 "
         "--eval-every -1 --data demo/data")
 AT_SIZE = "--resize square:840 --max-pixels 705600 --group 16 --max-new-tokens 256 --lora-rank 64 --checkpointing"
-OFF = {"attention dense": "--attention dense", "vision features not shared": "--no-share-vision",
-       "finished answers stay": "--no-drop-finished", "one group a stream": "--pack-tokens 900",
-       "no answer shares its prompt when scored": "--pack-tokens 1",
-       "all off": "--attention dense --no-share-vision --no-drop-finished --pack-tokens 1"}
+OFF = {"one group per pack": "--pack-tokens 900", "no completion shares its prompt when scored": "--pack-tokens 1"}
 
 
 def machine() -> dict:
@@ -151,7 +148,7 @@ def fastest_trl(flags: str, args, pieces) -> dict:
 
 def record(name: str, result, args) -> None:
     RESULTS.mkdir(exist_ok=True)
-    name = "_".join([name, *filter(None, [args.random_model])]) + ("_graphs" if "--cuda-graphs" in args.ours else "")
+    name = "_".join([name, *filter(None, [args.random_model])]) + ("_no_graphs" if "--no-cuda-graphs" in args.ours else "")
     about = {"command": "python -m bench " + shlex.join(sys.argv[1:]), "date": time.strftime("%Y-%m-%d"),
              "machine": f"{os.cpu_count()} x {platform.machine()}, " + (
                  torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"), "torch": torch.__version__}
@@ -162,9 +159,9 @@ def record(name: str, result, args) -> None:
 def switches(args) -> None:
     tried, table = {"all on": ""} | OFF, {}
     if args.random_model:
-        del tried["one group a stream"]                                     # no group of real size is so small
+        del tried["one group per pack"]                                     # no group of real size is so small
     if torch.cuda.is_available():
-        tried |= {"flex attention": "--attention flex", "the sampler's step as a CUDA graph": "--cuda-graphs"}
+        tried |= {"no CUDA graphs": "--no-cuda-graphs"}
     for name, flags in tried.items():
         try:
             table[name] = ours(flags, args)
@@ -179,19 +176,18 @@ def switches(args) -> None:
 
 def close(args) -> None:
     table = parity(args.crm, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    print(f"{'relative error of':28} log-prob.  gradient   sampled  equal completions")
-    for name, row in table.items():
-        if "problem" in row:
-            text = row["problem"]
-        elif "mean gap" in row:
-            text = f"mean gap between sampled and scored log-probabilities {row['mean gap']:.4f} nats"
+    print(f"{'relative error of':26} log-prob.  gradient  sampled  equal completions")
+    for name, r in table.items():
+        if "problem" in r:
+            said = r["problem"]
+        elif "mean gap" in r:
+            said = f"mean gap between sampled and scored log-probabilities {r['mean gap']:.4f}"
         else:
-            text = f"{row['logp']:9.1e} {row['gradient']:9.1e} {row['sampled']:9.1e}"
-            if "equal completions" in row:
-                text += f"  {row['equal completions']:17.2f}"
-        print(f"{name:28} {text}" + ("" if row.get("passed", True) else "  <- failed"))
+            said = f"{r['logp']:9.1e} {r['gradient']:9.1e} {r['sampled']:8.1e}"
+            said += f"  {r['equal completions']:13.2f}" if "equal completions" in r else ""
+        print(f"{name:26} {said}", "" if r.get("passed", True) else "  <- failed")
     record("parity", table, args)
-    sys.exit(not all(row.get("passed", True) for row in table.values()))
+    sys.exit(not all(r.get("passed", True) for r in table.values()))
 
 
 def pairs(args) -> None:
@@ -213,12 +209,12 @@ def scaling(args) -> None:
     """One process against two, each with one thread: the same prompts, answers and numbers."""
     rows = []
     for i in range(args.pairs):
-        row = {kind: ours(f"--parallel {kind}", args, ("-m", "torch.distributed.run", "--nproc-per-node", str(n)),
-                          OMP_NUM_THREADS="1") for kind, n in (("none", 1), ("ddp", 2), ("fsdp", 2))}
+        row = {kind: ours("" if n == 1 else f"--parallel {kind}", args, ("-m", "torch.distributed.run", "--nproc-per-node", str(n)),
+                          OMP_NUM_THREADS="1") for kind, n in (("one", 1), ("ddp", 2), ("fsdp", 2))}
         rows.append(row)
         print(f"round {i + 1}: " + ", ".join(f"{kind} {r['seconds']:.2f} s" for kind, r in row.items()), flush=True)
     for kind in ("ddp", "fsdp"):
-        gain = median(row["none"]["seconds"] / row[kind]["seconds"] for row in rows)
+        gain = median(row["one"]["seconds"] / row[kind]["seconds"] for row in rows)
         print(f"two processes, {kind}: {gain:.2f} x the speed of one, {100 * gain / 2:.0f} % efficiency")
     record("scaling", rows, args)
 
@@ -272,7 +268,7 @@ if __name__ == "__main__":
     parser.add_argument("--crm", default="demo/crm")
     parser.add_argument("--random-model", choices=SIZES, help="the real architecture instead of --crm, in build/")
     parser.add_argument("--flags", help="of every run, ours and TRL's; of 3b and 7b: " + AT_SIZE)
-    parser.add_argument("--ours", default="", help="flags of our runs only, e.g. --ours=--cuda-graphs")
+    parser.add_argument("--ours", default="", help="flags of our runs only, e.g. --ours=--no-cuda-graphs")
     parser.add_argument("--steps", type=int, default=3, help="of a measurement; the first is not counted")
     parser.add_argument("--peer", nargs="?", const="trl", choices=["trl"], help="TRL's GRPOTrainer beside ours")
     parser.add_argument("--peer-python", default="build/trl/bin/python")

@@ -1,26 +1,52 @@
-"""The embedded tiny CRM: a real Qwen2.5-VL with random weights and a small tokenizer, taught by train_sft.py.
+"""The embedded tiny CRM: a real Qwen2.5-VL with random weights and a small tokenizer, taught in three stages to see,
+to read out and to answer when the target is *named*. What a vague question means is left to GRPO.
 
-    python -m demo.make_crm            # tokenizer, random model, pool of warm-start data, SFT, demo/crm
+    python -m demo.make_crm            # pool of pictures, tokenizer, random model, stages a, b, c -> demo/crm
 
-Same classes and same file formats as Qwen2.5-VL-7B, a two-thousandth of its size. Seed 0. The warm start stops early on
-purpose: it writes the format and points roughly. Measured on two shared cores (2026-11-22): 3.07M parameters, 1,600 steps
-of 16, 42 minutes beside other work.
+  a  the vision tower alone, on a dense target with throw-away heads: of each merged token (28 x 28 pixels), how much of its
+     4 x 4 parts the asked category covers, its own place, and, where it is covered, the target's box and key points
+  b  the language model on top: a short prompt that only names the target, the answer without a trace. The short prompt forms
+     the circuit that reads a place out of the image; a long one with a trace drowns the coordinates' loss
+  c  the reasoning prompt, questions that name the target, a trace and the answer; with the habits of HABITS on purpose, as
+     general VLMs have them, so that each reward term has something left to teach
+
+Same classes and same file formats as Qwen2.5-VL-7B, a two-thousandth of its size. Seed 0.
 """
 import argparse
 import json
+import random
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from crm import BANNED, CHAT, CRM, END, load_crm
-from data import PROMPTS, load_samples
+from data import PROMPTS, STRIDE, fill_prompt, load_samples, target_text, to_model
+from demo.check_crm import check, named_question, target_name
+from demo.wordings import WORDS
+from scoring import group_of, score
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *BANNED]
+SHORT = "{query}\nAnswer: "
+CATEGORIES = sorted(WORDS)
+PARTS = 4                   # a cell's side in parts of the dense target
+LARGEST = 224               # pixels of the data's largest side: coordinates are divided by it
+HELD_BACK = 372             # of the pool, at its end: for the checks of the stages, not for training
+HABITS = dict(loose=.16,    # each edge of the box lies outside by a random part of its side, up to this
+              close=.25,    # key points are pulled to their middle, to a random part of their distance, down to this
+              broken=.08)   # of the answers break the format
 
+
+# ---------------------------------------------------------------- the random model
 
 def tiny_tokenizer(texts, vocab_size: int) -> Qwen2Tokenizer:
     """A byte-level BPE with Qwen's own pre-tokenizer (one token a digit) and special tokens, trained on texts."""
@@ -50,7 +76,7 @@ def tiny_crm(texts, vocab_size=2048, hidden=192, layers=4, heads=6, kv_heads=2, 
         vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"])
     model = Qwen2_5_VLForConditionalGeneration(config)
     model.generation_config.eos_token_id = [ids[token] for token in END]
-    return CRM(model, tokenizer, Qwen2VLImageProcessorPil(max_pixels=224 * 224), **options)      # the data's largest
+    return CRM(model, tokenizer, Qwen2VLImageProcessorPil(max_pixels=LARGEST ** 2), **options)
 
 
 def corpus(samples) -> list[str]:
@@ -60,30 +86,197 @@ def corpus(samples) -> list[str]:
         [json.dumps({"bbox": [0] * 4, "points_1": [0] * 2, "points_2": [0] * 2})] * 500
 
 
-if __name__ == "__main__":
+# ---------------------------------------------------------------- what the stages learn from
+
+class Lesson:
+    """One picture as a stage asks about it: the encoded prompt, the dense target and, from stage b on, the completion."""
+
+    def __init__(self, crm, sample, stage, rng):
+        question = target_name(sample) if stage == "b" else named_question(sample, rng)
+        template = SHORT if stage == "b" else PROMPTS["reasoning"]
+        self.prompt = crm.encode(sample.image, fill_prompt(template, question))
+        self.prompt.pixel_values = self.prompt.pixel_values.half()          # all pictures stay in memory
+        w, h = self.prompt.frame.model
+        mask = np.asarray(Image.fromarray(np.uint8(sample.mask) * 255).resize((w, h), Image.Resampling.BILINEAR)) / 255
+        side = STRIDE // PARTS
+        share = mask.reshape(h // STRIDE, PARTS, side, w // STRIDE, PARTS, side).mean((2, 5))      # (rows, 4, columns, 4)
+        self.share = torch.tensor(share.transpose(0, 2, 1, 3).reshape(-1, PARTS ** 2), dtype=torch.float32)
+        ys, xs = np.mgrid[0:h // STRIDE, 0:w // STRIDE]
+        self.place = torch.tensor(np.stack([xs.ravel() + .5, ys.ravel() + .5], 1) * STRIDE / LARGEST, dtype=torch.float32)
+        truth = to_model([*sample.bbox, *sample.points[0], *sample.points[1]], self.prompt.frame)
+        self.truth = torch.tensor(truth) / LARGEST                          # (8,)
+        self.category = CATEGORIES.index(sample.category)
+        texts = {"a": [], "b": [target_text(sample, self.prompt.frame, False)],
+                 "c": [habitual(sample, self.prompt.frame, rng) for _ in range(2)]}[stage]     # the prompt is the longer part
+        self.group = group_of(crm, self.prompt, texts) if texts else None
+
+
+def habitual(sample, frame, rng) -> str:
+    """target_text with HABITS: a loose box, key points close together, now and then a broken format."""
+    (x1, y1, x2, y2), (p, q) = sample.bbox, sample.points
+    width, height = x2 - x1, y2 - y1
+    loose = [rng.uniform(0, HABITS["loose"]) for _ in range(4)]
+    box = (max(0, x1 - loose[0] * width), max(0, y1 - loose[1] * height),
+           min(frame.image[0], x2 + loose[2] * width), min(frame.image[1], y2 + loose[3] * height))
+    keep, middle = rng.uniform(HABITS["close"], 1), ((p[0] + q[0]) / 2, (p[1] + q[1]) / 2)
+    points = tuple(tuple(m + keep * (v - m) for v, m in zip(point, middle)) for point in (p, q))
+    text = target_text(replace(sample, bbox=box, points=points), frame)
+    if rng.random() < HABITS["broken"]:
+        text = rng.choice((text.replace("</think>", ""), text.replace(', "points_2"', ' "points_2"'),
+                           text.replace("}</answer>", "</answer>"), text.replace('"points_2"', '"points_1"')))
+    return text
+
+
+class Heads(nn.Module):
+    """What stage a predicts from a merged token; thrown away after stage b."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.share = nn.Linear(width, len(CATEGORIES) * PARTS ** 2)
+        self.truth = nn.Linear(width, len(CATEGORIES) * 8)
+        self.place = nn.Linear(width, 2)
+
+    def asked(self, head, features, category):
+        """The outputs of one category. features (n, D), category (n,) -> (n, outputs of a category)."""
+        out = head(features).view(len(features), len(CATEGORIES), -1)
+        return out[torch.arange(len(features)), category]
+
+
+def dense(crm, heads, lessons):
+    """The dense loss of some lessons, and the parts' IoU at a half."""
+    features = torch.cat(crm.model.model.get_image_features(
+        torch.cat([lesson.prompt.pixel_values for lesson in lessons]).float(),
+        torch.cat([lesson.prompt.grid_thw for lesson in lessons])).pooler_output)
+    share, place = (torch.cat([getattr(lesson, key) for lesson in lessons]) for key in ("share", "place"))
+    cells = torch.tensor([len(lesson.share) for lesson in lessons])
+    category = torch.tensor([lesson.category for lesson in lessons]).repeat_interleave(cells)
+    truth = torch.stack([lesson.truth for lesson in lessons]).repeat_interleave(cells, 0)
+    logit = heads.asked(heads.share, features, category)
+    covered = share.mean(1)
+    error = (heads.asked(heads.truth, features, category) - truth).abs().mean(1)
+    loss = F.binary_cross_entropy_with_logits(logit, share) + 3 * F.mse_loss(heads.place(features), place) \
+        + 2 * (error * covered).sum() / covered.sum()
+    guess, true = logit > 0, share > .5
+    return loss, ((guess & true).sum() / (guess | true).sum()).item()
+
+
+def answer_loss(crm, lessons, digit_ids, digit_weight):
+    """Cross-entropy of the completions, digits counting more: mean over tokens."""
+    total, count = 0.0, 0.0
+    packs = [(lesson.group, range(len(lesson.group.texts))) for lesson in lessons]
+    for lesson, (logp, _) in zip(lessons, score(crm, packs)):
+        weight = 1 + (digit_weight - 1) * torch.isin(lesson.group.tokens, digit_ids).float()
+        total, count = total - (weight * logp).sum(), count + weight.sum()
+    return total / count
+
+
+class Cache:
+    """Lessons by the pool's index, made when first asked for."""
+
+    def __init__(self, crm, pool, stage, rng):
+        self.crm, self.pool, self.stage, self.rng, self.made = crm, pool, stage, rng, {}
+
+    def __getitem__(self, i):
+        if i not in self.made:
+            self.made[i] = Lesson(self.crm, self.pool[i], self.stage, self.rng)
+        return self.made[i]
+
+
+def run_stage(stage, crm, heads, pool, steps, batch, lr, dense_weight, digit_weight, stretch, seed, work):
+    """AdamW with a short warm-up and a cosine over `stretch` times the steps (stage b ends at a quarter of its peak, as
+    stage c goes on from there); stage a trains the vision tower, the others everything."""
+    rng, start = random.Random(seed), time.time()
+    cache, size = Cache(crm, pool, stage, rng), len(pool) - HELD_BACK
+    before = Cache(crm, pool, "b", rng)
+    trained = list((crm.model.model.visual if stage == "a" else crm.model).parameters())
+    adamw = torch.optim.AdamW([*trained, *heads.parameters()], lr=lr, weight_decay=0.01)
+    digits = torch.tensor(crm.tokenizer.convert_tokens_to_ids(list("0123456789")))
+    for step in range(steps):
+        lessons = [cache[rng.randrange(size)] for _ in range(batch)]
+        loss, parts = dense(crm, heads, lessons if stage == "a" else lessons[:batch // 3])     # it is there to be kept
+        if stage == "c":        # a few of stage b's, so that what it formed is kept
+            lessons += [before[rng.randrange(size)] for _ in range(batch // 2)]
+        text = answer_loss(crm, lessons, digits, digit_weight) if stage != "a" else torch.zeros(())
+        (dense_weight * loss + text).backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        for group in adamw.param_groups:
+            group["lr"] = lr * min(1, (step + 1) / 30) * (0.5 * (1 + np.cos(np.pi * step / (steps * stretch))) + 0.02)
+        adamw.step()
+        adamw.zero_grad()
+        if step % 50 == 0 or step == steps - 1:
+            print(f"stage {stage} step {step:5}  dense {loss.item():.3f}  parts' IoU {parts:.2f}  text {text.item():.3f}  "
+                  f"{time.time() - start:.0f} s", flush=True)
+        if stage != "a" and step % 250 == 249 and step < steps - 1:
+            report(stage, crm, pool, 124)
+            crm.save(f"{work}/{stage}_{step + 1}")
+    if stage == "a":
+        report_dense(crm, heads, pool, cache)
+    else:
+        report(stage, crm, pool)
+
+
+@torch.no_grad()
+def report_dense(crm, heads, pool, cache):
+    """Stage a's check: the parts' IoU on the pictures held back."""
+    ious = [dense(crm, heads, [cache[i] for i in range(at, at + 31)])[1]
+            for at in range(len(pool) - HELD_BACK, len(pool), 31)]
+    print(f"check a: IoU of the parts on {HELD_BACK} pictures held back {np.mean(ious):.3f}", flush=True)
+
+
+def report(stage, crm, pool, limit=HELD_BACK):
+    """Stage b's and c's check: greedy answers about pictures held back, asked as the stage asks."""
+    held = pool[len(pool) - HELD_BACK:][:limit]
+    template = SHORT if stage == "b" else PROMPTS["reasoning"]
+    print(f"check {stage}: " + check(crm, held, template, "name" if stage == "b" else "named"), flush=True)
+
+
+# ---------------------------------------------------------------- main
+
+def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pool", default="build/pool", help="training data; made with demo.make_data when missing")
     parser.add_argument("--pool-size", type=int, default=12000)
-    parser.add_argument("--work", default="build/crm", help="folder for the random model and the SFT run")
+    parser.add_argument("--work", default="build/crm", help="folder for the model after each stage")
     parser.add_argument("--out", default="demo/crm")
-    parser.add_argument("--steps", type=int, nargs="+", default=[1100, 1600],
-                        help="optimizer steps; each further number resumes with a longer cosine")
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--begin", default="a", choices="abc", help="stage to begin with, from --work")
+    parser.add_argument("--end", default="c", choices="abc", help="last stage")
+    for stage, steps, batch, lr in (("a", 4000, 16, 1e-3), ("b", 1500, 24, 1e-3), ("c", 750, 12, 8e-4)):
+        parser.add_argument(f"--steps-{stage}", type=int, default=steps)
+        parser.add_argument(f"--batch-{stage}", type=int, default=batch)
+        parser.add_argument(f"--lr-{stage}", type=float, default=lr)
     for name, default in dict(vocab_size=2048, hidden=192, layers=4, heads=6, kv_heads=2, mlp=512, vision_hidden=128,
                               vision_layers=4, vision_heads=4, vision_mlp=256).items():
         parser.add_argument("--" + name.replace("_", "-"), type=int, default=default)
-    options = vars(parser.parse_args())
-    pool, size, work, out, steps, lr = (options.pop(k) for k in ("pool", "pool_size", "work", "out", "steps", "lr"))
-    if not Path(pool).exists():
-        subprocess.run([sys.executable, "-m", "demo.make_data", "--train", str(size), "--test", "0", "--seed", "1",
-                        "--out", pool], check=True)
-    crm = tiny_crm(corpus(load_samples(pool)), **options)
-    print(f"{sum(p.numel() for p in crm.model.parameters()) / 1e6:.2f}M parameters, {len(crm.tokenizer)} tokens")
-    crm.save(f"{work}/random")
-    for i, total in enumerate(steps):
-        subprocess.run([sys.executable, "train_sft.py", "--crm", f"{work}/random", "--data", pool, "--steps", str(total),
-                        "--batch", "16", "--lr", str(lr), "--out", f"{work}/sft", "--eval-every", "-1",
-                        *["--resume"] * (i > 0)], check=True)
-    last = load_crm(f"{work}/sft/step_{steps[-1]:06d}")
-    last.model.half()                               # on disk only: load_crm casts to what is asked for
-    last.save(out)
+    args, options = parser.parse_args(), {}
+    for name in ("vocab_size", "hidden", "layers", "heads", "kv_heads", "mlp", "vision_hidden", "vision_layers",
+                 "vision_heads", "vision_mlp"):
+        options[name] = getattr(args, name)
+    if not Path(args.pool).exists():
+        subprocess.run([sys.executable, "-m", "demo.make_data", "--train", str(args.pool_size), "--test", "0",
+                        "--seed", "1", "--out", args.pool], check=True)
+    pool = load_samples(args.pool)
+    stages = "abc"["abc".index(args.begin):"abc".index(args.end) + 1]
+    if args.begin == "a":
+        crm = tiny_crm(corpus(pool), **options)
+        heads = Heads(options["hidden"])
+        print(f"{sum(p.numel() for p in crm.model.parameters()) / 1e6:.2f}M parameters, {len(crm.tokenizer)} tokens",
+              flush=True)
+    else:
+        before = f"{args.work}/{chr(ord(args.begin) - 1)}"
+        crm = load_crm(before)
+        heads = Heads(options["hidden"])
+        heads.load_state_dict(torch.load(f"{before}/heads.pt"))
+    for stage in stages:
+        steps, batch, lr = (getattr(args, f"{key}_{stage}") for key in ("steps", "batch", "lr"))
+        run_stage(stage, crm, heads, pool, steps, batch, lr, dense_weight={"a": 1, "b": .3, "c": .3}[stage],
+                  digit_weight={"a": 1, "b": 1, "c": 3}[stage], stretch=22 / 15 if stage == "b" else 1,
+                  seed=ord(stage), work=args.work)
+        crm.save(f"{args.work}/{stage}")
+        torch.save(heads.state_dict(), f"{args.work}/{stage}/heads.pt")
+    if args.end == "c":
+        crm.model.half()                               # on disk only: load_crm casts to what is asked for
+        crm.save(args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,7 @@
-"""Build the demo data: U-MRG parquet files of procedural phantoms and of real brain MR slices; some pictures.
+"""Build the demo data: U-MRG parquet files of procedural phantoms and of real brain MR and chest CT; some pictures.
 
     python -m pip download --no-deps -d build nilearn==0.14.1   # once: MNI152 is read out of this wheel
+    # once, too: pyradiomics 3.0.1 for the patients, see demo/patients.py
     python -m demo.make_data                                    # demo/data/{train,test}.parquet, demo/images/
     python -m demo.make_data --train 12000 --test 0 --seed 1 --out build/pool   # a pool for a warm start
 
@@ -8,9 +9,10 @@ Sample i of a split depends on (seed, split, i) only and categories take turns, 
 same bytes (with the same Pillow and pyarrow). Real slices: MNI152 T1, 1 mm, in the radiological convention
 (the patient's left is on the right of the image; sagittal slices face left), train and test at least GAP mm
 apart along the slicing axis; the template is symmetric, so sagittal slices count by their distance from the
-midline. Everything else is drawn by demo/phantoms.py; the words are in demo/wordings.py.
-Measured on one core of a shared two-core machine (2026-11): 38 to 49 s and 10.2 MB for the default; 205 s of
-processor time, 17 ms a picture, for the 12,000.
+midline. Real patients: demo/patients.py. Everything else is drawn by demo/phantoms.py; the words are in
+demo/wordings.py. extra_info.names: lower-case words of which one in a trace means that it names the target.
+Measured on one core of a shared two-core machine (2026-11-24): 23 s and 10.2 MB for the default, 131 s for
+the 12,000.
 """
 import argparse
 import gzip
@@ -29,12 +31,12 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 
 from data import box_from_mask, keypoints_from_mask
-from demo import phantoms
-from demo.wordings import WORDS, check, pick_query, pick_trace
+from demo import patients, phantoms
+from demo.wordings import WORDS, check, names, pick_query, pick_trace
 
 WHEEL = "build/nilearn-0.14.1-py3-none-any.whl"
 GAP = 5  # mm between any train slice and any test slice of a plane
-SOURCES = {  # category -> the (scene, modality) pairs that can show it; None: the real brain slices
+SOURCES = {  # category -> the (scene, modality) pairs that can show it; None: MNI152's slices
     "liver": [("abdomen", "CT"), ("abdomen", "MR")],
     "spleen": [("abdomen", "CT"), ("abdomen", "MR")],
     "kidney": [("abdomen", "CT"), ("abdomen", "MR")],
@@ -44,7 +46,7 @@ SOURCES = {  # category -> the (scene, modality) pairs that can show it; None: t
     "cerebellum": [(None, "MR")],
     "brain stem": [(None, "MR")],
     "corpus callosum": [(None, "MR")],
-    "brain tumour": [(None, "MR")],
+    "brain tumour": [(None, "MR"), (None, "MR"), ("patient", "MR")],
     "optic disc": [("fundus", "Fundus")],
     "macula": [("fundus", "Fundus")],
     "retinal fluid": [("oct_scan", "OCT")],
@@ -54,12 +56,12 @@ SOURCES = {  # category -> the (scene, modality) pairs that can show it; None: t
     "heart": [("chest_xray", "X-ray")],
     "gland": [("histology", "Histopathology")],
     "white blood cell": [("blood_smear", "Microscopy")],
-    "lung": [("chest_xray", "X-ray"), ("chest_ct", "CT")],
+    "lung": [("chest_xray", "X-ray"), ("chest_ct", "CT"), ("patient", "CT")],
     "carotid artery": [("linear_us", "Ultrasound")],
     "aneurysm": [("angiogram", "Angiography")],
     "melanoma": [("dermoscopy", "Dermoscopy")],
     "breast mass": [("linear_us", "Ultrasound")],
-    "lung nodule": [("chest_ct", "CT")],
+    "lung nodule": [("chest_ct", "CT"), ("chest_ct", "CT"), ("patient", "CT")],
     "liver tumour": [("abdomen", "CT"), ("abdomen", "MR")],
     "polyp": [("endoscopy", "Endoscopy")],
     "haematoma": [("head_ct", "CT")],
@@ -76,17 +78,21 @@ PLANES = {  # category -> planes that show it, and the least area (mm2) of it on
     "corpus callosum": (("sagittal",), 250),
     "brain tumour": (("axial", "coronal"), 3500),
 }
-SHOWCASE = {  # standalone pictures out of the test part: file -> (category, modality)
-    "brain_mr_axial": ("ventricles", "MR"),
-    "brain_mr_coronal": ("hemisphere", "MR"),
-    "brain_mr_sagittal": ("corpus callosum", "MR"),
-    "abdomen_ct": ("kidney", "CT"),
-    "chest_xray": ("pneumonia", "X-ray"),
-    "fundus": ("optic disc", "Fundus"),
-    "dermoscopy": ("melanoma", "Dermoscopy"),
-    "breast_us": ("breast mass", "Ultrasound"),
+SHOWCASE = {  # standalone pictures out of the test part: file -> (category, modality, part of its source)
+    "brain_mr_axial": ("ventricles", "MR", "axial"),
+    "brain_mr_coronal": ("hemisphere", "MR", "coronal"),
+    "brain_mr_sagittal": ("corpus callosum", "MR", "sagittal"),
+    "brain_mr_patient": ("brain tumour", "MR", "pyradiomics"),
+    "chest_ct_patient": ("lung", "CT", "pyradiomics"),
+    "abdomen_ct": ("kidney", "CT", "phantom"),
+    "chest_xray": ("pneumonia", "X-ray", "phantom"),
+    "fundus": ("optic disc", "Fundus", "phantom"),
+    "dermoscopy": ("melanoma", "Dermoscopy", "phantom"),
+    "breast_us": ("breast mass", "Ultrasound", "phantom"),
 }
-NOTICE = """The brain MR pictures are slices of the MNI152 template (ICBM 2009a nonlinear symmetric),
+DRAWN = """brain_mr_patient.png and chest_ct_patient.png show patients. The other brain MR pictures are of a template,
+and the rest is drawn by `demo/phantoms.py`."""
+NOTICE = """The brain MR pictures of the template are slices of the MNI152 template (ICBM 2009a nonlinear symmetric),
 resampled and changed in contrast. Its notice:
 
 Copyright (C) 1993–2009 Louis Collins, McConnell Brain Imaging Centre, Montreal Neurological Institute,
@@ -225,7 +231,7 @@ def encode_mask(mask):
     return buffer.getvalue()
 
 
-def make_sample(seed, part, index, brain):
+def make_sample(seed, part, index, brain, clinic):
     """Sample `index` of part 0 (train) or 1 (test): a parquet row, and its picture before compression."""
     rng = np.random.default_rng([seed, part, index])
     category = list(SOURCES)[index % len(SOURCES)]
@@ -234,10 +240,17 @@ def make_sample(seed, part, index, brain):
     unseen = part == 1 and (turn // 2 + index) % 2 == 1
     size = pick_size(rng)
     side = ("left", "right")[rng.integers(2)] if category in PAIRED else ""
-    key, plane = f"{category}:{side}" if side else category, ""
+    key = f"{category}:{side}" if side else category
     while True:  # once in a while the target is hidden behind another organ or leaves the picture
-        if scene:
-            picture, masks = getattr(phantoms, scene)(rng, size, category, modality)
+        if scene == "patient" and (key, part) in clinic:
+            cases = clinic[key, part]
+            name, z, *case = cases[rng.integers(len(cases))]
+            picture, mask = patients.patient(rng, size, *case, category)
+            masks, source = {key: mask}, f"pyradiomics {name} axial {z}"
+        elif scene:  # a phantom, too, where the part has no such patient
+            drawn = "chest_ct" if scene == "patient" else scene
+            picture, masks = getattr(phantoms, drawn)(rng, size, category, modality)
+            source = "phantom"
         else:
             t1, structures, usable = brain
             slices = usable[category, part]
@@ -247,6 +260,7 @@ def make_sample(seed, part, index, brain):
             at = slices[rng.integers(len(slices))][1]
             flat = {k: cut(v, plane, at) for k, v in structures.items() if k == key}
             picture, masks = phantoms.brain_mr(rng, size, cut(t1, plane, at), flat, category)
+            source = f"MNI152 {plane} {at}"
         mask = masks.get(key, np.zeros(size, bool))
         pieces, count = ndimage.label(mask)
         if count > 1:  # crumbs would stretch the box
@@ -258,18 +272,18 @@ def make_sample(seed, part, index, brain):
     pixels = np.round(picture * 255).astype(np.uint8)
     query, wording = pick_query(rng, category, modality, side, unseen)
     split = ("train", "test")[part]
-    name = f"{split}_{index:05d}"
+    identity = f"{split}_{index:05d}"
     row = {
         "data_source": "umrg",
         "prompt": [{"role": "user", "content": query}],
-        "images": [{"bytes": encode_image(pixels), "path": f"{name}.jpg"}],
-        "masks": [{"bytes": encode_mask(mask), "path": f"{name}_mask.png"}],
+        "images": [{"bytes": encode_image(pixels), "path": f"{identity}.jpg"}],
+        "masks": [{"bytes": encode_mask(mask), "path": f"{identity}_mask.png"}],
         "reward_model": {"style": "rule", "ground_truth": json.dumps({"bbox_2d": box, "point_2d": points})},
         "extra_info": {
-            "id": name, "supercategory": WORDS[category].group, "category": category, "index": index,
+            "id": identity, "supercategory": WORDS[category].group, "category": category, "index": index,
             "modality": modality, "wording": wording, "unseen_wording": unseen,
             "think": pick_trace(rng, category, modality, side, box, size),
-            "image_source": "phantom" if scene else f"MNI152 {plane} {at}",
+            "names": names(category, side), "image_source": source,
         },
     }
     return row, pixels, mask
@@ -283,25 +297,23 @@ def write_parquet(rows, path):
     return path.stat().st_size
 
 
-def write_showcase(rows, pixels, folder):
+def write_showcase(rows, pixels, folder, licence):
     """Standalone pictures of test rows, with a README of suggested queries and the template's notice."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = ["# Test pictures", "",
              "Out of the demo's test part, so no demo model was trained on them. For example:", "",
              "    python infer.py --image demo/images/NAME --query \"...\"", "",
              "| picture | suggested query | target | true box |", "|---|---|---|---|"]
-    for name, (category, modality) in SHOWCASE.items():
+    for name, (category, modality, source) in SHOWCASE.items():
         for row, image in zip(rows, pixels):
             info = row["extra_info"]
-            plane = name.removeprefix("brain_mr_") if name.startswith("brain") else ""
             kind = info["category"], info["modality"]
-            if kind == (category, modality) and plane in info["image_source"] and not info["unseen_wording"]:
+            if kind == (category, modality) and source in info["image_source"] and not info["unseen_wording"]:
                 Image.fromarray(image).save(folder / f"{name}.png", optimize=True)
                 box = [round(v) for v in json.loads(row["reward_model"]["ground_truth"])["bbox_2d"]]
                 lines.append(f"| {name}.png | {row['prompt'][0]['content']} | {category} | {box} |")
                 break
-    drawn = "All but the brain MR pictures are drawn by `demo/phantoms.py`; none shows a patient."
-    lines += ["", drawn, "", NOTICE, ""]
+    lines += ["", DRAWN, "", NOTICE, "", patients.NOTICE + licence]
     (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
 
 
@@ -337,6 +349,7 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("demo/data"))
     parser.add_argument("--images", type=Path, help="folder of standalone pictures")
     parser.add_argument("--wheel", default=WHEEL, help="the nilearn wheel")
+    parser.add_argument("--patients", default=patients.ARCHIVE, help="pyradiomics' source package")
     parser.add_argument("--preview", type=Path, help="also write a contact sheet of 62 samples to this PNG")
     args = parser.parse_args()
     if args.images is None and args.out == Path("demo/data"):
@@ -345,19 +358,20 @@ def main():
     start = time.perf_counter()
     t1, structures = load_brain(args.wheel)
     brain = t1, structures, usable_slices(structures)
+    licence, clinic = patients.load_patients(args.patients)
     args.out.mkdir(parents=True, exist_ok=True)
     counts, sizes, preview = Counter(), {}, []
     for part, (split, number) in enumerate((("train", args.train), ("test", args.test))):
         if not number:
             continue
-        made = [make_sample(args.seed, part, i, brain) for i in range(number)]
+        made = [make_sample(args.seed, part, i, brain, clinic) for i in range(number)]
         rows = [row for row, _, _ in made]
         sizes[split] = write_parquet(rows, args.out / f"{split}.parquet")
         infos = [row["extra_info"] for row in rows]
         counts.update((info["supercategory"], info["category"], info["modality"], split) for info in infos)
         preview = preview or rows[:2 * len(SOURCES)]
         if split == "test" and args.images:
-            write_showcase(rows, [pixels for _, pixels, _ in made], args.images)
+            write_showcase(rows, [pixels for _, pixels, _ in made], args.images, licence)
     print(f"{'super-category':15}{'category':18}{'modality':16}{'train':>6}{'test':>6}")
     for group, category, modality in sorted({key[:3] for key in counts}):
         n = [counts[group, category, modality, split] for split in ("train", "test")]

@@ -118,7 +118,7 @@ WORDS = {
         "the empty-looking space that an injection should dry up", "the dark dome-like gap among the layers",
         "the black pocket between the bright layers", "the dark gap behind this wavy vision")),
     "left ventricle": Words("Heart", "the left ventricle", "ventric",
-        ("a large pool with a thick wall", "the chamber that feeds the aorta"), (
+        ("a large pool with a thick wall", "the chamber that feeds the body"), (
         "the chamber that pumps blood out to the whole body",
         "the pool of blood whose ejection fraction we measure",
         "the main pumping chamber with the thickest wall",
@@ -262,6 +262,15 @@ def pick_query(rng, category, modality, side, unseen):
     return query(category, clue, opener, modality, side), int(clue * len(OPENERS) + opener)
 
 
+def names(category, side):
+    """Lower-case words of which one in a trace means that it names the target: without the article
+    where no other category's trace has those words, "the liver" where a liver tumour's has."""
+    name = WORDS[category].name.format(side=side)
+    bare = name.split(" ", 1)[1] if name.startswith(("the ", "a ", "an ")) else name
+    others = " ".join(f"{w.name} {' '.join(w.seen)}" for c, w in WORDS.items() if c != category)
+    return [name if bare in others else bare]
+
+
 def where(box, size):
     """Words for the place of a box (x1, y1, x2, y2) in an image of size (height, width)."""
     x, y = (box[0] + box[2]) / 2 / size[1], (box[1] + box[3]) / 2 / size[0]
@@ -280,7 +289,7 @@ def pick_trace(rng, category, modality, side, box, size):
 
 
 def check():
-    """Every wording of every category keeps its secret and its length."""
+    """Every wording of every category keeps its secret and its length; no trace has another target's name."""
     for category, w in WORDS.items():
         assert len(w.clues) == SEEN + UNSEEN, category
         for clue, opener, picture in product(range(SEEN + UNSEEN), range(len(OPENERS)), PICTURES):
@@ -291,6 +300,10 @@ def check():
             name = w.name.format(side="left")
             text = trace.format(picture="CT slice", where="upper left", name=name, seen=seen)
             assert 15 <= len(text.split()) <= 30, (category, text)
+            found = [c for c in WORDS for n in names(c, "left") + names(c, "right") * (c == category)
+                     if n in text.lower()]
+            assert set(found) == {category}, (category, found, text)
+            assert names(category, "left") == names(category, "right") or "left" in names(category, "left")[0]
 
 
 if __name__ == "__main__":

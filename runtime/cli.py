@@ -1,6 +1,5 @@
 """The command line: one --flag per field of a Config, @files of flags, embedded defaults, one-line errors."""
 import argparse
-import difflib
 import math
 import os
 import shlex
@@ -10,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import get_args
 
-from rewards import MODES
+from rewards import MODES, reward_formula
 
 ROOT = Path(__file__).parents[1]
 EMBEDDED = {"crm": ROOT / "demo/crm", "asm": ROOT / "demo/asm", "data": ROOT / "demo/data"}
@@ -81,33 +80,6 @@ class RunConfig(ModelConfig):
 
 # ---------------------------------------------------------------- the command line
 
-FOREIGN_NAMES = {       # our flag: its names in TRL, verl and EasyR1; of a dotted name the last parts
-    "crm": "model_name_or_path model.path model_path", "data": "dataset_name train_files",
-    "out": "output_dir default_local_dir", "resume": "resume_from_checkpoint resume_mode",
-    "steps": "max_steps total_training_steps num_train_epochs total_epochs",
-    "prompts": "per_device_train_batch_size train_batch_size rollout_batch_size generation_batch_size",
-    "batch": "per_device_train_batch_size train_batch_size global_batch_size",
-    "micro_batch": "gradient_accumulation_steps ppo_micro_batch_size_per_gpu",
-    "pack_tokens": "gradient_accumulation_steps ppo_micro_batch_size_per_gpu ppo_max_token_len_per_gpu",
-    "group": "num_generations rollout.n", "inner_epochs": "num_iterations ppo_epochs",
-    "minibatches": "steps_per_generation ppo_mini_batch_size global_batch_size",
-    "max_new_tokens": "max_completion_length max_response_length",
-    "lr": "learning_rate", "schedule": "lr_scheduler_type lr_warmup_style",
-    "warmup": "warmup_steps lr_warmup_steps", "max_grad_norm": "grad_clip",
-    "clip_low": "epsilon clip_ratio clip_ratio_low", "clip_high": "epsilon_high clip_ratio_high",
-    "dual_clip": "delta clip_ratio_c clip_ratio_dual",
-    "kl": "kl_loss_type kl_penalty", "kl_coef": "beta kl_loss_coef", "entropy_coef": "entropy_coeff",
-    "agg": "loss_type loss_agg_mode loss_avg_mode", "norm": "scale_rewards norm_adv_by_std_in_grpo",
-    "ratio": "importance_sampling_level", "mask_truncated": "mask_truncated_completions",
-    "resample": "online_filtering filter_groups.enable",
-    "weights": "reward_weights reward_funcs reward_function", "lora_rank": "lora_r lora.rank use_peft",
-    "checkpointing": "gradient_checkpointing enable_gradient_checkpointing",
-    "offload": "param_offload optimizer_offload offload_params offload_optimizer",
-    "freeze_vision": "freeze_vision_tower freeze_vision_modules", "save_every": "save_steps save_freq",
-    "eval_every": "eval_steps test_freq val_freq", "keep": "save_total_limit save_limit",
-}
-
-
 class Parser(argparse.ArgumentParser):
     """argparse, whose errors are one line on the first rank."""
 
@@ -129,7 +101,8 @@ class Parser(argparse.ArgumentParser):
         except (ValueError, RecursionError) as error:
             self.error(f"an @file is not UTF-8 text, or names itself ({type(error).__name__})")
         if unknown:
-            self.error(unknown_flag(unknown[0], names))
+            from tools.foreign_names import explain
+            self.error(explain(unknown[0], names))
         return vars(given)
 
 
@@ -142,14 +115,15 @@ def parse_args(config_class, doc: str, recipe: str | None = None, argv: list[str
     --weights. Where --crm, --asm or --data are fields and not given, the embedded ones are used,
     and that is printed. embedded: the names among these that a Config needs."""
     names = [f.name for f in fields(config_class)]
-    known = [f"  {dashed(ours):18} {theirs}" for ours, theirs in FOREIGN_NAMES.items() if ours in names]
+    argv = sys.argv[1:] if argv is None else argv
     parser = Parser(description=doc, fromfile_prefix_chars="@", allow_abbrev=False,
-                    epilog="\n".join(["names in TRL, verl and EasyR1:", *known]),
                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    if {"-h", "--help"} & set(argv):
+        from tools.foreign_names import table
+        parser.epilog = table(names)
     for f in fields(config_class):
         add_flag(parser, f)
-    given = parser.given(sys.argv[1:] if argv is None else argv, names)
-    values = given
+    values = given = parser.given(argv, names)
     if recipe and given.get("crm") is None:
         print0(f"no --crm given: the embedded tiny model, with {recipe} (flags given here win)")
         values = parser.given([f"@{ROOT / recipe}"], names) | given
@@ -185,20 +159,19 @@ def add_flag(parser: Parser, f) -> None:
     parser.add_argument(dashed(f.name), default=argparse.SUPPRESS, **how)
 
 
+def parse_weights(text: str) -> dict[str, float]:
+    """--weights "box_iou=2,mask_dice=1" -> {term: weight}; ValueError names an unknown term or a bad number."""
+    try:
+        pairs = [item.split("=") for item in text.split(",") if item]
+        weights = {name.strip(): float(value) for name, value in pairs}
+    except ValueError:
+        raise ValueError(f"--weights {text}: give term=number, separated by commas") from None
+    reward_formula("soft", weights)
+    return weights
+
+
 def dashed(name: str) -> str:
     return "--" + name.replace("_", "-")
-
-
-def unknown_flag(word: str, names: list[str]) -> str:
-    """One line about a word of the command line that is no flag of ours, with the flag that is meant."""
-    name = word.partition("=")[0]
-    parts = name.lstrip("-").replace("-", "_").split(".")
-    spellings = {parts[-1], ".".join(parts[-2:])}
-    ours = [n for n in names if n in spellings or spellings & set(FOREIGN_NAMES.get(n, "").split())]
-    near = difflib.get_close_matches(parts[-1], names, 1)
-    if ours:
-        return f"unknown flag {name}: it is {dashed(ours[0])} here"
-    return f"unknown flag {name}: " + (f"did you mean {dashed(near[0])}?" if near else "see --help")
 
 
 def out_of_range(value, rule) -> str:

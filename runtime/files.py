@@ -5,10 +5,8 @@ from pathlib import Path
 from pickle import UnpicklingError
 from textwrap import shorten
 
-import omegaconf
 import safetensors.torch
 import torch
-import yaml
 
 UNREADABLE = (UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError,
               AssertionError, OverflowError, OSError)    # what torch.load raises on garbage, found by fuzzing
@@ -71,26 +69,8 @@ def to_disk(path: Path) -> None:
         os.close(handle)
 
 
-def read_yaml(file: str | Path):
-    """Plain containers, references resolved; ValueError names a file that is not yaml."""
-    try:
-        return omegaconf.OmegaConf.to_container(omegaconf.OmegaConf.load(file), resolve=True)
-    except (yaml.YAMLError, UnicodeDecodeError, omegaconf.errors.OmegaConfBaseException) as error:
-        raise ValueError(f"{file}: not a model's yaml: {str(error).splitlines()[0]}") from error
-
-
-def targets(node) -> set[str]:
-    """Every `_target_` in a configuration: the names that hydra would call to build it."""
-    if isinstance(node, list):
-        return set().union(*map(targets, node))
-    if not isinstance(node, dict):
-        return set()
-    own = {str(node["_target_"])} if "_target_" in node else set()
-    return own.union(*map(targets, node.values()))
-
-
 def read_safetensors(file: str | Path) -> dict[str, torch.Tensor]:
-    """{name: tensor}. FileNotFoundError or ValueError, one line naming the file."""
+    """{name: tensor}; ValueError names a file that is not one."""
     try:
         return safetensors.torch.load_file(file)
     except safetensors.SafetensorError as error:
@@ -98,8 +78,7 @@ def read_safetensors(file: str | Path) -> dict[str, torch.Tensor]:
 
 
 def load_weights(model: torch.nn.Module, weights: dict, source: str | Path) -> None:
-    """Copy {name: tensor} into the model, converted to its dtype. ValueError, one line, names the source and
-    the keys that are missing, unexpected or of another shape."""
+    """Copy {name: tensor} into the model. ValueError names the keys that are missing, unexpected or misshapen."""
     try:
         model.load_state_dict({str(name): tensor for name, tensor in weights.items()})
     except RuntimeError as error:

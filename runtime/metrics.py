@@ -137,8 +137,9 @@ def held_out(crm, samples, template: str, kinds: dict[str, tuple[int, float]], m
     mine, rows = range(len(samples))[ranks.rank::ranks.world], []
     asked = ask(crm, samples, mine, template, kinds, max_new_tokens, seed, batch, official)
     for kind, sample, group, p in asked:
-        truth = [to_model(xy, group.prompt.frame) for xy in (sample.bbox, sample.points)]
-        rewards = [total_reward(reward_terms(c["text"], *truth, official), mode, weights)
+        frame = group.prompt.frame
+        truth = to_model(sample.bbox, frame), to_model(sample.points, frame)
+        rewards = [total_reward(reward_terms(c["text"], *truth, official, frame.model), mode, weights)
                    for c in p["completions"]]
         rows.append({"kind": kind, "index": p["index"], "id": p["id"], "wording": p["wording"],
                      **{key: metric(p) for key, (_, metric) in QUESTION_METRICS.items()},

@@ -18,9 +18,8 @@ STATE = ("masters", "exp_avg", "exp_avg_sq", "step")
 
 
 class Optimizer:
-    """parameters: {name: parameter}. sharded: they are FSDP's, which sums gradients over ranks by itself.
-    offload: the float32 copies and AdamW's moments live in host memory (12 bytes per weight that the GPU then
-    has for other things); gradients are still summed on the GPU."""
+    """parameters: {name: parameter}. sharded: they are FSDP's, which reduces gradients over ranks by itself. offload:
+    the float32 copies and AdamW's moments, 12 bytes per weight, live in host memory; gradients stay on the GPU."""
 
     def __init__(self, parameters: dict[str, torch.nn.Parameter], weight_decay: float = 0.01,
                  sharded: bool = False, offload: bool = False):
@@ -69,24 +68,23 @@ class Optimizer:
             return [g if g is None else g.mul_(dist.get_world_size()) for g in gradients]
         gradients = [torch.zeros_like(p, dtype=torch.float32) if g is None else g
                      for g, p in zip(gradients, self.parameters)]
-        first = 0
-        while first < len(gradients):
-            last, size = first, 0
-            while last < len(gradients) and (size == 0 or size + gradients[last].numel() <= BUCKET):
-                size, last = size + gradients[last].numel(), last + 1
-            flat = torch.cat([g.flatten() for g in gradients[first:last]])
+        buckets, size = [[]], 0
+        for gradient in gradients:
+            if size and size + gradient.numel() > BUCKET:
+                buckets, size = [*buckets, []], 0
+            buckets[-1].append(gradient)
+            size += gradient.numel()
+        for bucket in buckets:
+            flat = torch.cat([gradient.flatten() for gradient in bucket])
             dist.all_reduce(flat)
-            for g, part in zip(gradients[first:last], flat.split([g.numel() for g in gradients[first:last]])):
-                g.copy_(part.view_as(g))
-            first = last
+            for gradient, part in zip(bucket, flat.split([gradient.numel() for gradient in bucket])):
+                gradient.copy_(part.view_as(gradient))
         return gradients
 
     def _copy_to_model(self) -> None:
         for p, master in zip(self.parameters, self.masters):
             if p is not master:
                 p.copy_(master)
-
-    # ------------------------------------------------------------ checkpoints
 
     def _state(self) -> dict:
         """{"masters", "exp_avg", "exp_avg_sq", "step": {name: tensor}}, AdamW's own tensors."""
@@ -112,8 +110,7 @@ class Optimizer:
         own = self._state()
         if "optimizer" in saved:
             if set(saved["optimizer"]["masters"]) != set(self.names):
-                raise ValueError(f"--resume: {folder} trained other parameters; give the same --trainable, "
-                                 "--lora-rank and --freeze-vision")
+                raise ValueError(f"--resume: {folder} trained other parameters than these flags would")
             for key, tensors in own.items():
                 for name, tensor in tensors.items():
                     full = saved["optimizer"][key][name].to(tensor.device)

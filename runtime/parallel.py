@@ -51,8 +51,8 @@ class Ranks:
 
     def dtype(self, name: str) -> torch.dtype:
         """"auto" is bfloat16 on an accelerator and float32 elsewhere."""
-        known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-        return known.get(name, torch.bfloat16 if self.device.type == "cuda" else torch.float32)
+        auto = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        return auto if name == "auto" else getattr(torch, name)
 
     def clock(self) -> float:
         """Seconds, once the device has done what it was asked for."""
@@ -84,20 +84,19 @@ class Ranks:
 
 def _name_the_rank(kind, error, trace):
     """How an uncaught error on one rank of many is printed; torchrun then ends the others."""
-    lines = traceback.format_exception(kind, error, trace)
     lost = isinstance(error, dist.DistError) or any(
-        s in str(error) for s in ("gloo", "by peer", "Broken pipe", "Timed out"))
+        words in str(error) for words in ("gloo", "by peer", "Broken pipe", "Timed out"))
     hint = "; another rank is gone or waits elsewhere, its own message says why" if lost else ""
-    who = f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}"
-    print("".join(lines) + f"error: {who}: {kind.__name__}{hint}", file=sys.stderr, flush=True)
+    print("".join(traceback.format_exception(kind, error, trace)) + f"error: rank {os.environ['RANK']} of "
+          f"{os.environ['WORLD_SIZE']}: {kind.__name__}{hint}", file=sys.stderr, flush=True)
 
 
 def peak_memory(device: torch.device) -> float:
     """Peak memory of this process in GB: reserved on the accelerator where there is one, else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) / 1e9
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            * (1 if sys.platform == "darwin" else 1024) / 1e9)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 # ---------------------------------------------------------------- FSDP
@@ -115,8 +114,8 @@ class Root(nn.Module):
 
 
 def shard(crm, ranks: Ranks, offload: bool = False) -> None:
-    """Shard the policy, and its reference model, over the ranks. What trains must have been chosen before.
-    The policy's shards are float32: they are AdamW's master weights."""
+    """Shard the policy, and its reference model, over the ranks, once it is chosen what trains. The policy's shards are
+    float32: they are AdamW's master weights."""
     if ranks.world == 1:
         return
     if offload:
@@ -144,8 +143,8 @@ def shard(crm, ranks: Ranks, offload: bool = False) -> None:
 
 @contextmanager
 def unsharded(crm):
-    """Inside, every rank holds all weights of crm.model, so that sampling, and scoring without gradient, need no
-    other rank. All ranks must enter and leave together. Nothing to do where the model is not sharded."""
+    """Inside, every rank holds all weights of crm.model, so that sampling, and scoring without gradient, need no other
+    rank. All ranks must enter and leave together. Without effect where the model is not sharded."""
     root = crm.root
     parts = [part for part in root.modules() if isinstance(part, FSDPModule)] if root else []
     for part in parts:

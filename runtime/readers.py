@@ -94,7 +94,7 @@ def read_parquet(path: Path, split: str) -> tuple[list[dict], list[str]]:
             texts = sorted(columns & {"prompt", "reward_model", "extra_info"})
             records = opened.read(columns=texts).to_pylist()
             sizes = [opened.metadata.row_group(group).num_rows for group in range(opened.num_row_groups)]
-        except (pyarrow.ArrowException, OSError) as error:
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{file}: not a readable parquet file ({str(error).splitlines()[0]})") from None
         places = [(group, offset) for group, size in enumerate(sizes) for offset in range(size)]
         for number, (record, place) in enumerate(zip(records, places)):
@@ -128,12 +128,17 @@ READERS = {                                     # pattern of a path, or of what 
 }
 
 
-def read_rows(path: Path, split: str) -> tuple[list[dict], list[str]]:
-    """What the first reader that fits the path returns. ValueError if none does."""
+def read_rows(path: Path, split: str | None) -> tuple[list[dict], list[str]]:
+    """What the first reader that fits the path returns; split None: no rows, only the names of the splits.
+    ValueError if no reader fits or the split has no row."""
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder")
     for pattern, reader in READERS.items():
         if path.resolve().match(pattern) if path.is_file() else any(path.glob(pattern)):
-            return reader(path, split)
+            rows, splits = reader(path, split or "")
+            if split is not None and not rows:
+                raise ValueError(f"{path}: no sample in split {split!r}; the splits there: "
+                                 f"{', '.join(splits) or 'none'} (training wants train and test)")
+            return rows, splits
     names = " nor ".join(pattern.removeprefix("**/") for pattern in READERS)
     raise ValueError(f"{path}: neither {names}{' in it' if path.is_dir() else ''}; see runtime/readers.py")

@@ -1,7 +1,9 @@
-"""What a training run does besides training: data order, run folder, resume, evaluation, curves.
+"""What a training run does besides training: data order, run folder, resume, evaluation, report.
 
-`Run(cfg, ranks)` refuses what cannot run and writes nothing; `begin` makes or resumes the folder; the loop
-then calls `log`, `evaluate`, `save` and, around whatever reads samples, `checkpoint_on_bad_row`."""
+`Run(cfg, ranks)` refuses what cannot run and writes nothing; `begin` makes or resumes the folder; the loop then calls
+`log`, `warn`, `evaluate`, `save` and, around whatever reads samples, `checkpoint_on_bad_row`. A folder named
+step_000100 is a complete checkpoint, whatever was killed when.
+"""
 import json
 import math
 import shutil
@@ -17,10 +19,8 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
 from data import BadRow, load_samples
-from runtime.checkpoints import (checkpoints, newest_checkpoint, put_in_place, remove_all_but,
-                                 remove_leftovers, temporary_name)
 from runtime.cli import RunConfig, dashed, print0
-from runtime.files import parse_object, read_jsonl, read_text, write_whole
+from runtime.files import parse_object, read_jsonl, read_text, read_torch, to_disk, write_whole
 from runtime.metrics import held_out, held_out_means, summary_lines
 from runtime.optim import Optimizer
 from runtime.parallel import Ranks, unsharded
@@ -28,9 +28,8 @@ from runtime.step import warnings_of
 
 LOGS = ("metrics", "samples", "held_out", "rollouts")   # NAME.jsonl, one object per line, each with its step
 MAY_CHANGE = {          # on --resume; everything else decides what is learned
-    "resume", "out", "steps", "epochs", "timeout", "parallel", "offload", "checkpointing", "pack_tokens",
-    "micro_batch", "cuda_graphs", "max_skipped", "eval_every", "eval_answers", "eval_limit", "save_every",
-    "keep"}
+    "resume", "out", "steps", "epochs", "timeout", "parallel", "offload", "checkpointing", "pack_tokens", "micro_batch",
+    "cuda_graphs", "max_skipped", "eval_every", "eval_answers", "eval_limit", "save_every", "keep"}
 
 
 # ---------------------------------------------------------------- schedules and data
@@ -40,13 +39,12 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str
     if step < warmup:
         return peak * (step + 1) / warmup
     done = (step - warmup) / max(1, steps - warmup)
-    shape = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
-    return peak * shape[schedule]
+    return peak * {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[schedule]
 
 
 def sample_indices(count: int, n: int, seed: int, step: int) -> list[int]:
-    """The n samples of a step, a pure function of (seed, step): each epoch is a permutation of range(count),
-    and the steps read the epochs in order."""
+    """The n samples of a step, a pure function of (seed, step): each epoch is a permutation of range(count), and the
+    steps read the epochs in order."""
     places = range(step * n, (step + 1) * n)
     epochs = {place // count for place in places}
     orders = {epoch: np.random.default_rng([seed, epoch]).permutation(count) for epoch in epochs}
@@ -54,16 +52,16 @@ def sample_indices(count: int, n: int, seed: int, step: int) -> list[int]:
 
 
 def load_splits(cfg: RunConfig):
-    """(training samples, held-out samples); prints what --skip-bad-rows left out."""
+    """(training samples, held-out samples), each row's cheap properties checked; prints what was skipped."""
     def load(path, split):
         samples = load_samples(path, split, cfg.skip_bad_rows)
+        samples.check()
         if samples.skipped:
             print0(f"{path}, {split}: {len(samples.skipped)} bad rows skipped; first: {samples.skipped[0]}")
         return samples
 
     train = load(cfg.data, "train")
-    if cfg.only:
-        train = train.only(cfg.only)
+    train = train.only(cfg.only) if cfg.only else train
     if cfg.eval_every < 0:
         return train, []
     if not cfg.test_data and Path(cfg.data).is_file():
@@ -82,13 +80,10 @@ class Run:
     def __init__(self, config: RunConfig, ranks: Ranks):
         """ValueError where --out holds files that this run must not touch, or cannot resume."""
         self.config, self.ranks, self.folder = config, ranks, Path(config.out)
-        self.is_first = ranks.rank == 0
-        self.stop, self.saved = False, "not saved"
+        self.is_first, self.stop, self.saved = ranks.rank == 0, False, "not saved"
         self.first_row, self.warned, self.skipped = None, set(), 0
         self._check_folder()
-        self.checkpoint, self.state = None, None            # to resume from
-        if config.resume != "no":
-            self.checkpoint, self.state = newest_checkpoint(self.folder)
+        self.checkpoint, self.state = self._newest_checkpoint() if config.resume != "no" else (None, None)
         if self.state:
             self._check_flags()
         elif config.resume == "yes":
@@ -96,16 +91,13 @@ class Run:
 
     def _check_folder(self) -> None:
         """Only what a training run wrote is touched: not a data set's samples.jsonl or a model's config.json."""
-        config, logs = self.folder / "config.json", {name: self.read(name) for name in LOGS}
-        foreign = [f"{name}.jsonl" for name, rows in logs.items()
-                   if rows and not (config.exists() and all("step" in row for row in rows))]
-        if config.exists() and "out" not in parse_object(read_text(config), config):
-            foreign.append(config.name)
-        if foreign:
-            raise ValueError(f"--out {self.folder}: {foreign[0]} is no training run's; give another --out")
-        if self.config.resume == "no" and any(logs.values()):
-            raise ValueError(f"--out {self.folder}: there is a run; --resume continues it, another --out "
-                             "starts a new one")
+        config, rows = self.folder / "config.json", [row for name in LOGS for row in self.read(name)]
+        ours = config.exists() and "out" in parse_object(read_text(config), config)
+        if (rows or config.exists()) and not (ours and all("step" in row for row in rows)):
+            there = [path.name for path in (config, *(self.folder / f"{name}.jsonl" for name in LOGS)) if path.exists()]
+            raise ValueError(f"--out {self.folder}: {', '.join(there)}: not a training run's; give another --out")
+        if self.config.resume == "no" and rows:
+            raise ValueError(f"--out {self.folder}: there is a run; --resume continues it, another --out starts a new one")
 
     def _check_flags(self) -> None:
         """--resume trains as before: ValueError names each flag that would change that."""
@@ -117,8 +109,8 @@ class Run:
             raise ValueError(f"--resume: {'; '.join(changed)}: give what {path} says, or another --out")
 
     def begin(self, optimizer: Optimizer, steps: int) -> int:
-        """Make or resume the folder -> the number of steps already done. Rows logged after the checkpoint are
-        dropped. From here on SIGINT and SIGTERM let a step finish, save and leave."""
+        """Make or resume the folder -> the number of steps already done. Rows logged after the checkpoint are dropped.
+        From here on SIGINT and SIGTERM let a step finish, save and leave."""
         state, self.state = self.state, None
         self.start, self.steps = state["step"] if state else 0, steps
         if self.start >= steps:
@@ -127,22 +119,20 @@ class Run:
             optimizer.load(self.checkpoint, state)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._stop)
-        logs = {name: self.read(name) if state else [] for name in LOGS}
-        logs = {name: [row for row in rows if row["step"] <= self.start] for name, rows in logs.items()}
+        logs = {name: [row for row in self.read(name) if state and row["step"] <= self.start] for name in LOGS}
         for row in logs["metrics"]:
             if row["step"]:
                 self._remember(row)
         if self.is_first:
             self.folder.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(self.folder)
+            for leftover in [*self.folder.glob("step_*.tmp"), *self.folder.glob("step_*.old")]:     # of a kill
+                shutil.rmtree(leftover)
             for name, rows in logs.items():
                 path = self.folder / f"{name}.jsonl"
                 if path.exists():
                     write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
             write_whole(self.folder / "config.json", json.dumps(asdict(self.config), indent=2) + "\n")
         return self.start
-
-    # ------------------------------------------------------------ logs and warnings
 
     def log(self, name: str, *rows: dict) -> None:
         if self.is_first:
@@ -168,8 +158,6 @@ class Run:
         self.warned |= set(row.get("warnings", []))
         self.skipped = self.skipped + 1 if row.get("skipped") else 0
 
-    # ------------------------------------------------------------ stopping
-
     def stopped(self) -> bool:
         """Whether any rank was asked to stop: all must leave after the same step."""
         return any(self.ranks.gather([self.stop]))
@@ -181,17 +169,17 @@ class Run:
     def give_up_after(self, steps: int) -> None:
         """RuntimeError after so many steps in a row with a skipped update."""
         if self.skipped >= steps:
-            raise RuntimeError(f"{self.skipped} steps in a row without a finite gradient: start a run with a "
-                               f"lower --lr, perhaps with a checkpoint of {self.folder} as --crm")
+            raise RuntimeError(f"{self.skipped} steps in a row without a finite gradient: start a run with a lower --lr, "
+                               f"perhaps with a checkpoint of {self.folder} as --crm")
 
     @contextmanager
     def checkpoint_on_bad_row(self, step: int, crm, optimizer: Optimizer):
-        """Around whatever reads samples, on all ranks: after a bad row on any, all save the `step` steps that
-        are done and raise BadRow. Inside, a rank must not wait for others after its first sample."""
+        """Around whatever reads samples, on all ranks: after a bad row on any, or logits that are not finite, all save
+        the `step` steps that are done and raise BadRow. Inside, a rank must not wait for others."""
         problem = None
         try:
             yield
-        except BadRow as error:
+        except (BadRow, FloatingPointError) as error:
             problem = str(error)
         problems = [text for text in self.ranks.gather([problem]) if text]
         if problems:
@@ -199,7 +187,18 @@ class Run:
                 self.save(step, crm, optimizer)
             raise BadRow(problems[0])
 
-    # ------------------------------------------------------------ checkpoints
+    def checkpoints(self) -> dict[int, Path]:
+        """{step: folder}, oldest first."""
+        return dict(sorted((int(folder.name[5:]), folder) for folder in self.folder.glob("step_*[0-9]")))
+
+    def _newest_checkpoint(self) -> tuple[Path | None, dict | None]:
+        """(folder, its trainer.pt) of the newest checkpoint that can be read; broken ones are printed."""
+        for folder in reversed(self.checkpoints().values()):
+            try:
+                return folder, read_torch(folder / "trainer.pt", mmap=True)
+            except (OSError, ValueError) as error:
+                print0(f"{folder}: cannot be read ({error}); the one before it is used")
+        return None, None
 
     def due(self, step: int, stopped: bool) -> bool:
         """Whether to save and draw: after every --save-every steps, after the last, and when stopped."""
@@ -207,12 +206,12 @@ class Run:
         return stopped or step == self.steps or (every > 0 and step % every == 0)
 
     def save(self, step: int, crm, optimizer: Optimizer) -> None:
-        """step_000100/: what from_pretrained loads, and trainer.pt to resume from. Written under a temporary
-        name, then renamed: a kill at any moment leaves the checkpoint before whole."""
+        """step_000100/: what from_pretrained loads, and trainer.pt to resume from. Written under a temporary name, then
+        renamed: a kill at any moment leaves the checkpoint before whole."""
         if self.config.save_every < 0:
             return
         self.saved = self.folder / f"step_{step:06d}"
-        folder = temporary_name(self.saved)
+        folder = self.saved.with_suffix(".tmp")
         try:
             if self.is_first:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -224,24 +223,29 @@ class Run:
             optimizer.save(folder, step, self.ranks.rank)
             self.ranks.wait()
             if self.is_first:
-                put_in_place(self.saved)
+                for path in [*folder.rglob("*"), folder]:
+                    to_disk(path)
+                remove(self.saved)
+                folder.rename(self.saved)
+                to_disk(self.folder)
         except torch.OutOfMemoryError:                      # a RuntimeError, but not the disk's
             raise
         except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
             if self.is_first:                               # torch: RuntimeError on a full disk
                 shutil.rmtree(folder, ignore_errors=True)
             self._cannot_write(self.saved, error)
-        if self.is_first and self.config.keep:
-            iou = {row["step"]: row["sampled/iou"] for row in self.read("metrics") if "sampled/iou" in row}
-            remove_all_but(self.folder, self.config.keep, iou)
+        if self.is_first and self.config.keep:              # the newest, and the best of those that were evaluated
+            saved, iou = self.checkpoints(), {row["step"]: row.get("sampled/iou") for row in self.read("metrics")}
+            best = max((s for s in saved if iou.get(s) is not None), key=iou.get, default=None)
+            for old in list(saved)[:-self.config.keep]:
+                if old != best:
+                    remove(saved[old])
 
     def _cannot_write(self, path: Path, error: Exception):
-        last = list(checkpoints(self.folder).values())[-1:] or ["no checkpoint"]
-        print(f"error: {path} cannot be written ({str(error).splitlines()[0]}); {last[0]} is whole, and "
-              "--resume auto continues from there", file=sys.stderr, flush=True)
+        last = [*self.checkpoints().values(), "no checkpoint"][-2 if self.checkpoints() else -1]
+        print(f"error: {path} cannot be written ({str(error).splitlines()[0]}); {last} is whole, and --resume auto "
+              "continues from there", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
-
-    # ------------------------------------------------------------ evaluation, report, curves
 
     def evaluation_due(self, step: int) -> bool:
         every = self.config.eval_every
@@ -263,8 +267,7 @@ class Run:
         """Print where everything is. compare: also the first and the last held-out evaluation, compared."""
         if self.is_first and compare:
             self.report()
-        print0(f"weights {self.saved}, numbers {self.folder / 'metrics.jsonl'}, "
-               f"picture {self.folder / 'curves.png'}")
+        print0(f"weights {self.saved}, numbers {self.folder / 'metrics.jsonl'}, picture {self.folder / 'curves.png'}")
 
     def report(self) -> None:
         rows, metrics = self.read("held_out"), [row for row in self.read("metrics") if "seconds" in row]
@@ -272,29 +275,20 @@ class Run:
         before, after = ({(row["kind"], row["index"]): row for row in rows if row["step"] == step}
                          for step in (steps[0], steps[-1]))
         both = [key for key in before if key in after]      # --eval-limit may have changed on --resume
-        print0(f"\nheld-out split, step {steps[0]} -> {steps[-1]}, mean over questions "
-               "[95 % paired bootstrap interval]")
+        print0(f"\nheld-out split, step {steps[0]} -> {steps[-1]}, mean over questions [95 % paired bootstrap interval]")
         print0("\n".join(summary_lines([before[key] for key in both], [after[key] for key in both])))
         seconds = [row["seconds"] for row in metrics]
-        print0(f"{np.median(seconds):.2f} s per step (median), {sum(seconds) / 60:.1f} min for all "
-               f"{len(seconds)}, peak memory {max(row['peak_memory_gb'] for row in metrics):.2f} GB")
+        print0(f"{np.median(seconds):.2f} s per step (median), {sum(seconds) / 60:.1f} min for all {len(seconds)}, "
+               f"peak memory {max(row['peak_memory_gb'] for row in metrics):.2f} GB")
 
     def curves(self, panels: dict[str, list[str]]) -> None:
-        """curves.png from metrics.jsonl. panels: {title: keys}; each key thin, its running mean thick."""
-        if not self.is_first:
-            return
-        from matplotlib.figure import Figure
-        rows, columns = self.read("metrics"), math.ceil(len(panels) / 2)
-        figure = Figure(figsize=(4.2 * columns, 6), layout="constrained")
-        for place, (title, keys) in enumerate(panels.items(), 1):
-            axis = figure.add_subplot(2, columns, place, title=title, xlabel="step")
-            for key in keys:
-                logged = [row for row in rows if row.get(key) is not None]
-                steps, values = [row["step"] for row in logged], [row[key] for row in logged]
-                width = max(1, len(values) // 10)
-                means = [np.mean(values[max(0, i + 1 - width):i + 1]) for i in range(len(values))]
-                line, = axis.plot(steps, values, linewidth=1, alpha=0.25)
-                axis.plot(steps, means, "o-" if len(values) < 20 else "-", color=line.get_color(), label=key)
-            axis.legend(fontsize=8, frameon=False)
-            axis.grid(alpha=0.25)
-        figure.savefig(self.folder / "curves.png", dpi=110)
+        """curves.png: {title: keys of metrics.jsonl}."""
+        if self.is_first:
+            from tools.pictures import curves
+            curves(self.folder / "curves.png", self.read("metrics"), panels)
+
+
+def remove(folder: Path) -> None:
+    """A checkpoint, renamed first: half of one never has a checkpoint's name."""
+    if folder.exists():
+        shutil.rmtree(folder.rename(folder.with_suffix(".old")))

@@ -1,5 +1,4 @@
-"""What several test files share: a random tiny Qwen2.5-VL, and how scripts are run. Tests need neither a GPU nor the
-network."""
+"""What several test files share: a random tiny Qwen2.5-VL, and how scripts are run. No GPU, no network."""
 import multiprocessing
 import os
 import runpy
@@ -27,18 +26,23 @@ from runtime.cli import ROOT
 TEXTS = [*PROMPTS.values(), *CHAT, "What could the elongated shadow on the left be? 0 1 2 3 4 5 6 7 8 9"] * 3
 
 
-FORKS = multiprocessing.get_context("forkserver")       # importing torch and transformers takes seconds: once is enough
-FORKS.set_forkserver_preload(["train_grpo", "train_sft", "infer", "evaluate", "bench.memory"])
+# importing torch and transformers takes seconds: once is enough
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["train_grpo", "train_sft", "infer", "evaluate"])
 
 
 class Script:
-    """`python script.py flags` in a process of its own, forked off one that has imported what it will import. As
-    subprocess.Popen: pid, poll(), returncode, send_signal(), and communicate() -> (stdout, stderr). before: called first."""
+    """`python script.py flags` in a process of its own, forked from one that has imported everything already.
+    As subprocess.Popen: pid, poll(), returncode, send_signal(), communicate() -> (stdout, stderr).
+    before: a function that the process calls first."""
 
     def __init__(self, *command, before=None, **env):
-        args = [word for part in command for word in ([str(part)] if isinstance(part, Path) else shlex.split(part))]
+        args = []
+        for part in command:
+            args += [str(part)] if isinstance(part, Path) else shlex.split(part)
         self.files = [Path(tempfile.mkstemp()[1]) for _ in range(2)]
-        self.process = FORKS.Process(target=_script, args=(args, {"OMP_NUM_THREADS": "1"} | env, before, self.files))
+        env = {"OMP_NUM_THREADS": "1"} | env
+        self.process = FORKS.Process(target=_script, args=(args, env, before, self.files))
         self.process.start()
         self.pid = self.process.pid
 
@@ -80,9 +84,10 @@ def ranks(processes, *command, before=None):
     """What torchrun starts, started here: one Script per rank."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        meet = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(processes),
-                "LOCAL_WORLD_SIZE": str(processes)}
-    return [Script(*command, before=before, **meet, RANK=str(r), LOCAL_RANK=str(r)) for r in range(processes)]
+        port = str(free.getsockname()[1])
+    env = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": str(processes),
+           "LOCAL_WORLD_SIZE": str(processes)}
+    return [Script(*command, before=before, **env, RANK=str(r), LOCAL_RANK=str(r)) for r in range(processes)]
 
 
 def random_crm(seed=0, **options):
@@ -93,8 +98,8 @@ def random_crm(seed=0, **options):
         for name, p in crm.model.named_parameters():
             if p.ndim > 1:
                 p.mul_(4)
-    if crm.frozen is not None:
-        crm.frozen.load_state_dict(crm.model.state_dict())
+    if crm.ref_model is not None:
+        crm.ref_model.load_state_dict(crm.model.state_dict())
     return crm
 
 

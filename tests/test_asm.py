@@ -1,4 +1,7 @@
 """The segmenter: loading, refusing, prompting, drawing, and agreement with sam2's own predictor."""
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import safetensors.torch
@@ -8,10 +11,11 @@ from PIL import Image
 import asm as asm_module
 from asm import (ASM, MEDSAM2, OVERLAY_SIDE, SAM2_CONFIG, SEGMENTERS, build_model, load_asm, overlay, prompt_tokens,
                  read_config, save_asm)
-from asm_sam import MedSAM, SAMMed2D, build_sam, released_name
+from tools.asm_sam import MedSAM, SAMMed2D, build_sam, released_name
 from data import load_samples
 from demo.make_asm import (HERE, PARITY, PREPARED, PREPARED_SIDE, PROMPT_KINDS, dice, parity_case, parity_prompts,
                            predictor_answers, tiny_config)
+from runtime.cli import ROOT
 
 BOXES = np.array([[10, 5, 60, 40], [30, 20, 90, 50], [100, 10, 180, 55]], dtype=float)
 POINTS = np.array([[[20, 20], [40, 30]], [[50, 30], [70, 40]], [[120, 30], [150, 40]]], dtype=float)
@@ -123,7 +127,7 @@ def test_weights_that_do_not_fit_are_refused_by_key(folder, change, told):
                                      b"0.garbage", b"\x8c\x01\xe9.", bytes(range(256)) * 9])
 def test_a_garbage_file_is_refused_by_name(tmp_path, content):
     (tmp_path / "garbage.pt").write_bytes(content)
-    with pytest.raises(ValueError, match="garbage.pt: no torch file of plain tensors") as refusal:
+    with pytest.raises(ValueError, match="garbage.pt: not a torch file of plain tensors") as refusal:
         load_asm(tmp_path / "garbage.pt", "cpu")
     assert "\n" not in str(refusal.value)
 
@@ -143,7 +147,7 @@ class Payload:
 
 def test_a_pickle_that_calls_something_is_refused_and_not_run(tmp_path, capsys):
     torch.save({"model": Payload()}, tmp_path / "evil.pt")
-    with pytest.raises(ValueError, match="evil.pt: no torch file of plain tensors"):
+    with pytest.raises(ValueError, match="evil.pt: not a torch file of plain tensors"):
         load_asm(tmp_path / "evil.pt", "cpu")
     assert "unpickled" not in capsys.readouterr().out
 
@@ -174,6 +178,47 @@ def test_what_is_not_there_is_named(folder, tmp_path):
     (folder / "config.yaml").unlink()
     with pytest.raises(FileNotFoundError, match="asm/config.yaml"):
         load_asm(folder, "cpu")
+
+
+# ---------------------------------------------------------------- a segmenter of one's own
+
+class Otsu:
+    """What is brighter than Otsu's threshold, inside the box: the smallest segmenter."""
+
+    def segment(self, image, boxes=None, points=None):
+        grey = image.mean(2)
+        below = [grey <= level for level in range(255)]
+        spread = [b.mean() * (1 - b.mean()) * (grey[b].mean() - grey[~b].mean()) ** 2 if 0 < b.mean() < 1 else 0
+                  for b in below]
+        masks = np.repeat([~below[int(np.argmax(spread))]], len(points if boxes is None else boxes), 0)
+        return masks, np.ones(len(masks), np.float32)
+
+
+def test_a_segmenter_of_ones_own_is_one_entry_in_the_registry(monkeypatch):
+    monkeypatch.setitem(SEGMENTERS, "otsu", lambda path, device, **options: Otsu())
+    image = np.full((40, 50, 3), 30, np.uint8)
+    image[10:20, 15:35] = 200
+    masks, scores = load_asm("otsu", "cpu").segment(image, boxes=[[10, 5, 40, 25]])
+    assert masks.shape == (1, 40, 50) and np.array_equal(masks[0], image[..., 0] == 200) and len(scores) == 1
+
+
+def test_a_loader_gets_the_rest_of_the_spec_the_device_and_the_options(monkeypatch):
+    monkeypatch.setitem(SEGMENTERS, "mine:", lambda *args, **options: (args, options))
+    assert load_asm("mine:a:b.pt", "cuda", multimask=True, image_size=64) == \
+        (("a:b.pt", "cuda"), {"multimask": True, "image_size": 64})
+
+
+def test_an_unknown_spec_is_one_line_that_names_what_there_is(monkeypatch):
+    for spec in ("otsu", "sam:x.pth", "medsam", "nowhere/asm"):
+        with pytest.raises(FileNotFoundError, match=f"^{spec}: no such ASM; .*config.yaml.*medsam: sam-med2d:") as refusal:
+            load_asm(spec, "cpu")
+        assert "\n" not in str(refusal.value)
+
+
+def test_the_first_sam_is_imported_only_when_it_is_asked_for():
+    code = ("import sys; from asm import load_asm; load_asm('demo/asm', 'cpu'); assert 'tools.asm_sam' not in sys.modules\n"
+            "try: load_asm('medsam:nowhere', 'cpu')\nexcept FileNotFoundError: assert 'tools.asm_sam' in sys.modules")
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 # ---------------------------------------------------------------- segmenting
@@ -210,6 +255,18 @@ def test_an_image_is_encoded_once_for_all_that_is_asked_of_it(tiny):
     tiny.segment(image, BOXES, POINTS)
     handle.remove()
     assert len(calls) == 2
+
+
+def test_the_same_read_only_array_is_not_compared_again(tiny, monkeypatch):
+    image = np.asarray(Image.fromarray(255 - noise_image(70, 90)))
+    assert not image.flags.writeable
+    first, _ = tiny.segment(image, BOXES)
+    monkeypatch.setattr(np, "array_equal", lambda *_: pytest.fail("the pixels were compared"))
+    tiny.encode = lambda _: pytest.fail("the image was encoded again")
+    try:
+        assert (tiny.segment(image, BOXES)[0] == first).all()
+    finally:
+        del tiny.encode
 
 
 def test_nothing_is_remembered_between_images(tiny):
@@ -263,6 +320,8 @@ def test_anything_but_a_uint8_rgb_array_is_refused(tiny, image, told):
     ({"boxes": BOXES[:0]}, r"boxes: .* \(0, 4\)"),
     ({"boxes": BOXES, "points": POINTS[:2]}, "3 boxes but 2 sets of points"),
     ({"boxes": [[0, 0, np.nan, 9]]}, "boxes: every coordinate must be finite"),
+    ({"points": [[[0, np.inf]]]}, "points: every .* finite"), ({"boxes": [[0, 0, 9, 1e300]]}, "boxes: every .* finite"),
+    ({"boxes": 3, "points": POINTS}, "boxes: numbers"), ({"points": POINTS[:, :0]}, r"points: .* \(3, 0, 2\)"),
     ({"boxes": [["a", "b", "c", "d"]]}, "boxes: numbers"), ({"boxes": BOXES > 0}, "boxes: numbers .* bool"),
 ])
 def test_prompts_of_another_shape_are_refused(tiny, prompts, told):
@@ -492,7 +551,7 @@ class SlowSAM:
 
 def small_sam(family, tmp_path, monkeypatch):
     """A small random model of the family as its released file; load_asm then builds the small one."""
-    monkeypatch.setattr("asm_sam.build_sam", lambda f: build_sam(f, 128, **SMALL))
+    monkeypatch.setattr("tools.asm_sam.build_sam", lambda f: build_sam(f, 128, **SMALL))
     shapes = released_layout(128, 24, 3, 2, [1], 3, family == "sam-med2d")
     generator = torch.Generator().manual_seed(0)
     weights = {name: torch.randn(shape, generator=generator) / max(1, np.prod(shape[1:])) ** 0.5
@@ -597,6 +656,40 @@ def test_an_overlay_colours_the_mask_the_box_and_the_points_and_nothing_else():
     assert colour[400, 120] > 100 and colour[400, 200] > 100  # two points
     assert (picture[400, 120] != picture[400, 200]).any()  # told apart
     assert (picture[20:80, 20:430] == 120).all()
+
+
+def centre_of(colours):
+    """Centre (x, y) of a bool picture, in continuous pixel coordinates."""
+    ys, xs = np.nonzero(colours)
+    return xs.mean() + 0.5, ys.mean() + 0.5
+
+
+def test_an_overlay_draws_a_point_at_the_centre_of_its_pixel():
+    black = np.zeros((56, 56, 3), np.uint8)                 # shown eight times as large
+    for x, y in ((10, 20), (40.5, 30.25)):
+        lit = np.asarray(overlay(black, points=[(x, y)])).max(2) > 60
+        assert centre_of(lit) == pytest.approx((8 * (x + 0.5), 8 * (y + 0.5)), abs=0.6)
+
+
+def test_an_overlay_draws_a_box_on_its_edges_and_the_mask_on_its_pixels():
+    black, mask = np.zeros((56, 56, 3), np.uint8), np.zeros((56, 56), bool)
+    mask[30:40, 12:24] = True                               # its tight box is 12, 30, 24, 40
+    lit = np.asarray(overlay(black, mask)).max(2) > 40
+    rows, columns = lit.any(1).nonzero()[0], lit.any(0).nonzero()[0]
+    assert (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1) == pytest.approx((96, 240, 192, 320), abs=1)
+    lit = np.asarray(overlay(black, bbox=(12, 30, 24, 40))).max(2) > 128
+    for across, low, high in ((lit[280], 96, 192), (lit[:, 144], 240, 320)):
+        line = across.nonzero()[0]                          # two edges, each as wide on either side of its place
+        sides = line[line < line.mean()], line[line > line.mean()]
+        assert [side.mean() + 0.5 for side in sides] == pytest.approx([low, high], abs=0.6)
+
+
+def test_an_overlay_draws_every_point_and_repeats_the_colours():
+    black = np.zeros((448, 448, 3), np.uint8)
+    picture = np.asarray(overlay(black, points=[(50, 50), (150, 50), (250, 50), (350, 50)])).astype(int)
+    colours = [picture[50, x] for x in (50, 150, 250, 350)]
+    assert np.array_equal(colours[0], colours[2]) and np.array_equal(colours[1], colours[3])
+    assert (colours[0] != colours[1]).any()
 
 
 def test_an_overlay_of_nothing_is_the_picture():

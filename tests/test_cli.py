@@ -5,7 +5,8 @@ from dataclasses import dataclass, fields
 
 import pytest
 
-from runtime.cli import FOREIGN_NAMES, ROOT, ModelConfig, RunConfig, exit_on, flag, parse_args
+from runtime.cli import ROOT, ModelConfig, RunConfig, exit_on, flag, parse_args
+from tools.foreign_names import FOREIGN_NAMES
 
 
 @dataclass

@@ -540,7 +540,7 @@ def test_images_are_read_only_when_a_sample_is_asked_for(tmp_path, monkeypatch):
 
 
 def test_python_data_py_prints_what_is_there_and_every_bad_row(folder, capsys):
-    from runtime.data_report import main
+    from tools.data_report import main
     path = folder({"supercategory": "Brain", "category": "tumour"}, {"mask": "no.png"}, {"split": "test"},
                   {"box": [1, 2, 3, 4]}, {"id": "a"}, {"id": "a"})
     assert main([str(path), "--sheet", str(path / "sheet.png")]) == 2
@@ -550,6 +550,8 @@ def test_python_data_py_prints_what_is_there_and_every_bad_row(folder, capsys):
         assert line in out
     assert Image.open(path / "sheet.png").size == (6 * 224, 224)
     assert main([str(path), "--split", "test"]) == 0
+    with pytest.raises(ValueError, match="no sample in split 'nope'; the splits there: test, train"):
+        main([str(path), "--split", "nope"])
 
 
 def test_in_the_model_frame_no_held_out_question_pays_for_pushing_its_points_apart():
@@ -567,3 +569,63 @@ def test_in_the_model_frame_no_held_out_question_pays_for_pushing_its_points_apa
         for push in (0.2, 1, 10.01 - distance):
             dx, dy = (x2 - x1) / distance * push / 2, (y2 - y1) / distance * push / 2
             assert earned(((x1 - dx, y1 - dy), (x2 + dx, y2 + dy))) <= earned(points)
+
+
+def test_training_names_a_bad_row_before_it_starts(folder):
+    from types import SimpleNamespace
+
+    from runtime.run import load_splits
+    path = folder({}, {"mask": "no.png"}, {"split": "test"})
+    flags = SimpleNamespace(data=str(path), test_data=None, only="", skip_bad_rows=False, eval_every=1, eval_limit=0)
+    with pytest.raises(BadRow, match="line 2, mask: no such file"):
+        load_splits(flags)
+    flags.skip_bad_rows = True
+    train, test = load_splits(flags)
+    assert (len(train), len(test)) == (1, 1)
+
+
+def read_coco(path, split):
+    """A reader as a user would write it: annotations.json beside images/, polygons, the category as the question."""
+    from PIL import ImageDraw
+    coco = json.loads((path / "annotations.json").read_text())
+    images = {image["id"]: image for image in coco["images"]}
+    names = {category["id"]: category for category in coco["categories"]}
+    rows = []
+    for a in coco["annotations"]:
+        image, category = images[a["image_id"]], names[a["category_id"]]
+        drawn = Image.new("L", (image["width"], image["height"]))
+        for polygon in a["segmentation"]:
+            ImageDraw.Draw(drawn).polygon(polygon, fill=255)
+        rows.append({"where": f"{path}, annotation {a['id']}", "id": str(a["id"]), "problem": "", "extra": a,
+                     "query": f"Where is the {category['name']}?", "think": "", "category": category["name"],
+                     "supercategory": category.get("supercategory", ""), "bbox": None, "points": None,
+                     "image": path / "images" / image["file_name"], "mask": png(drawn)})
+    return (rows if split == "train" else []), ["train"]
+
+
+def test_a_new_reader_is_a_function_and_its_name(folder, monkeypatch):
+    from runtime import readers
+    path = folder({})
+    (path / "samples.jsonl").unlink()
+    (path / "annotations.json").write_text(json.dumps({
+        "images": [{"id": 7, "file_name": "a.png", "width": 60, "height": 40}],
+        "categories": [{"id": 1, "name": "liver", "supercategory": "Abdomen"}],
+        "annotations": [{"id": 3, "image_id": 7, "category_id": 1, "segmentation": [[10, 5, 29, 5, 29, 24, 10, 24]]}]}))
+    monkeypatch.setitem(readers.READERS, "annotations.json", read_coco)
+    sample = load_samples(path)[0]
+    assert sample.bbox == (10, 5, 30, 25) and sample.category == "liver" and sample.query == "Where is the liver?"
+    with pytest.raises(ValueError, match="splits there: train"):
+        load_samples(path, "test")
+
+
+@pytest.mark.parametrize("changes", [{"extra_info": "x"}, {"extra_info": None}, {"prompt": "text"}, {"prompt": None},
+                                     {"masks": None}, {"masks": "x"}, {"images": "x"}, {"images": [1]},
+                                     {"reward_model": None}, {"reward_model": "x"}, {"reward_model": {"a": 1}},
+                                     {"reward_model": {"ground_truth": 3}}, {"reward_model": {"ground_truth": "[1]"}},
+                                     truth(bbox_2d="x"), truth(bbox_2d={"a": 1}), truth(point_2d=[1, 2])])
+def test_columns_of_other_types_are_bad_rows_or_do_not_matter(tmp_path, changes):
+    samples = load_samples(write(tmp_path / "train.parquet", [umrg_row() | changes]))
+    try:
+        assert samples[0].query == "question 0"
+    except BadRow as error:
+        assert "train.parquet, row 0" in str(error) and len(str(error).splitlines()) == 1

@@ -10,11 +10,13 @@ from torch.utils._pytree import tree_leaves, tree_map
 import crm
 import evaluate
 import infer
-from runtime import parallel
+import sampling
+import scoring
 import train_grpo
 import train_sft
 from asm import load_asm
 from bench import parity
+from runtime import parallel
 from runtime.cli import parse_args
 from test_asm import noise_image, small_sam
 
@@ -98,7 +100,8 @@ def gpu(monkeypatch):
 
     monkeypatch.setattr(torch, "tensor", from_numbers)
     monkeypatch.setattr(torch, "as_tensor", from_numbers)
-    monkeypatch.setitem(crm.LOGITS_CHUNK, GPU.type, 2 ** 21)
+    for settings, value in ((scoring.LOGITS_CHUNK, 2 ** 21), (sampling.ROOM, 128), (sampling.CHECK_EVERY, 8)):
+        monkeypatch.setitem(settings, GPU.type, value)
     model = crm.Qwen2_5_VLForConditionalGeneration
     monkeypatch.setattr(model, "from_pretrained", on_host(model.from_pretrained))
     move = model.to
@@ -120,8 +123,8 @@ def test_the_pretence_refuses_what_cuda_refuses(gpu):
 SMALL = "@recipes/demo.args --prompts 2 --group 3 --steps 2 --eval-limit 2 --eval-answers 2 --max-new-tokens 100"
 RUNS = [(train_grpo, SMALL + " --weights mask_dice=1"),
         (train_grpo, SMALL + " --weights box_iou=1 --trainable . --minibatches 2 --inner-epochs 2 --resample 1 --checkpointing"
-                             " --attention dense --no-share-vision --no-drop-finished --dtype bfloat16 --steps 1"),
-        (train_grpo, SMALL + " --trainable lora --lora-rank 4 --kl-coef 0 --agg token --norm batch --pack-tokens 300 --steps 1"),
+                             " --dtype bfloat16 --entropy-coef 0.01 --steps 1"),
+        (train_grpo, SMALL + " --trainable lora --lora-rank 4 --kl-coef 0 --agg token --ratio sequence --norm batch --pack-tokens 300 --steps 1"),
         (train_sft, "--steps 2 --batch 4 --lr 1e-6 --eval-limit 2 --max-new-tokens 100"),
         (evaluate, "--limit 3 --samples 2 --max-new-tokens 100"),
         (infer, "--image demo/images/fundus.png --query where --samples 2")]

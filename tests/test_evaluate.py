@@ -13,8 +13,8 @@ import crm as crm_module
 import evaluate
 from conftest import noise_image, ranks
 from data import Frame, Sample, load_samples, model_size, to_model
-from runtime import predictions
-from runtime.predictions import decode_mask, encode_mask
+from tools import predictions
+from tools.predictions import decode_mask, encode_mask
 from test_scripts import ROOT, rows, run
 
 NO_MASK = {"bbox": None, "points": None, "text": "", "problem": "no answer block"}

@@ -7,7 +7,10 @@ import torch
 
 from conftest import noise_image, random_crm
 from runtime.optim import Optimizer
+from runtime.parallel import Ranks
 from runtime.run import learning_rate, sample_indices
+from sampling import sample
+from scoring import score
 from train_grpo import Config, group_advantages, grpo_loss, step_weights, token_weights
 
 F = torch.float64
@@ -154,15 +157,46 @@ def test_cutting_a_step_into_micro_batches_changes_neither_loss_nor_gradient():
     assert stats["kl"].abs() < 1e-12 and stats["clip_frac"].abs() < 1e-12
 
 
-def test_truncated_answers_can_be_left_out(crm, prompts):
-    from parallel import Ranks
-    group = crm.sample(prompts[:1], 4, 6, seed=0)[0]
+def test_truncated_completions_can_be_left_out(crm, prompts):
+    group = sample(crm, prompts[:1], 4, 6, seed=0)[0]
     group.finished[:] = torch.tensor([True, False, True, False])
     group.lengths[:] = torch.tensor([3, 6, 2, 6])
     for masked in (False, True):
         (w,) = step_weights([group], Config(max_new_tokens=6, mask_truncated=masked), Ranks())
         assert w.shape == group.tokens.shape and w.sum().item() == pytest.approx(1)
         assert (w[1].sum() == 0) == masked and w[0, 3:].sum() == 0
+
+
+def test_a_ratio_per_sequence_is_that_of_a_loop_and_moves_all_tokens_of_a_completion_alike():
+    """GSPO (arXiv 2507.18071): s_i is the geometric mean of a completion's ratios, and the loss a mean over completions."""
+    torch.manual_seed(0)
+    lengths, A = [3, 5, 1], torch.tensor([1.0, -0.5, 2.0], dtype=F)
+    mask = torch.arange(5) < torch.tensor(lengths)[:, None]
+    logp = torch.where(mask, -torch.rand(3, 5, dtype=F), 0.0).requires_grad_()
+    old = torch.where(mask, logp.detach() + 0.3 * torch.randn(3, 5, dtype=F), 0.0)
+    loss, stats = grpo_loss(logp, old, None, A, token_weights(mask).to(F), 0.1, 0.2, 0.0, ratio="sequence")
+    expected = 0.0
+    for i, n in enumerate(lengths):
+        s = ((logp[i, :n] - old[i, :n]).sum() / n).exp()
+        expected = expected - torch.minimum(s * A[i], s.clamp(0.9, 1.2) * A[i]) / 3
+    torch.testing.assert_close(loss, expected)
+    ours, theirs = (torch.autograd.grad(x, logp, retain_graph=True)[0] for x in (loss, expected))
+    torch.testing.assert_close(ours, theirs)
+    assert ours[mask].any() and 0 < float(stats["clip_frac"]) < 1
+
+
+def test_the_entropy_bonus_has_a_gradient_and_raises_the_entropy_of_a_group_of_equal_rewards():
+    crm = random_crm()
+    prompt = crm.encode(noise_image(56, 56), "x")
+    group, = sample(crm, [prompt], 4, 6, seed=1)
+    optimizer, means = Optimizer(crm.trainable()), []
+    for _ in range(3):
+        _, entropy = score(crm, [(group, [0, 1, 2, 3])], entropy_gradient=True)[0]
+        means.append(entropy.mean().item())
+        (-entropy.mean()).backward()
+        assert optimizer.step(1e-3, 1.0) > 0
+    assert means[0] < means[1] < means[2]
+    assert not score(crm, [(group, [0])])[0][1].requires_grad
 
 
 # ---------------------------------------------------------------- what a run shares
@@ -214,20 +248,20 @@ def test_master_weights_add_up_gradients_in_float32():
     optimizer = Optimizer({"p": p})
     for scale in [1.0] + [2 ** -10] * 1024:                                 # in bfloat16, 1 + 2^-10 = 1
         (p * scale).sum().backward()
-    assert optimizer.masters[0].grad.item() == pytest.approx(2.0)
+    assert optimizer.sums[0].item() == pytest.approx(2.0)
 
 
 def test_grpo_teaches_a_random_model_a_new_habit():
-    """The whole of it in ten lines: reward the share of one token among the answers; it must become the rule."""
+    """The whole of it in ten lines: reward the share of one token among the completions; it must become the rule."""
     crm = random_crm()
     prompt, wanted = crm.encode(noise_image(56, 56), "x"), 300
     optimizer, share = Optimizer(crm.trainable()), []
     for step in range(40):
-        group, = crm.sample([prompt], 16, 8, seed=[(0, step)])
+        group, = sample(crm, [prompt], 16, 8, seed=[(0, step)])
         rewards = ((group.tokens == wanted) & (torch.arange(group.tokens.shape[1]) < group.lengths[:, None])).float().mean(1)
         share.append(rewards.mean().item())
         weights = token_weights(torch.arange(group.tokens.shape[1]) < group.lengths[:, None])
-        logp = crm.logp(group, range(16))
+        logp = score(crm, [(group, list(range(16)))])[0][0]
         grpo_loss(logp, logp.detach(), None, group_advantages(rewards[None])[0], weights)[0].backward()
         optimizer.step(3e-3, 1.0)
     assert sum(share[:5]) / 5 < 0.1 and sum(share[-5:]) / 5 > 0.8

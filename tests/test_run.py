@@ -10,7 +10,6 @@ from PIL import Image
 
 from data import BadRow
 from runtime import run as module
-from runtime.checkpoints import checkpoints
 from runtime.cli import RunConfig, flag
 from runtime.files import read_jsonl, read_torch, write_whole
 from runtime.parallel import Ranks
@@ -67,7 +66,7 @@ def train(run, last, iou=(), save=(), **numbers):
 
 
 def names(run):
-    return [folder.name for folder in checkpoints(run.folder).values()]
+    return [folder.name for folder in run.checkpoints().values()]
 
 
 def refused(cfg, **changes):

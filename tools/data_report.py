@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--split", help="only this one")
     parser.add_argument("--sheet", type=Path, help="write a picture of a few samples here")
     args = parser.parse_args(argv)
-    splits = [args.split] if args.split else read_rows(args.path, "")[1]
+    splits = [args.split] if args.split else read_rows(args.path, None)[1]
     problems, pictures = [], []
     for split in splits:
         report(args.path, split, problems, pictures)

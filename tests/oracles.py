@@ -1,0 +1,57 @@
+"""The slow, obvious versions that the fast code is compared with. Shapes as in scoring.py."""
+import torch
+
+from bench.parity import naive_logp
+
+__all__ = ["dense_score", "gradients_of", "naive_logp", "next_logits"]
+
+
+def next_logits(crm, prompt, ids, temperature=1.0):
+    """Logits of the token after ids, (V,), by transformers' own forward over everything; banned ones -inf."""
+    logits = crm.model(input_ids=ids[None], pixel_values=prompt.pixel_values, image_grid_thw=prompt.grid_thw,
+                       mm_token_type_ids=(ids[None] == crm.image_id).int()).logits[0, -1]
+    return (logits.float() / temperature).index_fill(0, crm.banned, -torch.inf)
+
+
+def dense_score(crm, pack, temperature=1.0):
+    """scoring.score with one (S, S) mask for the whole packed sequence: token i attends to token j of its prompt
+    up to i, and of its own completion up to i."""
+    model = crm.model.model.language_model
+    embeddings, positions, owners, places = [], [], [], []
+    for p, (group, rows) in enumerate(pack):
+        completions = [group.tokens[row, :group.lengths[row]] for row in rows]
+        features, = crm.image_features([group.prompt])
+        x, position = crm.embed(group.prompt, features, completions)
+        embeddings.append(x)
+        positions.append(position)
+        owners += [(p, None)] * len(group.prompt.ids)
+        last = len(owners) - 1
+        for row, tokens in zip(rows, completions):
+            places.append([last, *range(len(owners), len(owners) + len(tokens) - 1)])
+            owners += [(p, row)] * len(tokens)
+    S = len(owners)
+    mask = torch.zeros(S, S, dtype=torch.bool)
+    for i in range(S):
+        for j in range(i + 1):
+            mask[i, j] = owners[j] in (owners[i], (owners[i][0], None))
+    model.set_attn_implementation("sdpa")
+    hidden = model(inputs_embeds=torch.cat(embeddings)[None], position_ids=torch.cat(positions, 1)[:, None],
+                   attention_mask=dict.fromkeys(model.config.layer_types, mask[None, None]),
+                   use_cache=False).last_hidden_state[0]
+    out, places = [], iter(places)
+    for group, rows in pack:
+        logps = torch.zeros(len(rows), group.tokens.shape[1])
+        for i, row in enumerate(rows):
+            logits = crm.model.lm_head(hidden[next(places)]).float() / temperature
+            logits = logits.index_fill(1, crm.banned, -torch.inf)
+            n = int(group.lengths[row])
+            logps[i, :n] = logits.log_softmax(-1).gather(1, group.tokens[row, :n, None])[:, 0]
+        out.append(logps)
+    return out
+
+
+def gradients_of(crm, loss):
+    """{name: gradient} of a loss, of the parameters that get one."""
+    crm.model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in crm.model.named_parameters() if p.grad is not None}
