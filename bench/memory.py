@@ -1,12 +1,12 @@
 """What a training run needs: memory per GPU by purpose, and operations per step (make memory).
 
-    python -m bench.memory                      # 3B and 7B, LoRA, full, offloaded and sharded, beside each other
-    python -m bench.memory @recipes/lora_7b.args --data U-MRG-14K --gpus 8              # one run of train_grpo.py
-    python -m bench.memory train_sft @recipes/sft_7b.args --data U-MRG-14K --gpus 8     # one run of train_sft.py
+    python -m bench.memory                      # 3B and 7B: LoRA, full, offloaded, sharded
+    python -m bench.memory @recipes/lora_7b.args --data U-MRG-14K --gpus 8              # one run of GRPO
+    python -m bench.memory train_sft @recipes/sft_7b.args --data U-MRG-14K --gpus 8     # one run of SFT
 
 The configuration, the tokenizer and some of the data are read; no weight is loaded. Parameters are counted
-exactly, on a model without memory. Activations are arithmetic, from the shapes that sampling.py and scoring.py
-make, for completions of full length. Nothing here is measured; a run's own peak is in its metrics.jsonl.
+exactly, on a model without memory. Activations are arithmetic, from the shapes in sampling.py and scoring.py,
+for completions of full length. Nothing here is measured; a run's own peak is in its metrics.jsonl.
 
 Three phases take turns: sampling, the reference's forward pass, the update. What they share stays.
 """
@@ -48,6 +48,7 @@ class Need:
         cfg, c = self.cfg, self.model.config.text_config
         self.grpo = hasattr(cfg, "group")
         self.G = cfg.group if self.grpo else 1
+        self.questions = cfg.prompts if self.grpo else cfg.batch                # per step, over all ranks
         self.prompts = -(-cfg.prompts // self.gpus) if self.grpo else 0         # sampled per step by a rank
         self.width = 4 if cfg.dtype == "float32" else 2                         # bytes per weight
         self.shards = min(8, self.gpus) if cfg.parallel == "fsdp" and self.gpus > 1 else 1
@@ -95,12 +96,13 @@ def resident(n: Need) -> dict[str, float]:
     else:
         out = {"weights": N * n.width, "LoRA matrices": trained * n.width if cfg.lora_rank else 0,
                "float32 masters": trained * 4 * masters}
-    image = n.patches * (3 * 2 * PATCH ** 2 * 4) + n.patches / MERGE ** 2 * n.model.config.text_config.hidden_size \
-        * n.width * n.frozen_tower                              # pixels, and features where they are kept
+    image = n.patches * 3 * 2 * PATCH ** 2 * 4                  # pixels, of two frames, float32
+    if n.frozen_tower:                                          # its features are kept
+        image += n.patches / MERGE ** 2 * n.model.config.text_config.hidden_size * n.width
     return out | {"gradients, float32": trained * 4 / n.shards,
                   "AdamW's two moments": 0 if cfg.offload else trained * 8 / n.shards,
                   "reference model": N * n.width / n.shards * (n.reference and not cfg.offload),
-                  "images of a step": image * (n.prompts or cfg.batch / n.gpus),
+                  "images of a step": image * n.questions / n.gpus,
                   "CUDA context (assumed)": CONTEXT * GB}
 
 
@@ -134,7 +136,7 @@ def sampling(n: Need, steady: float) -> tuple[dict[str, float], int]:
     P = at_once(n, n.card * GB - steady - sum(gathered.values()))
     rows, keys = P * n.G, n.prompt + cfg.max_new_tokens
     prefill = P * n.prompt * n.cache_per_token + n.prompt * layer_bytes(n) + P * tower_bytes(n, False)
-    logits = rows * c.vocab_size * (n.width + 3 * 4 + 8)        # as computed, float32, log p, p, cdf in float64
+    logits = rows * c.vocab_size * (n.width + 3 * 4 + 8)    # as computed; float32, log p, p; cdf in float64
     scores = rows * c.num_attention_heads * keys * 3 * 4        # of one layer, float32
     step = logits + scores + rows * layer_bytes(n)
     return gathered | {"keys and values of prompts": P * n.prompt * n.cache_per_token,
@@ -149,7 +151,7 @@ def passes(n: Need, backward: bool) -> dict[str, float]:
     kept = 0
     if backward:
         kept = c.num_hidden_layers * (c.hidden_size * n.width if cfg.checkpointing else layer_bytes(n))
-    # the completions' keys and values, with the prompt's beside each
+    # the completions' keys and values, each with the prompt's before it
     repeated = n.G * (n.prompt + cfg.max_new_tokens) * 2 * c.num_key_value_heads * n.head_size * n.width
     chunk = LOGITS_CHUNK["cuda"]
     out = {"language layers": n.pack * (kept + layer_bytes(n) * (1 + backward)) + repeated * (1 + backward),
@@ -160,7 +162,7 @@ def passes(n: Need, backward: bool) -> dict[str, float]:
         layers = (*model.language_model.layers, *model.visual.blocks)
         root = count(n.model) - sum(map(count, layers))         # embedding and vocabulary projection, mostly
         two = 2 * count(model.language_model.layers[0])
-        out["gathered: two layers, embedding, head"] = (root + two) * (n.width + backward * (n.width + 4))
+        out["two layers, embedding, head, gathered"] = (root + two) * (n.width + backward * (n.width + 4))
     elif backward:
         one = max(trained.values()) * (n.width + 4)             # one gradient as computed, and in float32
         out["one gradient, or ranks' bucket"] = max(one, 4 * BUCKET * (n.gpus > 1))
@@ -178,7 +180,7 @@ def memory(n: Need) -> dict[str, float]:
         if n.reference and n.cfg.offload:
             phases["reference"] |= {"reference model": count(n.model) * n.width}
         if n.reference and n.shards > 1:
-            phases["reference"] |= {"gathered: two layers, embedding, head": 0,
+            phases["reference"] |= {"two layers, embedding, head, gathered": 0,
                                     "reference model, gathered": count(n.model) * n.width}
     phases["update"] = passes(n, True)
     for phase, parts in phases.items():
@@ -188,9 +190,10 @@ def memory(n: Need) -> dict[str, float]:
 
 
 def table(columns: dict[str, dict[str, float]]) -> str:
-    """Markdown. Every column's rows, in the order of their first appearance; the sum last."""
-    names = [name for name in dict.fromkeys(name for column in columns.values() for name in column)
-             if name != "most at once"]
+    """Markdown: what is resident, then the phases, the most at once last. A cell is empty where it is 0."""
+    names = dict.fromkeys(name for column in columns.values() for name in column if name != "most at once")
+    phases = ["", "sampling", "reference", "update"]
+    names = sorted(names, key=lambda name: phases.index(name.split(": ")[0] if ": " in name else ""))
     lines = ["| GB | " + " | ".join(columns) + " |", "|---" + "|---" * len(columns) + "|"]
     for name in [*names, "most at once"]:
         cells = (f"{column[name]:.1f}" if name in column else "" for column in columns.values())
@@ -204,7 +207,6 @@ def operations(n: Need) -> float:
     """Operations of a step over all ranks, for completions of full length: 2 per weight and token forward, 4
     backward, or 2 through frozen weights. Attention's own products are left out."""
     cfg, model, visual = n.cfg, n.model.model, n.model.model.visual
-    questions = cfg.prompts if n.grpo else cfg.batch
     words = n.prompt + n.G * cfg.max_new_tokens
     body = 2 * count(model.language_model.layers) * words
     head = 2 * count(n.model.lm_head) * n.G * cfg.max_new_tokens
@@ -215,7 +217,7 @@ def operations(n: Need) -> float:
         old = cfg.inner_epochs * cfg.minibatches > 1
         forwards = [1, old, int(cfg.kl_coef > 0), update * cfg.inner_epochs]
     tower_forwards = 1 if n.frozen_tower else sum(forwards)
-    return questions * ((body + head) * sum(forwards) + tower * tower_forwards)
+    return n.questions * ((body + head) * sum(forwards) + tower * tower_forwards)
 
 
 # ---------------------------------------------------------------- plans
@@ -238,18 +240,20 @@ def plan(cfg) -> str:
         lengths.append(len(text) + patches[-1] // MERGE ** 2)
     n = Need(model, cfg, cfg.gpus, max(lengths), max(patches), cfg.card)
     column, work = memory(n), operations(n)
-    at_most, fits = USABLE * cfg.card, "fits" if column["most at once"] <= USABLE * cfg.card else "does NOT fit"
-    sampled = f", {sampling(n, sum(resident(n).values()))[1]} of a rank's {n.prompts} prompts sampled together" \
-        if n.grpo else ""
-    questions = cfg.prompts if n.grpo else cfg.batch
-    return (f"{cfg.crm}: {count(model) / 1e9:.2f} billion parameters, {sum(n.trained().values()):,} of them train\n"
-            f"{len(train)} training samples, prompts of {min(lengths)} to {max(lengths)} tokens\n"
-            f"per step {questions} x {n.G} completions of up to {cfg.max_new_tokens} tokens on {cfg.gpus} GPUs, "
-            f"--parallel {cfg.parallel}{sampled}\n\n{table({'one GPU': column})}\n\n"
-            f"{fits} on a GPU of {cfg.card:g} GB, of which {at_most:.0f} are counted on\n"
-            f"{work / 1e15:.2f} PFLOP per step, at {SUSTAINED / 1e12:.0f} TFLOP/s per GPU "
-            f"{work / SUSTAINED / cfg.gpus:.1f} s, beside the sampler's waiting for memory\n"
-            "arithmetic for completions of full length, not measured")
+    usable, trained = USABLE * cfg.card, sum(n.trained().values())
+    fits = "fits" if column["most at once"] <= usable else "does NOT fit"
+    lines = [f"{cfg.crm}: {count(model) / 1e9:.2f} billion parameters, {trained:,} of them train",
+             f"{len(train)} training samples, prompts of {min(lengths)} to {max(lengths)} tokens",
+             f"per step {n.questions} x {n.G} completions of up to {cfg.max_new_tokens} tokens",
+             f"on {cfg.gpus} GPUs, --parallel {cfg.parallel}"]
+    if n.prompts:
+        _, together = sampling(n, sum(resident(n).values()))
+        lines[-1] += f", {together} of a rank's {n.prompts} prompts sampled together"
+    return "\n".join([*lines, "", table({"one GPU": column}), "",
+                      f"{fits} on a GPU of {cfg.card:g} GB, of which {usable:.0f} are counted on",
+                      f"{work / 1e15:.2f} PFLOP per step: {work / SUSTAINED / cfg.gpus:.1f} s at "
+                      f"{SUSTAINED / 1e12:.0f} TFLOP/s per GPU, beside the sampler's waiting for memory",
+                      "arithmetic for completions of full length, not measured"])
 
 
 def overview() -> str:
@@ -261,8 +265,9 @@ def overview() -> str:
         model = without_weights(config_of(size))
         for kind, flags in kinds.items():
             gpus = 8 if "parallel" in flags else 1
-            cfg = train_grpo.Config(prompts=8 * gpus, group=16, max_new_tokens=512, checkpointing=True, **flags)
-            columns[f"{size.upper()} {kind}"] = memory(Need(model, cfg, gpus, 1150, 3600))
+            cfg = train_grpo.Config(prompts=8 * gpus, group=16, max_new_tokens=512, checkpointing=True,
+                                    **flags)
+            columns[f"{size.upper()} {kind}"] = memory(Need(model, cfg, gpus, prompt=1150, patches=3600))
     return table(columns)
 
 

@@ -2,10 +2,10 @@
 float32.
 
 The oracle goes row by row: the whole sequence, all logits, no packing, no cache. Compared are the
-log-probabilities of the same completions, the gradient of all weights, what the sampler says of the tokens it drew,
-and whether those are the oracle's. In float32 a way must meet the oracle; in bfloat16 it must come as near as that
-slow forward in bfloat16. The last row is a model with key biases as large as Qwen2.5's (bench/random_model.py): the
-sampler must give its tokens the log-probabilities that the scorer gives them.
+log-probabilities of the same completions, the gradient of all weights, what the sampler says of the tokens it
+drew, and whether those are the oracle's. In float32 a way must meet the oracle; in bfloat16 it must come as
+near as that slow forward in bfloat16. The last row is a model with key biases as large as Qwen2.5's
+(bench/random_model.py): the sampler must give its tokens the log-probabilities that the scorer gives them.
 """
 from dataclasses import replace
 
@@ -13,15 +13,16 @@ import torch
 from torch.nn.functional import pad
 
 from bench.random_model import add_key_biases
-from crm import BANNED, CRM, Group, load_crm
+from crm import CRM, Group, load_crm
 from data import fill_prompt, load_prompt, load_samples
 from sampling import sample
 from scoring import score
 
 P, G, T = 3, 6, 96
-FLOAT32, BFLOAT16 = 1e-4, 2         # largest relative error; largest multiple of the slow forward's relative error
-EQUAL = 0.9                         # share of completions that are the oracle's, in float32
-GAP = 0.01                          # largest mean |sampled - scored| log-probability with large key biases, nats
+FLOAT32 = 1e-4          # largest relative error
+BFLOAT16 = 2            # the same, as a multiple of the slow forward's
+EQUAL = 0.9             # share of completions that are the oracle's, in float32
+GAP = 0.01              # largest mean |sampled - scored| log-probability with large key biases, in nats
 
 
 def naive_logp(crm: CRM, group: Group, temperature: float) -> torch.Tensor:
@@ -31,8 +32,7 @@ def naive_logp(crm: CRM, group: Group, temperature: float) -> torch.Tensor:
         ids = torch.cat([p.ids, tokens[:n]])[None]
         logits = crm.model(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=p.pixel_values,
                            image_grid_thw=p.grid_thw, mm_token_type_ids=(ids == crm.image_id).int()).logits[0]
-        logits = logits[len(p.ids) - 1:-1].float() / temperature
-        logits[:, crm.tokenizer.convert_tokens_to_ids(list(BANNED))] = -torch.inf
+        logits = (logits[len(p.ids) - 1:-1].float() / temperature).index_fill(1, crm.banned, -torch.inf)
         logp = logits.log_softmax(-1).gather(1, tokens[:n, None])[:, 0]
         out.append(pad(logp, (0, group.tokens.shape[1] - n)))
     return torch.stack(out)
@@ -66,7 +66,8 @@ def scored(crm: CRM, groups: list[Group]) -> list[torch.Tensor]:
 
 def build(path: str, device, dtype, **options):
     """A CRM and its P encoded prompts."""
-    crm, samples, template = load_crm(path, device, dtype, **options), load_samples("demo/data"), load_prompt("reasoning")
+    crm = load_crm(path, device, dtype, **options)
+    samples, template = load_samples("demo/data"), load_prompt("reasoning")
     return crm, [crm.encode(samples[i].image, fill_prompt(template, samples[i].query)) for i in range(P)]
 
 
@@ -105,7 +106,7 @@ def parity(path: str, device: torch.device) -> dict[str, dict]:
                 limits = {key: FLOAT32 if dtype == torch.float32 else BFLOAT16 * slow[key] for key in slow}
                 row["passed"] = all(row[key] <= limits[key] for key in limits) and \
                     (dtype != torch.float32 or row["equal completions"] >= EQUAL)
-            except RuntimeError as error:                               # all that CUDA and its compilers raise
+            except RuntimeError as error:                       # all that CUDA and its compilers raise
                 row = {"passed": False, "problem": str(error)}
             table[f"{name}, {way}"] = row
     table["bfloat16, large key biases"] = biased(path, device)

@@ -1,14 +1,14 @@
-"""A Qwen2.5-VL of the real architecture with random weights, for speed and memory where no checkpoint can be had.
+"""A Qwen2.5-VL of the real architecture with random weights: for speed and memory without a checkpoint.
 
     python -m bench.random_model 3b --out build/3b
 
     3b, 7b   the released sizes
-    wide     the 3B's width with two language and two vision layers and 8,192 words: its matrix products, on a CPU
+    wide     the 3B's width with two language and two vision layers and 8,192 words, for a CPU
     tiny     their shape, small
 
 The tokenizer is the embedded one: its prompts are shorter than Qwen's, and ids beyond it decode to nothing.
-Completions of such a model practically never end by themselves, so each has --max-new-tokens tokens. As in the
-released weights, a few key biases are very large (`add_key_biases`).
+Completions of such a model practically never end by themselves, so each has --max-new-tokens tokens. As in
+the released weights, a few key biases are very large (`add_key_biases`).
 """
 import argparse
 
@@ -41,7 +41,8 @@ def config_of(size: str, to_id=lambda token: 0) -> Qwen2_5_VLConfig:
     sections = [head - 2 * (3 * head // 8), 3 * head // 8, 3 * head // 8]   # 16, 24, 24 at the real sizes
     return Qwen2_5_VLConfig(
         text_config=dict(**text, max_position_embeddings=128000, rms_norm_eps=1e-6, tie_word_embeddings=tied,
-                         bos_token_id=None, eos_token_id=to_id("<|im_end|>"), pad_token_id=to_id("<|endoftext|>"),
+                         bos_token_id=None, eos_token_id=to_id("<|im_end|>"),
+                         pad_token_id=to_id("<|endoftext|>"),
                          rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=sections)),
         vision_config=dict(**vision, out_hidden_size=text["hidden_size"]), tie_word_embeddings=tied,
         image_token_id=to_id("<|image_pad|>"), video_token_id=to_id("<|video_pad|>"),
@@ -80,7 +81,8 @@ def random_model(size: str, device="cpu", dtype=torch.bfloat16, tokenizer="demo/
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("size", choices=SIZES)
     parser.add_argument("--out", required=True)
     args = parser.parse_args()
