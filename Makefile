@@ -34,7 +34,7 @@ test: setup
 faults: setup
 	$(RUN) tests/test_faults.py
 
-# seconds a step by phase, and with each trick switched off
+# seconds per step by phase, and with each optimization switched off
 .PHONY: bench
 bench: setup
 	$(RUN) -m bench
@@ -47,7 +47,7 @@ bench-trl: setup build/trl/ready
 	$(RUN) -m bench --peer trl --growth
 
 # on one GPU of 80 GB: each way to compute against the slow one on the CPU; then 3B and 7B with random weights and LoRA,
-# 840 x 840 px, 16 answers of 256 tokens: beside TRL, against the card's own speed, and with each trick switched off
+# 840 x 840 px, 16 completions of 256 tokens: beside TRL, against the card's own speed, with each optimization switched off
 .PHONY: bench-gpu
 bench-gpu: setup build/trl/ready
 	$(RUN) -m bench --parity
@@ -62,12 +62,12 @@ build/trl/ready: requirements.txt
 	build/trl/bin/python -m pip install --quiet -r requirements.txt trl==1.16.0 torchvision==0.28.0 accelerate==1.15.0 datasets==5.2.0
 	touch $@
 
-# where the memory of a run goes, for the real sizes
+# where the memory of a run goes, for the real sizes; of one run: python -m bench.memory @recipes/lora_7b.args --gpus 8
 .PHONY: memory
 memory: setup
 	$(RUN) -m bench.memory
 
-# the paper's experiments at the embedded scale, three seeds each; goes on where it stopped
+# the paper's experiments at the embedded scale, three seeds each; resumes where it stopped
 .PHONY: paper
 paper: setup
 	$(RUN) -m paper

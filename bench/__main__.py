@@ -1,20 +1,22 @@
 """How long a step of GRPO takes, by phase, switch and size, and beside TRL's GRPOTrainer.
 
-    python -m bench                    # phases of a step, and each trick switched off (make bench)
+    python -m bench                    # phases of a step, and each optimization switched off (make bench)
     python -m bench --peer trl         # the same work by TRL, alternately, in build/trl (make bench-trl)
     python -m bench --peer trl --growth            # step time over group size and prompt length, a picture
-    python -m bench --scaling          # the same step on one and on two processes of one thread each
-    python -m bench --roofline         # how much of the machine's own matrix product and copy a step reaches
-    python -m bench --parity           # how far each way to compute on this device is from the slow one on the CPU
+    python -m bench --scaling          # the same step in one and in two processes of one thread each
+    python -m bench --roofline         # how much of this machine's own matrix product and copy a step reaches
+    python -m bench --parity           # how far each way to compute here is from the slow one on the CPU
 
-At real size, on a GPU (make bench-gpu): --random-model 3b|7b builds the architecture with random weights, whose answers
-never end early (TRL's are kept from it), with LoRA at 840 x 840 px unless --flags say otherwise. --flags go to both
-sides, --ours to ours.
+--random-model builds a size of bench/random_model.py with random weights, whose completions never end early
+(TRL's are kept from it). wide runs on a CPU: one prompt x 16 completions of 512 tokens, all weights. 3b and
+7b need a GPU (make bench-gpu): LoRA, 8 prompts x 16 completions of 256 tokens. All at 840 x 840 px, unless
+--flags say otherwise. --flags go to both sides, --ours to ours.
 
-Every measurement is a process of its own: a few steps of train_grpo.py (or of bench/peer_trl.py) on the embedded
-model, all weights trained, KL 0.01 to a reference, one update a step; the first step is warm-up. In a comparison the
-two take turns, so that what else the machine does falls on both. Results go to bench/results/*.json with the command,
-the machine and the date.
+Every measurement is a process of its own: a few steps of train_grpo.py (or of bench/peer_trl.py) on the
+embedded model, all weights trained, KL 0.01 to a reference, one update per step; the first step is warm-up.
+In a comparison the two take turns, so that what else the machine does falls on both. TRL samples with
+transformers' generate, not with vLLM. Results go to bench/results/*.json with the command, the machine and
+the date.
 """
 import argparse
 import json
@@ -38,14 +40,18 @@ from runtime.cli import parse_args
 from train_grpo import Config
 
 RESULTS = Path(__file__).parent / "results"
-OURS = ("--prompts 8 --group 8 --weights '' --trainable '' --lr 1e-6 --minibatches 1 --kl-coef 0.01 --warmup 0 "
-        "--eval-every -1 --data demo/data")
-AT_SIZE = "--resize square:840 --max-pixels 705600 --group 16 --max-new-tokens 256 --lora-rank 64 --checkpointing"
-OFF = {"one group per pack": "--pack-tokens 900", "no completion shares its prompt when scored": "--pack-tokens 1"}
+OURS = ("--prompts 8 --group 8 --weights '' --trainable '' --lr 1e-6 --minibatches 1 --kl-coef 0.01 "
+        "--warmup 0 --eval-every -1 --data demo/data")
+SQUARE = "--resize square:840 --max-pixels 705600 --group 16 "
+AT_SIZE = {"3b": SQUARE + "--max-new-tokens 256 --lora-rank 64 --checkpointing",
+           "wide": SQUARE + "--max-new-tokens 512 --prompts 1"}
+AT_SIZE["7b"] = AT_SIZE["3b"]
+OFF = {"one group per pack": "--pack-tokens 900",
+       "no completion shares its prompt when scored": "--pack-tokens 1"}
 
 
 def machine() -> dict:
-    """What this machine does of a large matrix product (operations a second) and of a copy (bytes a second)."""
+    """What this machine reaches: operations per second of a large product, bytes per second of a copy."""
     cuda = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
     n, cells = (8192, 2 ** 30) if cuda else (2048, 2 ** 26)
@@ -69,46 +75,52 @@ def machine() -> dict:
 def roofline(args) -> None:
     """Useful work of a step's phases over what the machine could do in the same time.
 
-    A forward is 2 operations a weight and token, a backward 4, or 2 through frozen weights; every prompt counts once,
-    a frozen vision tower once a step, the vocabulary projection for answer tokens only, recomputation not at all,
-    attention's own products not. Decoding reads all weights once a token, and the keys and values of every row."""
+    A forward is 2 operations per weight and token, a backward 4, or 2 through frozen weights; every prompt
+    counts once, a frozen vision tower once per step, the vocabulary projection for completion tokens only,
+    recomputation and attention's own products not at all. Decoding reads all weights once per token, and the
+    keys and values of every row."""
     cfg = parse_args(Config, "", argv=["@recipes/demo.args", "--crm", args.crm, *shlex.split(OURS),
                                        *shlex.split(args.flags)])
-    crm = load_crm(args.crm, dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32, resize=cfg.resize,
-                   max_pixels=cfg.max_pixels)
-    train = load_samples(cfg.data)
-    prompts = [crm.encode(train[i].image, fill_prompt(load_prompt(cfg.prompt), train[i].query)) for i in range(16)]
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    crm = load_crm(args.crm, dtype=dtype, resize=cfg.resize, max_pixels=cfg.max_pixels)
+    train, template = load_samples(cfg.data), load_prompt(cfg.prompt)
+    prompts = [crm.encode(train[i].image, fill_prompt(template, train[i].query)) for i in range(16)]
     step, top, c = ours("", args), machine(), crm.model.config.text_config
     count = lambda module: sum(p.numel() for p in module.parameters())
     visual = crm.model.model.visual
-    body, head, tower, merger = map(count, (crm.model.model.language_model.layers, crm.model.lm_head, visual.blocks,
-                                            visual.merger))
+    body, head, tower, merger = map(count, (crm.model.model.language_model.layers, crm.model.lm_head,
+                                            visual.blocks, visual.merger))
     text = cfg.prompts * mean(len(p.ids) for p in prompts)
     patches = cfg.prompts * mean(len(p.pixel_values) for p in prompts)
-    answers, width = cfg.prompts * cfg.group * step["length"], crm.model.lm_head.weight.element_size()
-    words, vision = 2 * (body * (text + answers) + head * answers), 2 * (tower * patches + merger * patches / 4)
+    written, width = cfg.prompts * cfg.group * step["length"], dtype.itemsize
+    words = 2 * (body * (text + written) + head * written)
+    vision = 2 * (tower * patches + merger * patches / 4)
     lora = cfg.lora_rank > 0
     work = {"sample": words + vision, "reference": words + vision * (not lora),
             "update": (2 if lora else 3) * words + 3 * vision * (not lora)}
-    cell = c.num_hidden_layers * 2 * c.num_key_value_heads * c.hidden_size // c.num_attention_heads * width
-    read = cfg.max_new_tokens * ((body + head) * width + cell * text) + cell * answers * step["length"] / 2
+    head_size = c.hidden_size // c.num_attention_heads
+    per_token = 2 * c.num_hidden_layers * c.num_key_value_heads * head_size * width
+    read = cfg.max_new_tokens * ((body + head) * width + per_token * text) \
+        + per_token * written * step["length"] / 2
     print(f"matrix product {top['flops'] / 1e9:.0f} GFLOP/s, copy {top['bytes'] / 1e9:.1f} GB/s; "
-          f"a step {step['seconds']:.2f} s")
-    result = {"machine": top, "step": step, "floor_seconds": sum(work.values()) / top["flops"], "phases": {}}
+          f"{step['seconds']:.2f} s per step")
+    floor = sum(work.values()) / top["flops"]
+    result = {"machine": top, "step": step, "floor_seconds": floor, "phases": {}}
     for phase, flops in work.items():
         rate = flops / step[f"seconds/{phase}"]
         result["phases"][phase] = {"flop": flops, "of_matrix_product": rate / top["flops"]}
-        print(f"{phase:10} {flops / 1e9:8.0f} GFLOP  {step[f'seconds/{phase}']:.2f} s  {rate / top['flops']:.0%} "
-              "of the matrix product")
+        print(f"{phase:10} {flops / 1e9:8.0f} GFLOP  {step[f'seconds/{phase}']:.2f} s  "
+              f"{rate / top['flops']:.0%} of the matrix product")
     result["decode_of_copy"] = read / step["seconds/sample"] / top["bytes"]
     print(f"sampling reads {read / 1e9:.1f} GB: {result['decode_of_copy']:.0%} of the copy\n"
-          f"the products alone would take {result['floor_seconds']:.2f} s")
+          f"the matrix products alone would take {floor:.2f} s")
     record("roofline", result, args)
 
 
 def measure(*command, **env) -> None:
-    """RuntimeError with the last words of a command that fails."""
-    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | env)
+    """Run a command. RuntimeError with the end of what it printed if it fails."""
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                          env=os.environ | env)
     if done.returncode:
         raise RuntimeError(f"{shlex.join(command)}: status {done.returncode}\n{done.stderr.strip()[-2000:]}")
 
@@ -116,9 +128,9 @@ def measure(*command, **env) -> None:
 def ours(flags: str, args, launch: tuple = (), **env) -> dict:
     """A few steps of train_grpo.py -> medians over all but the first: seconds, phases; peak memory."""
     with tempfile.TemporaryDirectory() as folder:
-        measure(sys.executable, *launch, "train_grpo.py", "@recipes/demo.args", "--crm", args.crm, *shlex.split(OURS),
-                "--steps", str(args.steps), "--out", f"{folder}/run", *shlex.split(args.flags), *shlex.split(args.ours),
-                *shlex.split(flags), "--save-every", "-1", **env)
+        flags = shlex.split(f"{OURS} {args.flags} {args.ours} {flags}")
+        measure(sys.executable, *launch, "train_grpo.py", "@recipes/demo.args", "--crm", args.crm, *flags,
+                "--steps", str(args.steps), "--out", f"{folder}/run", "--save-every", "-1", **env)
         rows = [json.loads(line) for line in open(f"{folder}/run/metrics.jsonl")][1:]
     keys = ["seconds", *(k for k in rows[0] if k.startswith("seconds/")), "length", "tokens_per_second"]
     return {key: median(row[key] for row in rows) for key in keys} | \
@@ -126,6 +138,7 @@ def ours(flags: str, args, launch: tuple = (), **env) -> dict:
 
 
 def trl(flags: str, args) -> dict:
+    """The same of bench/peer_trl.py, in its own environment."""
     with tempfile.TemporaryDirectory() as folder:
         measure(args.peer_python, "-m", "bench.peer_trl", "--crm", args.crm, "--steps", str(args.steps),
                 "--out", f"{folder}/peer.json", *shlex.split(args.flags), *shlex.split(flags),
@@ -136,22 +149,23 @@ def trl(flags: str, args) -> dict:
 
 
 def fastest_trl(flags: str, args, pieces) -> dict:
-    """TRL at the size of its pieces that is fastest; one at which it fails, for want of memory, say, is left out."""
+    """TRL at its fastest batch size; one at which it fails, for want of memory, say, is left out."""
     tried = []
     for micro in pieces:
         try:
             tried.append(trl(f"{flags} --micro {micro}", args))
         except RuntimeError as error:
-            print(f"TRL, {micro} answers at once: {str(error).splitlines()[-1]}", flush=True)
+            print(f"TRL, {micro} completions at once: {str(error).splitlines()[-1]}", flush=True)
     return min(tried, key=lambda row: row["seconds"])
 
 
 def record(name: str, result, args) -> None:
     RESULTS.mkdir(exist_ok=True)
-    name = "_".join([name, *filter(None, [args.random_model])]) + ("_no_graphs" if "--no-cuda-graphs" in args.ours else "")
+    name += f"_{args.random_model}" if args.random_model else ""
+    name += "_no_graphs" if "--no-cuda-graphs" in args.ours else ""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     about = {"command": "python -m bench " + shlex.join(sys.argv[1:]), "date": time.strftime("%Y-%m-%d"),
-             "machine": f"{os.cpu_count()} x {platform.machine()}, " + (
-                 torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"), "torch": torch.__version__}
+             "machine": f"{os.cpu_count()} x {platform.machine()}, {gpu}", "torch": torch.__version__}
     (RESULTS / f"{name}.json").write_text(json.dumps({**about, "result": result}, indent=1) + "\n")
     print(f"-> {RESULTS / name}.json")
 
@@ -159,7 +173,7 @@ def record(name: str, result, args) -> None:
 def switches(args) -> None:
     tried, table = {"all on": ""} | OFF, {}
     if args.random_model:
-        del tried["one group per pack"]                                     # no group of real size is so small
+        del tried["one group per pack"]             # no group of such a size is so small
     if torch.cuda.is_available():
         tried |= {"no CUDA graphs": "--no-cuda-graphs"}
     for name, flags in tried.items():
@@ -176,29 +190,32 @@ def switches(args) -> None:
 
 def close(args) -> None:
     table = parity(args.crm, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    print(f"{'relative error of':26} log-prob.  gradient  sampled  equal completions")
-    for name, r in table.items():
-        if "problem" in r:
-            said = r["problem"]
-        elif "mean gap" in r:
-            said = f"mean gap between sampled and scored log-probabilities {r['mean gap']:.4f}"
+    print(f"{'relative error of':28} log-prob.  gradient   sampled  equal completions")
+    for name, row in table.items():
+        if "problem" in row:
+            text = row["problem"]
+        elif "mean gap" in row:
+            text = f"mean gap between sampled and scored log-probabilities {row['mean gap']:.4f} nats"
         else:
-            said = f"{r['logp']:9.1e} {r['gradient']:9.1e} {r['sampled']:8.1e}"
-            said += f"  {r['equal completions']:13.2f}" if "equal completions" in r else ""
-        print(f"{name:26} {said}", "" if r.get("passed", True) else "  <- failed")
+            text = f"{row['logp']:9.1e} {row['gradient']:9.1e} {row['sampled']:9.1e}"
+            if "equal completions" in row:
+                text += f"  {row['equal completions']:17.2f}"
+        print(f"{name:28} {text}" + ("" if row.get("passed", True) else "  <- failed"))
     record("parity", table, args)
-    sys.exit(not all(r.get("passed", True) for r in table.values()))
+    sys.exit(not all(row.get("passed", True) for row in table.values()))
 
 
 def pairs(args) -> None:
-    rows, micro = [], args.micro[0] if len(args.micro) == 1 else fastest_trl("", args, args.micro)["micro"]
+    rows, micro = [], args.micro[0]
+    if len(args.micro) > 1:
+        micro = fastest_trl("", args, args.micro)["micro"]
     for i in range(args.pairs):
         a, b = ours("", args), trl(f"--micro {micro}", args)
         rows.append({"ours": a, "trl": b, "speed": b["seconds"] / a["seconds"],
                      "memory": a["peak_memory_gb"] / b["peak_memory_gb"]})
-        print(f"pair {i + 1}: ours {a['seconds']:.2f} s {a['peak_memory_gb']:.2f} GB, TRL {b['trl']} {b['seconds']:.2f} s "
-              f"{b['peak_memory_gb']:.2f} GB: {rows[-1]['speed']:.2f} x the speed, {rows[-1]['memory']:.2f} x the memory",
-              flush=True)
+        print(f"pair {i + 1}: ours {a['seconds']:.2f} s {a['peak_memory_gb']:.2f} GB, "
+              f"TRL {b['trl']} {b['seconds']:.2f} s {b['peak_memory_gb']:.2f} GB: "
+              f"{rows[-1]['speed']:.2f} x the speed, {rows[-1]['memory']:.2f} x the memory", flush=True)
     speed, memory = (sorted(row[key] for row in rows) for key in ("speed", "memory"))
     print(f"median of {len(rows)}: {median(speed):.2f} x the speed [{speed[0]:.2f}, {speed[-1]:.2f}], "
           f"{median(memory):.2f} x the memory [{memory[0]:.2f}, {memory[-1]:.2f}]")
@@ -206,13 +223,16 @@ def pairs(args) -> None:
 
 
 def scaling(args) -> None:
-    """One process against two, each with one thread: the same prompts, answers and numbers."""
+    """One process against two, each with one thread: the same prompts, completions and numbers."""
     rows = []
     for i in range(args.pairs):
-        row = {kind: ours("" if n == 1 else f"--parallel {kind}", args, ("-m", "torch.distributed.run", "--nproc-per-node", str(n)),
-                          OMP_NUM_THREADS="1") for kind, n in (("one", 1), ("ddp", 2), ("fsdp", 2))}
+        row = {"one": ours("", args, OMP_NUM_THREADS="1")}
+        for kind in ("ddp", "fsdp"):
+            torchrun = "-m", "torch.distributed.run", "--nproc-per-node", "2"
+            row[kind] = ours(f"--parallel {kind}", args, torchrun, OMP_NUM_THREADS="1")
         rows.append(row)
-        print(f"round {i + 1}: " + ", ".join(f"{kind} {r['seconds']:.2f} s" for kind, r in row.items()), flush=True)
+        seconds = ", ".join(f"{kind} {r['seconds']:.2f} s" for kind, r in row.items())
+        print(f"round {i + 1}: {seconds}", flush=True)
     for kind in ("ddp", "fsdp"):
         gain = median(row["one"]["seconds"] / row[kind]["seconds"] for row in rows)
         print(f"two processes, {kind}: {gain:.2f} x the speed of one, {100 * gain / 2:.0f} % efficiency")
@@ -236,7 +256,7 @@ def growth(args) -> None:
                [("prompt", L, f"--prompt {prompt_file(L, folder, args)}") for L in (150, 500, 1000, 2000)]
         for axis, x, flags in work:
             result[axis][x] = {"ours": ours(flags + f" --pack-tokens {2048 + x * (axis == 'prompt')}", args)}
-            if args.peer:                               # in pieces of 16 or 64 answers, whichever is faster
+            if args.peer:                               # 16 or 64 completions at once, whichever is faster
                 pieces = [micro for micro in (16, 64) if micro <= 8 * x]
                 result[axis][x]["trl"] = fastest_trl(flags, args, pieces)
             print(axis, x, {who: round(r["seconds"], 2) for who, r in result[axis][x].items()}, flush=True)
@@ -249,13 +269,14 @@ def picture(result: dict) -> None:
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6))
-    for axis, (name, label) in zip(axes, (("group", "answers to a prompt, G"), ("prompt", "prompt tokens, about"))):
+    labels = {"group": "completions per prompt, G", "prompt": "prompt tokens, about"}
+    for axis, (name, label) in zip(axes, labels.items()):
         for who in ("ours", "trl"):
             points = [(x, r[who]["seconds"]) for x, r in result[name].items() if who in r]
             if points:
                 axis.plot(*zip(*points), "o-", label={"ours": "this project", "trl": "TRL"}[who])
         axis.set_xlabel(label)
-        axis.set_ylabel("seconds a step")
+        axis.set_ylabel("seconds per step")
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False)
@@ -264,29 +285,40 @@ def picture(result: dict) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--crm", default="demo/crm")
-    parser.add_argument("--random-model", choices=SIZES, help="the real architecture instead of --crm, in build/")
-    parser.add_argument("--flags", help="of every run, ours and TRL's; of 3b and 7b: " + AT_SIZE)
+    parser.add_argument("--random-model", choices=SIZES, help="a random model instead of --crm, in build/")
+    parser.add_argument("--flags", help="flags of every run, ours and TRL's")
     parser.add_argument("--ours", default="", help="flags of our runs only, e.g. --ours=--no-cuda-graphs")
-    parser.add_argument("--steps", type=int, default=3, help="of a measurement; the first is not counted")
-    parser.add_argument("--peer", nargs="?", const="trl", choices=["trl"], help="TRL's GRPOTrainer beside ours")
+    parser.add_argument("--steps", type=int, default=3, help="per measurement; the first is not counted")
+    parser.add_argument("--peer", nargs="?", const="trl", choices=["trl"], help="TRL beside ours")
     parser.add_argument("--peer-python", default="build/trl/bin/python")
     parser.add_argument("--micro", type=int, nargs="+", default=[64],
-                        help="answers that TRL takes at once, the rest is accumulated; of several the fastest")
-    parser.add_argument("--pairs", type=int, default=5)
+                        help="completions that TRL takes at once; of several the fastest is compared")
+    parser.add_argument("--pairs", type=int, default=5, help="how often a comparison is repeated")
     parser.add_argument("--scaling", action="store_true", help="one and two processes")
-    parser.add_argument("--roofline", action="store_true", help="against this machine's matrix product and copy")
+    parser.add_argument("--roofline", action="store_true", help="against this machine's product and copy")
     parser.add_argument("--growth", action="store_true", help="over group size and prompt length")
     parser.add_argument("--parity", action="store_true", help="against the slow forward on the CPU")
     args = parser.parse_args()
     if args.peer and not Path(args.peer_python).exists():
-        sys.exit(f"--peer-python {args.peer_python}: not there; make bench-trl makes it")
+        parser.error(f"--peer-python {args.peer_python}: not there; make bench-trl makes it")
     if args.flags is None:
-        args.flags = AT_SIZE if args.random_model in ("3b", "7b") else ""
+        args.flags = AT_SIZE.get(args.random_model, "")
     if args.random_model:
         args.crm, args.ours = f"build/random-{args.random_model}", "--pack-tokens 8192 " + args.ours
         if not Path(args.crm).exists():
             measure(sys.executable, "-m", "bench.random_model", args.random_model, "--out", args.crm)
-    (close if args.parity else scaling if args.scaling else roofline if args.roofline else growth if args.growth else
-     pairs if args.peer else switches)(args)
+    if args.parity:
+        close(args)
+    elif args.scaling:
+        scaling(args)
+    elif args.roofline:
+        roofline(args)
+    elif args.growth:
+        growth(args)
+    elif args.peer:
+        pairs(args)
+    else:
+        switches(args)
