@@ -242,7 +242,7 @@ class Run:
                     remove(saved[old])
 
     def _cannot_write(self, path: Path, error: Exception):
-        last = [*self.checkpoints().values(), "no checkpoint"][-2 if self.checkpoints() else -1]
+        last = max(self.checkpoints().values(), default="no checkpoint")
         print(f"error: {path} cannot be written ({str(error).splitlines()[0]}); {last} is whole, and --resume auto "
               "continues from there", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
