@@ -8,38 +8,54 @@ from PIL import Image
 import evaluate
 import train_grpo
 import train_sft
-from paper import __main__ as paper
+from paper.experiments import RUNS, TABLES, commands
+from paper.report import CURVES, read_results, report
 from runtime.cli import parse_args
 from test_scripts import run
 
 
-def result(folder, name, seed, iou, wording="seen", supercategory="Brain"):
-    questions = [{"id": f"q{i}", "supercategory": supercategory if i else "Eye", "wording": wording if i else "unseen",
-                  "iou": v, "pdice": 0.5, "dice_points": 0.1, "dice_box": 0.2, "dice_one": 0.3, "dice_both": 0.4, "refused": 0.0}
+def result(folder, name, seed, iou, wording="seen", supercategory="Brain", **more):
+    fixed = {"pdice": 0.5, "refused": 0.0,
+             "dice_points": 0.1, "dice_box": 0.2, "dice_one": 0.3, "dice_both": 0.4}
+    questions = [{"id": f"q{i}", "supercategory": supercategory if i else "Eye",
+                  "wording": wording if i else "unseen", "iou": v, **fixed, **more}
                  for i, v in enumerate(iou)]
     (folder / f"{name}-{seed}.json").write_text(json.dumps(
         {"name": name, "seed": seed, "date": "2026-01-01", "seconds": [30.0, 30.0], "commands": ["a", "b"],
-         "curves": {key: [0.1, 0.2, 0.3] for key in paper.CURVES}, "questions": questions}))
+         "curves": {key: [0.1, 0.2, 0.3] for key in CURVES}, "questions": questions}))
 
 
 def test_tables_average_answers_and_seeds_and_pair_the_questions(tmp_path):
     result(tmp_path, "start", 0, [0.1, 0.2, 0.3])
     for seed, gain in ((0, 0.1), (1, 0.3)):
         result(tmp_path, "soft", seed, [0.1 + gain, 0.2 + gain, 0.3 + gain])
-    text = paper.report(paper.read_results(tmp_path))
+    text = report(read_results(tmp_path))
     assert "| start | 1 | 20.0 | 50.0 | 10.0 | 20.0 | 40.0 | 0.0 |  | 20.0 |" in text
     assert "| soft | 2 | 40.0 | 50.0 | 10.0 | 20.0 | 40.0 | 0.0 | +20.0 [+20.0, +20.0] | 30.0, 50.0 |" in text
-    assert f"2 of {len(paper.RUNS)} runs, 3 with all seeds, 3 minutes" in text and "3 held-out questions" in text
-    assert "| soft | +20.0 [+20.0, +20.0] | +20.0 [+20.0, +20.0] |" in text            # Brain was trained on, Eye not
+    assert f"2 of {len(RUNS)} runs, 3 with all seeds, 3 minutes" in text and "3 held-out questions" in text
+    assert "| soft | +20.0 [+20.0, +20.0] | +20.0 [+20.0, +20.0] |" in text    # Brain was trained on, Eye not
     assert "| start | 25.0 | 10.0 |  |  |" in text and "| soft | 45.0 | 30.0 | +20.0 [+20.0, +20.0]" in text
     assert "| soft | 10.0 | 20.0 | 30.0 | 40.0 | +10.0 [+10.0, +10.0] | +20.0 [+20.0, +20.0] |" in text
-    assert "improve on its start? **One seed only**: +20.0 [+20.0, +20.0]; by seed +10.0." in text and "the first adds +10.0 [+10.0, +10.0]" in text
-    assert "Refusals (answers that cannot be read): start 0.0, soft 0.0" in text.replace(" %", "")
+    assert "improve on its start? **One seed only**: +20.0 [+20.0, +20.0]; by seed +10.0." in text
+    assert "the first adds +10.0 [+10.0, +10.0]" in text
+    assert "named right" not in text                          # results without that score have no column for it
+
+
+def test_what_was_named_right_is_reported_where_it_was_scored(tmp_path):
+    """IoU of completions that name the target is undefined where none does: those questions are left out."""
+    result(tmp_path, "start", 0, [0.1, 0.2], named=0.25, iou_named=None)
+    result(tmp_path, "soft", 0, [0.1, 0.4], named=0.75, iou_named=0.5)
+    text = report(read_results(tmp_path))
+    assert "| run | seeds | IoU | pDice | named right | IoU, named right |" in text
+    assert "| start | 1 | 15.0 | 50.0 | 25.0 | – |" in text
+    assert "| soft | 1 | 25.0 | 50.0 | 75.0 | 50.0 |" in text
+    assert "name the target more often? **One seed only**: +50.0 [+50.0, +50.0]" in text
+    assert "Refusals (completions with a problem): start 0.0, soft 0.0" in text.replace(" %", "")
 
 
 def test_a_verdict_needs_an_interval_without_0_and_seeds_that_agree(tmp_path):
     def verdict():
-        return paper.report(paper.read_results(tmp_path)).split("improve on its start? **")[1].split("**")[0]
+        return report(read_results(tmp_path)).split("improve on its start? **")[1].split("**")[0]
 
     result(tmp_path, "start", 0, [0.2, 0.2, 0.2])
     result(tmp_path, "soft", 0, [0.4, 0.4, 0.4])
@@ -54,17 +70,17 @@ def test_a_verdict_needs_an_interval_without_0_and_seeds_that_agree(tmp_path):
 
 
 def test_every_command_of_every_run_parses():
-    args = Namespace(work="w", torchrun="", crm="demo/crm", data="demo/data", asm="demo/asm", limit=0, steps=3,
-                     flags="@recipes/demo.args", sft_flags="--batch 8", max_new_tokens=64)
+    args = Namespace(work="w", torchrun="", crm="demo/crm", data="demo/data", asm="demo/asm", limit=0,
+                     steps=3, flags="@recipes/demo.args", sft_flags="--batch 8", max_new_tokens=64)
     scripts = {"train_grpo.py": train_grpo, "train_sft.py": train_sft, "evaluate.py": evaluate}
-    for name in paper.RUNS:
-        *training, scoring = paper.commands(name, 1, args)
+    for name in RUNS:
+        *training, scoring = commands(name, 1, args)
         for command in (*training, scoring):
             config = parse_args(scripts[command[1]].Config, "", argv=command[2:])
             assert config.seed == 1
         assert parse_args(evaluate.Config, "", argv=scoring[2:]).crm == (
-            f"w/{name}-1/step_{3 * paper.RUNS[name].longer:06d}" if training else "demo/crm")
-    assert {name for names in paper.TABLES.values() for name in names} <= set(paper.RUNS)
+            f"w/{name}-1/step_{3 * RUNS[name].longer:06d}" if training else "demo/crm")
+    assert {name for names in TABLES.values() for name in names} <= set(RUNS)
 
 
 def test_an_unknown_run_is_refused():

@@ -21,13 +21,13 @@ def compare(one: str, two: str, metrics: dict) -> None:
 
 
 def summary_lines(before: list[dict], after: list[dict]) -> list[str]:
-    """Two held_out results for the same questions, compared: one line per kind and score, over all questions, over the
-    wordings seen in training and over the unseen ones."""
+    """Two held_out results for the same questions, compared: one line per kind and score over all questions; IoU and named
+    right also over the wordings seen in training and over the unseen ones."""
     lines = []
     for kind, wording in product(dict.fromkeys(row["kind"] for row in before), (None, "seen", "unseen")):
         pairs = [(old, new) for old, new in zip(before, after)
                  if old["kind"] == kind and wording in (None, old["wording"])]
-        for key in (*QUESTION_METRICS, "reward"):
+        for key in ("iou", "named") if wording else (*QUESTION_METRICS, "reward"):
             if text := change_text([old[key] for old, _ in pairs], [new[key] for _, new in pairs]):
                 lines.append(f"  {f'{kind}, {wording}' if wording else kind:15} {key:10} {text}")
     return lines
