@@ -38,7 +38,7 @@ def draw(result: dict, image, mask, sample, path) -> None:
     before.set_title("image", fontsize=11)
     after.imshow(overlay(image, mask, result["bbox"], result["points"]), extent=(0, W, H, 0))
     after.plot([x1, x2, x2, x1, x1], [y1, y1, y2, y2, y1], "--", color="white", linewidth=1.5)
-    after.set_title(f"box, points, mask; dashed: the true box, IoU {iou:.2f}", fontsize=11)
+    after.set_title(f"answer; dashed: true box, IoU {iou:.2f}", fontsize=11)
     for axis in (before, after):
         axis.axis("off")
     figure.savefig(path, dpi=110)
