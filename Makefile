@@ -16,13 +16,13 @@ $(VENV)/ready: requirements.txt
 	SAM2_BUILD_CUDA=0 $(RUN) -m pip install --quiet --no-deps --no-build-isolation $(SAM2)
 	touch $@
 
-# GRPO on the embedded default, the held-out split before and after, then one real brain MR image
+# GRPO on the embedded default, the held-out split before and after, then one real chest CT image
 .PHONY: demo
 demo: setup
 	rm -rf runs/demo out/demo
 	$(RUN) train_grpo.py
-	$(RUN) infer.py --crm "$$(ls -d runs/demo/step_* | tail -1)" --out out/demo --samples 8 --image demo/images/brain_mr_axial.png \
-	    --query "What could the paired dark cavities deep within the brain represent?"
+	$(RUN) infer.py --crm "$$(ls -d runs/demo/step_* | tail -1)" --out out/demo --samples 8 --image demo/images/chest_ct_patient.png \
+	    --query "What could the dark air-filled field on the left of the chest represent?"
 	@echo "the curve is runs/demo/curves.png, the overlay out/demo/overlay.png"
 
 .PHONY: test
