@@ -16,8 +16,6 @@ Differences from the paper's released code:
    best predicted score; `multimask=True` gives that).
 3. Images are RGB (the released demo feeds BGR).
 """
-import json
-import re
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -168,12 +166,21 @@ def read_config(file):
     return config
 
 
+def called_names(node):
+    """What building a configuration may call: every `_target_`, and every reference, because hydra resolves
+    references after this check (`oc.create` makes a `_target_` out of a string)."""
+    if isinstance(node, dict):
+        own = {str(node["_target_"])} if "_target_" in node else set()
+        return own.union(*map(called_names, node.values()))
+    if isinstance(node, list):
+        return set().union(*map(called_names, node))
+    return {str(node)} if "${" in str(node) else set()
+
+
 def build_model(config, source):
     """Untrained SAM 2 from a configuration. ValueError names `source`, where the configuration came from."""
-    # building calls whatever a `_target_` names, so only the names in sam2's own yaml are allowed
-    ours, theirs = (set(re.findall('"_target_": "?([^",}]*)', json.dumps(c, default=str)))
-                    for c in (read_config(SAM2_CONFIG), config))
-    if strange := theirs - ours:
+    strange = called_names(config) - called_names(read_config(SAM2_CONFIG))
+    if strange:
         raise ValueError(f"{source}: `_target_: {min(strange)}` is no part of SAM 2 and was not called")
     try:
         return hydra.utils.instantiate(config["model"])

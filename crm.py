@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
@@ -40,7 +41,8 @@ END = ("<|im_end|>", "<|endoftext|>")       # either one ends a completion
 BANNED = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 FRAME_FILE = "frame.json"                   # what a checkpoint remembers of how its images were resized
-UNLOADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError)
+UNLOADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError,
+              StrictDataclassError)                 # what from_pretrained raises on a broken folder, found by fuzzing
 
 
 @dataclass

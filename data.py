@@ -14,7 +14,6 @@ Differences from the paper (arXiv 2508.08177):
   1. Its release sits on a square 840 x 840 canvas; ours keeps the aspect ratio unless `--resize square:840`.
   2. The prompts say the same in our own words.
   3. It does not publish how its key points were made; `keypoints_from_mask` agrees best with its data.
-Read next: crm.py, which encodes an image and a prompt.
 """
 import re
 from collections import Counter
@@ -40,8 +39,8 @@ MIN_PIXELS, MAX_PIXELS = 56 * 56, 840 * 840
 NO_TARGET = "bbox: is missing, or points are, and so is a mask to take them from"
 
 EXAMPLE = write_answer(("x1", "y1", "x2", "y2"), [("x", "y")] * KEY_POINTS)
-ADVICE = f"The box is tight; {'both' if KEY_POINTS == 2 else 'all'} points lie well inside the region, " \
-         "apart from each other."
+ALL = "both" if KEY_POINTS == 2 else "all"
+ADVICE = f"The box is tight; {ALL} points lie well inside the region, apart from each other."
 PROMPTS = {                     # the only copies; --prompt takes a text file with {query} instead
     "reasoning": "{query}\nReason first, then point to the region that is meant, in pixels of this image:\n"
                  f"<think>what you see, what it is, where it lies</think>{EXAMPLE}\n{ADVICE}",
@@ -68,8 +67,6 @@ class Sample:
     think: str = ""                 # a reasoning trace, where the data has one (supervised warm start only)
     extra: dict[str, Any] = field(default_factory=dict)
 
-
-# ---------------------------------------------------------------- frames
 
 @dataclass(frozen=True)
 class Frame:
@@ -111,10 +108,7 @@ def model_size(size: tuple[int, int], resize: str = "aspect", min_pixels: int = 
     min_pixels <= w*h <= max_pixels; "square:SIDE" gives SIDE x SIDE, ratio not kept, as the released data.
     ValueError for any other resize, a square beyond max_pixels, and an image thinner than 1:200."""
     if resize == "aspect":
-        width, height = size
-        if max(size) > MAX_RATIO * min(size):
-            raise ValueError(f"an image of {width}x{height} is too long and thin; crop it")
-        h, w = smart_resize(height, width, STRIDE, min_pixels, max_pixels)
+        h, w = smart_resize(size[1], size[0], STRIDE, min_pixels, max_pixels)
         return w, h
     side = int(resize[7:]) if re.fullmatch(r"square:[0-9]{1,6}", resize) else 0
     if side == 0 or side % STRIDE:
@@ -124,8 +118,6 @@ def model_size(size: tuple[int, int], resize: str = "aspect", min_pixels: int = 
                          "--max-pixels and the checkpoint; take a smaller SIDE or raise both")
     return side, side
 
-
-# ---------------------------------------------------------------- ground truth from a mask
 
 def box_from_mask(mask: np.ndarray) -> Box:
     """The tight box of a non-empty (H, W) mask. ValueError when it is empty."""
@@ -137,12 +129,10 @@ def box_from_mask(mask: np.ndarray) -> Box:
 
 def keypoints_from_mask(mask: np.ndarray) -> Points:
     """KEY_POINTS pixels deep inside a non-empty (H, W) mask, apart from each other. ValueError when empty.
-
     The first has the largest Euclidean distance transform d. Each further one has the largest d among the
     pixels that are farther from those before than the median pixel is (the first again if there is none)."""
+    box_from_mask(mask)                         # refuses an empty one
     ys, xs = np.nonzero(mask)
-    if not len(xs):
-        raise ValueError("the mask is empty")
     depth = distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1][ys, xs]        # beyond the border is outside
     chosen = [depth.argmax()]
     while len(chosen) < KEY_POINTS:
@@ -151,8 +141,6 @@ def keypoints_from_mask(mask: np.ndarray) -> Points:
         chosen.append(np.where(far, depth, -1).argmax() if far.any() else chosen[0])
     return tuple((float(xs[i]), float(ys[i])) for i in chosen)
 
-
-# ---------------------------------------------------------------- prompts and targets
 
 def load_prompt(name: str) -> str:
     """A template with {query} in it: a key of PROMPTS, or a text file. ValueError without {query}."""
@@ -176,21 +164,17 @@ def target_text(sample: Sample, frame: Frame, with_think: bool = True) -> str:
     x1, y1, x2, y2 = (round(v) for v in to_model(sample.bbox, frame))
     x1, y1 = min(max(x1, 0), w - 1), min(max(y1, 0), h - 1)
     box = x1, y1, min(max(x2, x1 + 1), w), min(max(y2, y1 + 1), h)      # even the thinnest target has an area
-    points = [(min(max(round(x), 0), w - 1), min(max(round(y), 0), h - 1))
-              for x, y in to_model(sample.points, frame)]
+    points = [(min(max(round(x), 0), w - 1), min(max(round(y), 0), h - 1)) for x, y in to_model(sample.points, frame)]
     think = f"<think>{sample.think}</think>" if with_think and sample.think else ""
     return think + write_answer(box, points)
 
 
-# ---------------------------------------------------------------- samples
-
 def load_samples(path: str | Path, split: str = "train", skip_bad_rows: bool = False) -> "Samples":
     """The samples of one split, lazily: an image is decoded when its sample is asked for.
 
-    path: a folder with samples.jsonl, or U-MRG parquet (see runtime/readers.py). A row that cannot be used
-    raises BadRow when asked for; with skip_bad_rows every row is tried now, and bad ones are left out, their
-    messages in `.skipped`. Repeated ids get a number, and a line says so. ValueError when nothing is there, a
-    file or column is unreadable, or no row is left."""
+    path: a folder with samples.jsonl, or U-MRG parquet (see runtime/readers.py). A row that cannot be used raises
+    BadRow when asked for; with skip_bad_rows all are tried now, and bad ones left out, their messages in `.skipped`.
+    Repeated ids get a number. ValueError: nothing there, an unreadable file or column, no row left."""
     rows, _ = read_rows(Path(path), split)
     for message in number_repeated_ids(rows)[:1]:
         print0(message)
@@ -198,8 +182,7 @@ def load_samples(path: str | Path, split: str = "train", skip_bad_rows: bool = F
     if skip_bad_rows:
         samples.rows = [row for row, _ in usable_rows(rows, samples.skipped)]
     if not samples.rows:
-        raise ValueError(f"{path}: no usable sample in split {split!r}, {len(samples.skipped)} bad rows, "
-                         f"the first: {samples.skipped[0]}")
+        raise ValueError(f"{path}: no usable sample in split {split!r}; the first bad row: {samples.skipped[0]}")
     return samples
 
 
@@ -261,9 +244,8 @@ def _need(ok, row: dict, problem: str) -> None:
 
 
 def _are_numbers(values, count: int) -> bool:
-    if not isinstance(values, list) or len(values) != count:
-        return False
-    return all(isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) < 1e9 for v in values)
+    return isinstance(values, list) and len(values) == count and all(
+        isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) < 1e9 for v in values)
 
 
 def _check(row: dict) -> None:
@@ -274,13 +256,12 @@ def _check(row: dict) -> None:
     _need(bbox or "box" not in row["extra"], row, 'bbox: is missing, but there is "box"; rename that key')
     _need(row["mask"] or (bbox and points), row, NO_TARGET)
     if bbox:
-        _need(_are_numbers(bbox, 4), row, f"bbox: {bbox!r} is not four finite numbers")
-        _need(bbox[0] < bbox[2] and bbox[1] < bbox[3], row, f"bbox: {bbox} is empty or inverted")
+        ordered = _are_numbers(bbox, 4) and bbox[0] < bbox[2] and bbox[1] < bbox[3]
+        _need(ordered, row, f"bbox: {bbox!r} is not four finite numbers with x1 < x2 and y1 < y2")
     if points:
-        pairs = isinstance(points, list) and all(_are_numbers(p, 2) for p in points)
-        _need(pairs, row, f"points: {points!r} is not a list of [x, y] pairs")
-        _need(len(points) == KEY_POINTS, row, f"points: {len(points)} given, but KEY_POINTS in rewards.py is "
-              f"{KEY_POINTS}; without any, they are taken from the mask")
+        pairs = isinstance(points, list) and len(points) == KEY_POINTS and all(_are_numbers(p, 2) for p in points)
+        _need(pairs, row, f"points: {points!r} is not {KEY_POINTS} pairs [x, y], as KEY_POINTS in rewards.py says; "
+              "without any, they are taken from the mask")
 
 
 def _sample(row: dict) -> Sample:

@@ -6,21 +6,16 @@
     python evaluate.py --rescore eval/demo                            # the tables again, without any model
     python evaluate.py --compare eval/sft eval/grpo                   # paired differences
 
-Writes predictions.jsonl (all that scoring needs), summary.json, table.md and examples.png into --out. An
-interrupted evaluation resumes. Every number is a mean over questions with its 95 % bootstrap interval. A new
-metric is one line of METRICS; --rescore computes it on old runs.
+Writes predictions.jsonl (all that scoring needs), summary.json, table.md and examples.png into --out. An interrupted
+evaluation resumes. Every number is a mean over questions with its 95 % bootstrap interval. A new metric is one line of
+METRICS; --rescore computes it on old runs.
 
-A refusal is a completion with a problem, so refusals are 1 - parse rate. What can still be read of it is
-scored (a good box beside malformed points); what cannot be read scores 0. Coordinates are scored as they were
-written; they are clipped only for the segmenter and the pictures.
+A refusal is a completion with a problem, so refusals are 1 - parse rate. What can still be read of it is scored (a good
+box beside malformed points); what cannot be read scores 0. Coordinates are scored as they were written; they are
+clipped only for the segmenter and the pictures. tools/predictions.py says what a file of --predictions looks like.
 
-A line of --predictions: {"id": …, "text": "<answer>{…}</answer>"}, or {"id": …, "bbox": [4], "points":
-[[2], [2]]}, in the frame that --frame names: pixels of the image file, norm1000 (0 to 1000 along each side),
-or model (as --crm resizes images). If no line has points, none were asked for: their metrics are left out,
-and a line with a good box is no refusal. The same holds for boxes. A question without a line is a refusal.
-
-Differences from the paper: a true pDice beside its 2I/U; intervals; the mask from points, from the box and
-from both of one and the same completion.
+Differences from the paper: a true pDice beside its 2I/U; intervals; the mask from points, from the box and from both of
+one and the same completion.
 """
 import json
 import time
@@ -31,18 +26,17 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from asm import BOX_COLOUR, MASK_COLOUR, POINT_COLOURS, load_asm, overlay
+from asm import load_asm
 from crm import load_crm
 from data import BadRow, clip_to, load_prompt, load_samples
 from runtime.cli import EMBEDDED, ModelConfig, exit_on, flag, parse_args, print0
-from runtime.metrics import QUESTION_METRICS, ask, change_text, interval, iou, mask_dice, mean, parsed, pdice
+from runtime.files import write_whole
+from runtime.metrics import QUESTION_METRICS, ask, interval, iou, mask_dice, mean, parsed, pdice
 from runtime.parallel import Ranks
-from tools.predictions import (decode_mask, encode_mask, finished, from_file, question_ids,
-                                 read_predictions, write)
+from tools.predictions import encode_mask, finished, from_file, in_order, read_predictions, shown
 
 # what the segmenter is given of a completion: whether the box, and how many points
 GIVEN = {"points": (False, 2), "box": (True, 0), "one": (True, 1), "both": (True, 2)}
-WHITE = (255, 255, 255)
 
 
 @dataclass
@@ -60,13 +54,13 @@ class Config(ModelConfig):
     compare: tuple[str, str] | None = flag(None, "two --out folders: what the second changes")
     # completions
     samples: int = flag(1, "completions per question", low=1)
-    temperature: float | None = flag(None, "of sampling; 0 takes the most likely token (default: 0 for one "
-                                     "completion per question, else 1)", low=0)
+    temperature: float | None = flag(None, "of sampling; 0 takes the most likely token (default: 0 for one completion "
+                                     "per question, else 1)", low=0)
     max_new_tokens: int = flag(512, "longest completion in tokens", low=1)
-    batch: int = flag(0, "questions sampled at once (0: as many as fit into memory)", low=0)
+    batch: int = flag(0, "questions encoded at once (0: 64 on CUDA, else 16)", low=0)
 
 
-# ---------------------------------------------------------------- metrics of a prediction
+# ---------------------------------------------------------------- metrics and tables
 
 def over_ious(p: dict, function, at_least: int = 1) -> float | None:
     """function of the completions' IoUs; None where no box was asked for, or of too few completions."""
@@ -74,17 +68,13 @@ def over_ious(p: dict, function, at_least: int = 1) -> float | None:
     return None if None in ious or len(ious) < at_least else float(function(ious))
 
 
-def dice(p: dict, kind: str) -> float | None:
-    return p["dice"][kind] if p["dice"] else None
-
-
-METRICS = QUESTION_METRICS | {      # name: (title, function of a line of predictions.jsonl)
+METRICS = QUESTION_METRICS | {      # name: (title, function of a line of predictions.jsonl; None where undefined)
     "iou50": ("IoU ≥ 0.5", lambda p: over_ious(p, lambda ious: np.mean([v >= 0.5 for v in ious]))),
     "pdice_2iu": ("pDice (2I/U)", lambda p: mean(p, lambda p, c: pdice(p, c, published=True))),
-    "dice_points": ("Dice, points", lambda p: dice(p, "points")),
-    "dice_box": ("Dice, box", lambda p: dice(p, "box")),
-    "dice_one": ("Dice, box and 1 point", lambda p: dice(p, "one")),
-    "dice_both": ("Dice, box and points", lambda p: dice(p, "both")),
+    "dice_points": ("Dice, points", lambda p: p["dice"] and p["dice"]["points"]),
+    "dice_box": ("Dice, box", lambda p: p["dice"] and p["dice"]["box"]),
+    "dice_one": ("Dice, box and 1 point", lambda p: p["dice"] and p["dice"]["one"]),
+    "dice_both": ("Dice, box and points", lambda p: p["dice"] and p["dice"]["both"]),
     "refused": ("refusals", lambda p: 1 - mean(p, parsed)),
     "voted": ("IoU, voted", lambda p: over_ious(p, lambda v: 0 if p["kept"] is None else v[p["kept"]], 2)),
     "best": ("IoU, best of N", lambda p: over_ious(p, max, 2)),
@@ -93,31 +83,26 @@ METRICS = QUESTION_METRICS | {      # name: (title, function of a line of predic
 
 
 def scores(p: dict) -> dict[str, float | None]:
-    """Every metric of a line of predictions.jsonl; None where it is undefined (no mask, no names, …)."""
+    """Every metric of a line of predictions.jsonl."""
     return {key: metric(p) for key, (_, metric) in METRICS.items()}
 
-
-# ---------------------------------------------------------------- tables
 
 def summarise(rows: list[dict]) -> dict:
     """{"all": {"n": questions, metric: {mean, low, high, n} or None, …}, "supercategory": {name: the same},
     "category": {…}, "wording": {…}, "refusals": {reason: count}}"""
-    values = [scores(row) for row in rows]
-
-    def part(chosen: list[int]) -> dict:
+    def part(chosen: list[dict]) -> dict:
         result = {"n": len(chosen)}
         for key in METRICS:
-            defined = [values[i][key] for i in chosen if values[i][key] is not None]
+            defined = [value[key] for value in chosen if value[key] is not None]
             result[key] = interval(defined)._asdict() | {"n": len(defined)} if defined else None
         return result
 
-    summary = {"all": part(range(len(rows)))}
+    values = [scores(row) for row in rows]
+    summary = {"all": part(values)}
     for name in ("supercategory", "category", "wording"):
-        groups = {}
-        for i, row in enumerate(rows):
-            if row[name]:
-                groups.setdefault(row[name], []).append(i)
-        summary[name] = {group: part(groups[group]) for group in sorted(groups)}
+        groups = sorted({row[name] for row in rows if row[name]})
+        summary[name] = {group: part([value for row, value in zip(rows, values) if row[name] == group])
+                         for group in groups}
     problems = Counter(c["problem"] for row in rows for c in row["completions"] if c["problem"])
     return {**summary, "refusals": dict(problems.most_common())}
 
@@ -144,26 +129,24 @@ def table(summary: dict) -> str:
 
 def report(rows: list[dict], folder: Path) -> None:
     summary = summarise(rows)
-    write(folder, "summary.json", json.dumps(summary, indent=1) + "\n")
-    write(folder, "table.md", table(summary))
-    print("\n".join(table(summary).split("| *by category*")[0].splitlines()))
+    write_whole(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+    write_whole(folder / "table.md", table(summary))
+    print(table(summary).split("| *by category*")[0].rstrip())
     print(f"tables {folder / 'table.md'}, numbers {folder / 'summary.json'}")
 
 
-def compare(one: str, two: str) -> None:
-    """Print the paired differences of two evaluations of the same questions."""
-    before, after = ({row["id"]: scores(row) for row in read_predictions(folder)} for folder in (one, two))
-    if before.keys() != after.keys():
-        only = sorted(before.keys() ^ after.keys())
-        raise ValueError(f"--compare {one} {two}: {len(only)} questions are in only one, first {only[0]}")
-    print(f"{one} -> {two}, {len(before)} questions, percent [95 % paired bootstrap interval]")
-    for key, (title, _) in METRICS.items():
-        old, new = ([side[name][key] for name in before] for side in (before, after))
-        if text := change_text(old, new, percent=True):
-            print(f"  {title:21} {text}")
-
-
 # ---------------------------------------------------------------- predictions
+
+def segment(asm, sample, completion: dict, kind: str) -> np.ndarray:
+    """The mask from those parts of a completion that GIVEN[kind] names, (H, W) bool; empty if it has none."""
+    use_box, n_points = GIVEN[kind]
+    bbox, points = completion["bbox"] if use_box else None, (completion["points"] or ())[:n_points]
+    if not bbox and not points:
+        return np.zeros(sample.image.size[::-1], bool)
+    # the segmenter was not trained on boxes that leave their image
+    bbox, points = ([clip_to(sample.image.size, xy)] if xy else None for xy in (bbox, points))
+    return asm.segment(np.asarray(sample.image), bbox, points)[0][0]
+
 
 def add_masks(p: dict, sample, asm) -> dict:
     """Masks of the kept completion: the Dice of each kind in GIVEN, and the mask from its box and points."""
@@ -177,103 +160,33 @@ def add_masks(p: dict, sample, asm) -> dict:
     return p
 
 
-def segment(asm, sample, completion: dict, kind: str) -> np.ndarray:
-    """The mask from those parts of a completion that GIVEN[kind] names, (H, W) bool; empty if it has none."""
-    use_box, n_points = GIVEN[kind]
-    bbox = completion["bbox"] if use_box else None
-    points = completion["points"][:n_points] if completion["points"] and n_points else None
-    if not bbox and not points:
-        return np.zeros(sample.image.size[::-1], bool)
-    # the segmenter was not trained on boxes that leave their image
-    bbox, points = (xy and [clip_to(sample.image.size, xy)] for xy in (bbox, points))
-    return asm.segment(np.asarray(sample.image), bbox, points)[0][0]
-
-
 def from_model(cfg: Config, samples, asm, ranks: Ranks) -> list[dict]:
-    """A CRM's predictions, one for each sample, in order; ValueError if some are missing or doubled. Each
-    rank appends its own to a file in --out, so that an interruption loses one batch."""
+    """A CRM's predictions, one for each sample, in order; ValueError if some are missing or doubled. Each rank appends
+    its own to a file in --out, so that an interruption loses one batch."""
     out, template = Path(cfg.out), load_prompt(cfg.prompt)
     # one rank looks at what an earlier run left, before any rank appends: all must partition the same list
     done = set(ranks.gather([row["index"] for row in finished(out)] if ranks.rank == 0 else []))
     todo = [i for i in range(len(samples)) if i not in done][ranks.rank::ranks.world]
     if todo:
-        sizes = {"resize": cfg.resize, "min_pixels": cfg.min_pixels, "max_pixels": cfg.max_pixels}
+        sizes = {name: getattr(cfg, name) for name in ("resize", "min_pixels", "max_pixels")}
         crm = load_crm(cfg.crm, ranks.device, ranks.dtype(cfg.dtype),
-                       **{key: value for key, value in sizes.items() if value is not None})
+                       **{name: value for name, value in sizes.items() if value is not None})
         temperature = float(cfg.samples > 1) if cfg.temperature is None else cfg.temperature
-        answered = ask(crm, samples, todo, template, {"": (cfg.samples, temperature)}, cfg.max_new_tokens,
-                       cfg.seed, cfg.batch)
+        answered = ask(crm, samples, todo, template, {"": (cfg.samples, temperature)}, cfg.max_new_tokens, cfg.seed,
+                       cfg.batch)
         with open(out / f"part-{ranks.rank}.jsonl", "a") as file:
             for _, sample, _, p in tqdm(answered, total=len(todo), disable=ranks.rank > 0, ncols=100):
                 file.write(json.dumps(add_masks(p, sample, asm)) + "\n")
                 file.flush()
     ranks.wait()
-    rows = sorted(finished(out), key=lambda row: row["index"])
-    check_complete(rows, len(samples), out)
-    return rows
+    return in_order(finished(out), len(samples), out)
 
-
-def check_complete(rows: list[dict], n: int, out: Path) -> None:
-    """ValueError unless the rows are those of questions 0 to n - 1, each once, in order."""
-    indexes = [row["index"] for row in rows]
-    if indexes != list(range(n)):
-        missing, extra = len(set(range(n)) - set(indexes)), len(indexes) - len(set(indexes))
-        raise ValueError(f"--out {out}: {missing} of {n} questions are missing, {extra} are there twice; remove "
-                         "part-*.jsonl in it and run again")
-
-
-# ---------------------------------------------------------------- pictures
-
-def examples(rows: list[dict], samples, path: Path, most: int = 12) -> None:
-    """Up to `most` different questions from the worst to the best IoU, one picture each: box, points and mask
-    of the kept completion, the true box and the true mask."""
-    import matplotlib
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-    order = sorted(rows, key=lambda row: (iou(row, shown(row)) or 0, row["index"]))
-    picks = np.unique(np.linspace(0, len(order) - 1, most).round().astype(int))
-    columns = min(4, len(picks))
-    lines = -(-len(picks) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(3.2 * columns, 3.5 * lines + 0.8), squeeze=False)
-    for axis in axes.flat:
-        axis.axis("off")
-    for axis, pick in zip(axes.flat, picks):
-        draw_example(axis, order[pick], samples[order[pick]["index"]])
-    legend = {"box": ("-", BOX_COLOUR), "mask": ("s", MASK_COLOUR), "true box": ("--", WHITE),
-              "true mask": (":", WHITE),
-              **{f"point {n}": ("o", colour) for n, colour in enumerate(POINT_COLOURS, 1)}}
-    handles = [plt.plot([], [], style, color=np.divide(colour, 255))[0] for style, colour in legend.values()]
-    figure.legend(handles, legend, loc="lower center", ncols=3, facecolor="dimgrey", labelcolor="white")
-    figure.tight_layout(rect=(0, 0.8 / figure.get_figheight(), 1, 1))
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
-
-
-def shown(p: dict) -> dict:
-    """The kept completion, or the first one if none can be used."""
-    return p["completions"][p["kept"] or 0]
-
-
-def draw_example(axis, p: dict, sample) -> None:
-    completion, (W, H) = shown(p), sample.image.size
-    bbox, points = (xy and clip_to((W, H), xy) for xy in (completion["bbox"], completion["points"]))
-    picture = overlay(sample.image, p["mask"] and decode_mask(p["mask"]), bbox, points)
-    axis.imshow(picture, extent=(0, W, H, 0))
-    (x1, y1, x2, y2), white = p["truth"]["bbox"], np.divide(WHITE, 255)
-    axis.plot([x1, x2, x2, x1, x1], [y1, y1, y2, y2, y1], "--", lw=1.5, color=white)
-    if sample.mask is not None:
-        axis.contour(np.arange(W) + 0.5, np.arange(H) + 0.5, sample.mask, [0.5], colors=[white],
-                     linestyles="dotted", linewidths=1.2)
-    said = completion["problem"] or (f"IoU {iou(p, completion):.2f}" if "bbox" in p["asked"] else "")
-    axis.set_title(", ".join(filter(None, (p["category"] or p["id"], said))), fontsize=9)
-
-
-# ---------------------------------------------------------------- main
 
 def main(cfg: Config) -> None:
     with exit_on(ValueError, OSError):
         if cfg.compare:
-            return compare(*cfg.compare)
+            from tools.compare import compare
+            return compare(*cfg.compare, METRICS)
         if cfg.rescore:
             return report(read_predictions(cfg.rescore), Path(cfg.rescore))
         ranks, out, start = Ranks.start(), Path(cfg.out), time.perf_counter()
@@ -281,26 +194,23 @@ def main(cfg: Config) -> None:
             raise ValueError("--predictions needs no model: run it in one process, without torchrun")
         samples = load_samples(cfg.data, cfg.split, cfg.skip_bad_rows)[:cfg.limit or None]
         if samples.skipped:
-            print0(f"{cfg.data}, {cfg.split}: {len(samples.skipped)} bad rows left out, the first: "
-                   f"{samples.skipped[0]}")
-        question_ids(samples)
+            print0(f"{cfg.data}, {cfg.split}: {len(samples.skipped)} bad rows left out; first: {samples.skipped[0]}")
         asm = None if cfg.asm == "none" else load_asm(cfg.asm, ranks.device)
-        settings = json.dumps(asdict(cfg), indent=2) + "\n"
-        if (out / "config.json").exists() and (out / "config.json").read_text() != settings:
+        config, settings = out / "config.json", json.dumps(asdict(cfg), indent=2) + "\n"
+        if config.exists() and config.read_text() != settings:
             raise ValueError(f"--out {out}: an evaluation with other flags is in there; give another --out")
-        rows = None
-        if cfg.predictions:
-            rows = [add_masks(p, samples[p["index"]], asm) for p in tqdm(from_file(cfg, samples), ncols=100)]
+        rows = cfg.predictions and [add_masks(p, samples[p["index"]], asm) for p in from_file(cfg, samples)]
         ranks.wait()                                # nobody writes before all have looked
         if ranks.rank == 0:
             out.mkdir(parents=True, exist_ok=True)
-            write(out, "config.json", settings)
+            write_whole(config, settings)
         rows = rows or from_model(cfg, samples, asm, ranks)
         if ranks.rank == 0:
-            write(out, "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+            write_whole(out / "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
             for path in out.glob("part-*.jsonl"):
                 path.unlink()
             report(rows, out)
+            from tools.pictures import examples
             examples(rows, samples, out / "examples.png")
             print0(f"examples {out / 'examples.png'}, {time.perf_counter() - start:.0f} s in all")
         ranks.stop()
@@ -308,9 +218,8 @@ def main(cfg: Config) -> None:
 
 def needs(cfg: Config) -> list[str]:
     """Which embedded defaults a command line may fall back on."""
-    if cfg.rescore or cfg.compare:
-        return []
-    return [name for name in EMBEDDED if name != "crm" or not cfg.predictions or cfg.frame == "model"]
+    model = not cfg.predictions or cfg.frame == "model"
+    return [] if cfg.rescore or cfg.compare else [name for name in EMBEDDED if name != "crm" or model]
 
 
 if __name__ == "__main__":

@@ -241,8 +241,7 @@ def prefill(crm: CRM, prompts: Sequence[Prompt]):
     hidden, layers = [], [([], []) for _ in crm.model.model.language_model.layers]
     for prompt, features in zip(prompts, crm.image_features(prompts)):
         x, positions = crm.embed(prompt, features)
-        out = crm.model.model.language_model(inputs_embeds=x[None], position_ids=positions[:, None],
-                                             use_cache=True)
+        out = crm.model.model.language_model(inputs_embeds=x[None], position_ids=positions[:, None], use_cache=True)
         hidden.append(out.last_hidden_state[0, -1])
         for layer, cache in zip(layers, out.past_key_values.layers):
             for side, kept in zip(layer, (cache.keys, cache.values)):

@@ -32,10 +32,10 @@ from tqdm import tqdm
 
 from asm import load_asm
 from crm import CRM, Group, load_crm
-from data import BadRow, Sample, clip_to, fill_prompt, load_prompt, to_image, to_model
-from rewards import parse_answer, reward_formula, reward_terms, smooth_log, total_reward
+from data import BadRow, Sample, fill_prompt, load_prompt, to_model
+from rewards import reward_formula, reward_terms, total_reward
 from runtime.cli import RunConfig, exit_on, flag, parse_args, parse_weights, print0
-from runtime.metrics import mask_dice
+from runtime.metrics import mask_rewards
 from runtime.optim import Optimizer
 from runtime.parallel import Ranks, equal_passes, shard, unsharded
 from runtime.run import Run, learning_rate, load_splits, sample_indices
@@ -118,8 +118,7 @@ def grpo_loss(logp, old_logp, ref_logp, advantages, weights, clip_low=0.2, clip_
     if dual_clip:
         gain = torch.where(A < 0, torch.maximum(gain, dual_clip * A), gain) # arXiv 1912.09729
     loss = -(weights * gain).sum()
-    stats = {"clip_frac": (weights * (clipped * A < rho * A)).sum(),
-             "ratio_max": rho.max(), "ratio_min": rho.min()}
+    stats = {"clip_frac": (weights * (clipped * A < rho * A)).sum(), "ratio_max": rho.max(), "ratio_min": rho.min()}
     if ref_logp is not None:
         x = torch.where(mask, ref_logp - logp, zero).clamp(-20, 20)         # log pi_ref/pi
         estimate = {"k1": -x, "k2": 0.5 * x ** 2, "k3": (x.exp() - x - 1).clamp(-10, 10)}[kl]
@@ -148,25 +147,12 @@ def reward(sample: Sample, group: Group, cfg: Config, weights: dict[str, float],
     gt_box, gt_points = to_model(sample.bbox, frame), to_model(sample.points, frame)
     terms = [reward_terms(text, gt_box, gt_points, cfg.official, frame.model) for text in group.texts]
     if asm:
-        for term, dice in zip(terms, mask_rewards(asm, sample, group, cfg.official)):
+        for term, dice in zip(terms, mask_rewards(asm, sample, group.texts, frame, cfg.official)):
             term["mask_dice"] = dice
     totals = [total_reward(term, cfg.mode, weights) for term in terms]
     if not all(map(math.isfinite, totals)):
         raise RuntimeError(f"reward of sample {sample.id} is not finite: {totals}")
     return Rollout(**vars(group), sample=sample, terms=terms, rewards=torch.tensor(totals))
-
-
-def mask_rewards(asm, sample: Sample, group: Group, official: bool) -> list[float]:
-    """S_log(Dice) of the frozen segmenter's mask for each completion; 0 without a box."""
-    if sample.mask is None:
-        raise BadRow(f"sample {sample.id}: no mask, which the mask_dice reward needs; drop it from --weights")
-    image, dice = np.asarray(sample.image), []
-    put = lambda xy: clip_to(sample.image.size, to_image(xy, group.prompt.frame))
-    for answer in (parse_answer(text, official) for text in group.texts):
-        if answer.bbox:
-            mask, _ = asm.segment(image, [put(answer.bbox)], answer.points and [put(answer.points)])
-        dice.append(smooth_log(mask_dice(mask[0], sample.mask)) if answer.bbox else 0.0)
-    return dice
 
 
 def step_weights(groups: list[Group], cfg: Config, ranks: Ranks) -> list[torch.Tensor]:
@@ -277,8 +263,7 @@ def main(cfg: Config) -> None:
 
         # 5. numbers over all ranks, warnings, the held-out split, checkpoints
         done, completions = step + 1, ranks.gather([row for r in batch for row in completion_rows(r)])
-        row = {"step": done, **step_row(completions, total_stats(stats, ranks), grad_norms, lr, clock,
-                                        ranks.device)}
+        row = {"step": done, **step_row(completions, total_stats(stats, ranks), grad_norms, lr, clock, ranks.device)}
         if step == 0:
             check_first_step(total_stats(at_start, ranks), completions, crm.model.dtype)
         run.warn(row)

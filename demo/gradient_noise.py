@@ -5,7 +5,7 @@
 
 Near 1 the two halves agree, near 0 each is noise. Printed for all weights and for parts of the model, with the mean over
 questions of the rewards' standard deviation in a group. A model that does not look at the image has nothing to select on:
-of the tiny CRM of before 2026-11-24, which wrote every category's mean place, all weights together gave OLD_COSINE.
+of the tiny CRM of before 2026-11-24, which wrote every category's mean place, all weights together gave 0.02.
 """
 import argparse
 import re

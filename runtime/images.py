@@ -13,12 +13,10 @@ ORIENTATION = 0x0112            # the EXIF tag
 
 
 def load_image(source: str | Path | bytes) -> Image.Image:
-    """An upright RGB image from a file or its bytes, from grey, palette, 16-bit and EXIF-rotated ones, too.
-
-    Depths beyond 8 bits are stretched from their own minimum and maximum; transparent pixels become black, as
-    the background of medical images is. ValueError, one line, for what is none of FORMATS or broken, for
-    a side under 14 pixels, for NaN, and for what Pillow takes for a decompression bomb (over 89M pixels)."""
-    with _opened(source, "image") as image:
+    """An upright RGB image from a file or its bytes. Depths beyond 8 bits are stretched from their own minimum and
+    maximum; transparent pixels become black. ValueError, one line, for what is none of FORMATS or broken, for a
+    side under 14 pixels, for NaN, and for what Pillow takes for a decompression bomb (over 89M pixels)."""
+    with _opened(source) as image:
         if min(image.size) < MIN_SIDE:
             raise ValueError(f"is {image.width}x{image.height}: a side must have {MIN_SIDE} pixels at least")
         image = ImageOps.exif_transpose(image)
@@ -36,15 +34,13 @@ def load_image(source: str | Path | bytes) -> Image.Image:
 
 
 def load_mask(source: str | Path | bytes, of: str | Path | bytes | None = None) -> np.ndarray:
-    """(H, W) bool: where a 0/255 image is above 127, or a 0/1 image above 0.
-
-    of: the mask's image. If that is turned by EXIF, so is a mask of its stored size with no EXIF of its own.
-    ValueError as load_image, and for several labels in one mask."""
-    with _opened(source, "mask") as mask:
+    """(H, W) bool: where a 0/255 image is above 127, or a 0/1 image above 0. ValueError: as load_image, several labels.
+    of: the mask's image. If that is turned by EXIF, so is a mask of its stored size with no EXIF of its own."""
+    with _opened(source) as mask:
         has_its_own = ORIENTATION in mask.getexif()
         mask = Image.fromarray(np.asarray(ImageOps.exif_transpose(mask).convert("L")))      # pixels only
     if of is not None and not has_its_own:
-        with _opened(of, "image") as image:
+        with _opened(of) as image:
             if image.size == mask.size:
                 mask.getexif()[ORIENTATION] = image.getexif().get(ORIENTATION, 1)
     values = np.asarray(ImageOps.exif_transpose(mask))
@@ -55,18 +51,15 @@ def load_mask(source: str | Path | bytes, of: str | Path | bytes | None = None) 
 
 
 @contextmanager
-def _opened(source: str | Path | bytes, kind: str):
-    """A Pillow image, not yet decoded. Inside, what Pillow raises for broken, hostile or absurdly large files
-    becomes a ValueError of one line."""
+def _opened(source: str | Path | bytes):
+    """A Pillow image, not yet decoded. What Pillow raises for broken, hostile or huge files is one ValueError."""
     if not isinstance(source, bytes) and not Path(source).is_file():
-        raise ValueError(f"is a directory, no {kind}" if Path(source).is_dir() else f"no such file: {source}")
+        raise ValueError("is a directory" if Path(source).is_dir() else f"no such file: {source}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             yield Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise ValueError(f"has more than {Image.MAX_IMAGE_PIXELS:,} pixels; scale or tile it first") from None
-    except Image.UnidentifiedImageError:
-        raise ValueError(f"not an image in one of the formats {', '.join(FORMATS)}") from None
     except (OSError, SyntaxError, EOFError) as error:
-        raise ValueError(f"is a broken {kind} ({error})") from None
+        raise ValueError(f"is not an image of the formats {', '.join(FORMATS)}, or broken ({error})") from None

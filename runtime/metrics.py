@@ -1,30 +1,25 @@
 """What is measured of completions: scores, their means over held-out questions, the intervals around them.
 
-Held-out evaluation and evaluate.py's tables score a completion in one way: `prediction` reads it and takes
-its box and points to the image frame as they are, never clipped; a question's score is the mean over its
-completions. A completion with a problem (rewards.parse_answer) is a refusal. What can still be read of it
-counts: a good box keeps its IoU beside malformed points. What cannot be read scores 0.
+Held-out evaluation and evaluate.py's tables score a completion in one way: `prediction` takes its box and points to
+the image frame as they are, never clipped; a question's score is the mean over its completions. A completion with a
+problem (rewards.parse_answer) is a refusal. What can still be read of it counts; what cannot be read scores 0.
 """
 from collections import namedtuple
 from collections.abc import Iterator
 
 import numpy as np
-import torch
 
-from data import STRIDE, fill_prompt, model_size, to_image, to_model
-from rewards import Answer, box_iou, parse_answer, point_dice, reward_terms, total_reward
+from data import BadRow, clip_to, fill_prompt, to_image, to_model
+from rewards import Answer, box_iou, parse_answer, point_dice, reward_terms, smooth_log, total_reward
 from runtime.parallel import Ranks
 from sampling import sample as sample_groups
 
 Interval = namedtuple("Interval", "mean low high")
 
 
-# ---------------------------------------------------------------- scores of a prediction
-
 def prediction(sample, index: int, texts: list[str], frame, official: bool = False) -> dict:
-    """One question with its completions, as JSON can hold it; boxes and points in the image frame. kept: the
-    completion whose box agrees most with the others (see medoid), None if none can be used. names and wording
-    come from the sample's extra: a list of names, and unseen_wording, true or false."""
+    """One question with its completions, as JSON can hold it; boxes and points in the image frame. kept: see medoid.
+    names and wording come from the sample's extra: a list of names, and unseen_wording, true or false."""
     answers = [parse_answer(text, official) for text in texts]
     completions = [{"text": text, "bbox": answer.bbox and to_image(answer.bbox, frame),
                     "points": answer.points and to_image(answer.points, frame), "problem": answer.problem}
@@ -83,6 +78,18 @@ def mask_dice(mask: np.ndarray, truth: np.ndarray) -> float:
     return float(2 * (mask & truth).sum() / max(1, mask.sum() + truth.sum()))
 
 
+def mask_rewards(asm, sample, texts: list[str], frame, official: bool = False) -> list[float]:
+    """The reward term mask_dice: S_log(Dice) of the frozen segmenter's mask for each completion; 0 without a box.
+    frame: of the completions. BadRow where the sample has no true mask."""
+    if sample.mask is None:
+        raise BadRow(f"sample {sample.id}: no mask, which the mask_dice reward needs; drop it from --weights")
+    image, dice = np.asarray(sample.image), []
+    for answer in (parse_answer(text, official) for text in texts):
+        bbox, points = (xy and [clip_to(sample.image.size, to_image(xy, frame))] for xy in (answer.bbox, answer.points))
+        dice.append(smooth_log(mask_dice(asm.segment(image, bbox, points)[0][0], sample.mask)) if bbox else 0.0)
+    return dice
+
+
 def medoid(answers: list[Answer]) -> tuple[int | None, float | None]:
     """(index of the answer to keep, mean IoU of its box with the other boxes).
     A box beats points alone; None if nothing can be used, and no agreement with fewer than two boxes."""
@@ -97,26 +104,13 @@ def medoid(answers: list[Answer]) -> tuple[int | None, float | None]:
 
 # ---------------------------------------------------------------- held-out questions
 
-def batch_size(crm, G: int, max_new_tokens: int) -> int:
-    """Questions sampled at once: 16 on a CPU; on CUDA as many as have their keys and values in half of the
-    free memory, for the largest image size, 512 tokens of text and completions of max_new_tokens."""
-    if crm.device.type != "cuda":
-        return 16
-    width, height = model_size((4000, 4000), crm.resize, crm.min_pixels, crm.max_pixels)
-    c, L = crm.model.config.text_config, width * height // STRIDE ** 2 + 512
-    values = c.num_key_value_heads * c.hidden_size // c.num_attention_heads
-    per_token = c.num_hidden_layers * 2 * values * crm.model.dtype.itemsize
-    free, _ = torch.cuda.mem_get_info(crm.device)
-    return max(1, free // 2 // (per_token * (L + G * max_new_tokens)))
-
-
-def ask(crm, samples, indexes, template: str, kinds: dict[str, tuple[int, float]], max_new_tokens: int,
-        seed: int, batch: int = 0, official: bool = False) -> Iterator[tuple]:
+def ask(crm, samples, indexes, template: str, kinds: dict[str, tuple[int, float]], max_new_tokens: int, seed: int,
+        batch: int = 0, official: bool = False) -> Iterator[tuple]:
     """Put questions to the CRM -> (kind, sample, group, prediction) for each question and kind.
 
-    kinds: {name: (completions per question, temperature)}; temperature 0 takes the most likely token. A
-    prompt is encoded once for all kinds. batch: questions sampled at once (0: batch_size)."""
-    batch = batch or batch_size(crm, max(n for n, _ in kinds.values()), max_new_tokens)
+    kinds: {name: (completions per question, temperature)}; temperature 0 takes the most likely token. A prompt is
+    encoded once for all kinds. batch: questions encoded at once (0: 64 on CUDA, else 16)."""
+    batch = batch or (64 if crm.device.type == "cuda" else 16)
     for start in range(0, len(indexes), batch):
         part = indexes[start:start + batch]
         chosen = [samples[i] for i in part]
@@ -128,15 +122,13 @@ def ask(crm, samples, indexes, template: str, kinds: dict[str, tuple[int, float]
                 yield kind, sample, group, prediction(sample, i, group.texts, group.prompt.frame, official)
 
 
-def held_out(crm, samples, template: str, kinds: dict[str, tuple[int, float]], mode: str,
-             weights: dict | None, ranks: Ranks, max_new_tokens: int = 512, batch: int = 0, seed: int = 0,
-             official: bool = False) -> list[dict]:
-    """Every sample's question under every kind (see `ask`) -> one row per kind and sample, in that order:
-    kind, index, id, wording, QUESTION_METRICS, and the mean reward (model frame, without mask_dice)."""
-    weights = {name: weight for name, weight in (weights or {}).items() if name != "mask_dice"}
+def held_out(crm, samples, template: str, kinds: dict[str, tuple[int, float]], mode: str, weights: dict,
+             ranks: Ranks, max_new_tokens: int = 512, batch: int = 0, official: bool = False) -> list[dict]:
+    """Every sample's question under every kind (see `ask`) -> one row per kind and sample, in that order: kind, index,
+    id, wording, QUESTION_METRICS, and the mean reward (model frame, without mask_dice)."""
+    weights = {name: weight for name, weight in weights.items() if name != "mask_dice"}
     mine, rows = range(len(samples))[ranks.rank::ranks.world], []
-    asked = ask(crm, samples, mine, template, kinds, max_new_tokens, seed, batch, official)
-    for kind, sample, group, p in asked:
+    for kind, sample, group, p in ask(crm, samples, mine, template, kinds, max_new_tokens, 0, batch, official):
         frame = group.prompt.frame
         truth = to_model(sample.bbox, frame), to_model(sample.points, frame)
         rewards = [total_reward(reward_terms(c["text"], *truth, official, frame.model), mode, weights)
@@ -149,30 +141,13 @@ def held_out(crm, samples, template: str, kinds: dict[str, tuple[int, float]], m
 
 def held_out_means(rows: list[dict]) -> dict[str, float]:
     """{"sampled/iou": …} over held_out's rows; a score that no row has is left out."""
-    means = {}
-    for kind in dict.fromkeys(row["kind"] for row in rows):
+    values = {}
+    for row in rows:
         for key in (*QUESTION_METRICS, "reward"):
-            values = [row[key] for row in rows if row["kind"] == kind and row[key] is not None]
-            if values:
-                means[f"{kind}/{key}"] = sum(values) / len(values)
-    return means
+            if row[key] is not None:
+                values.setdefault(f"{row['kind']}/{key}", []).append(row[key])
+    return {key: sum(scores) / len(scores) for key, scores in values.items()}
 
-
-def summary_lines(before: list[dict], after: list[dict]) -> list[str]:
-    """Two held_out results for the same questions, compared: a line per kind and score, then the same over
-    the wordings seen in training and over the unseen ones."""
-    lines = []
-    for kind in dict.fromkeys(row["kind"] for row in before):
-        for wording, place in ((None, kind), ("seen", f"{kind}, seen"), ("unseen", f"{kind}, unseen")):
-            sides = [[row for row in rows if row["kind"] == kind and wording in (None, row["wording"])]
-                     for rows in (before, after)]
-            for key in (*QUESTION_METRICS, "reward"):
-                if text := change_text(*([row[key] for row in side] for side in sides)):
-                    lines.append(f"  {place:15} {key:10} {text}")
-    return lines
-
-
-# ---------------------------------------------------------------- intervals
 
 def interval(values, draws: int = 2000, seed: int = 0) -> Interval | None:
     """Mean and 95 % percentile bootstrap interval of the values that are not None; None if there are none."""
@@ -187,16 +162,3 @@ def interval(values, draws: int = 2000, seed: int = 0) -> Interval | None:
 def paired_bootstrap(before, after, draws: int = 2000, seed: int = 0) -> Interval | None:
     """`interval` of after - before over the same questions; one with None on either side is left out."""
     return interval([b - a for a, b in zip(before, after) if None not in (a, b)], draws, seed)
-
-
-def change_text(before: list, after: list, percent: bool = False) -> str:
-    """"0.250 -> 0.300   +0.050 [+0.010, +0.090]" over the questions where both are defined; "" if none."""
-    pairs = [pair for pair in zip(before, after) if None not in pair]
-    if not pairs:
-        return ""
-    numbers = np.array([*np.mean(pairs, axis=0), *paired_bootstrap(*zip(*pairs))])
-    form = "{:.3f} -> {:.3f}   {:+.3f} [{:+.3f}, {:+.3f}]"
-    if percent:
-        form, numbers = "{:5.1f} -> {:5.1f}   {:+.1f} [{:+.1f}, {:+.1f}]", 100 * numbers
-    some = "" if len(pairs) == len(before) else f"   {len(pairs)} of {len(before)} questions"
-    return form.format(*numbers) + some

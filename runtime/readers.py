@@ -9,14 +9,14 @@ data.py checks; coordinates are pixels of the upright image:
   bbox, points                          [x1, y1, x2, y2] and [[x, y], …], or None: taken from the mask
   extra                                 a dict of whatever else the data has
   problem                               "" or what could not be read, as in "image: is missing"
-To add a reader, write the function and name it in READERS.
+To add a reader, write the function and name it in READERS, by the pattern of a path or of what is in a folder.
 """
 import json
 import re
 from functools import lru_cache, partial
 from pathlib import Path
 
-from runtime.files import read_text
+from runtime.files import parse_object, read_text
 
 
 def read_folder(path: Path, split: str) -> tuple[list[dict], list[str]]:
@@ -39,19 +39,12 @@ def read_folder(path: Path, split: str) -> tuple[list[dict], list[str]]:
             problem = f"{'mask' if image else 'image'}: {error}"
         rows.append({"where": f"{file}, line {number}", "problem": problem, "image": image, "mask": mask,
                      "id": str(fields.get("id", f"{file.parent.name}-{number}")), "extra": fields,
-                     **{key: fields.get(key) for key in ("query", "bbox", "points")},
-                     **{key: str(fields.get(key) or "") for key in ("supercategory", "category", "think")}})
+                     **{key: fields.get(key) for key in ("query", "bbox", "points")}, **names_in(fields)})
     return rows, sorted(splits)
 
 
-def parse_object(text: str, where: str) -> dict:
-    try:
-        fields = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not JSON ({error})") from None
-    if not isinstance(fields, dict):
-        raise ValueError(f"{where}: not a JSON object")
-    return fields
+def names_in(fields: dict) -> dict[str, str]:
+    return {key: str(fields.get(key) or "") for key in ("supercategory", "category", "think")}
 
 
 def file_in(folder: Path, name) -> Path:
@@ -68,9 +61,9 @@ def file_in(folder: Path, name) -> Path:
 
 
 def read_parquet(path: Path, split: str) -> tuple[list[dict], list[str]]:
-    """The U-MRG schema in {split}*.parquet, or in one file of any name: prompt [{role, content: question}],
-    images [{bytes, path}], masks [{bytes, path}] (one 0/255 image, may be missing), extra_info {id,
-    supercategory, category}, reward_model {ground_truth: JSON {"bbox_2d": [4], "point_2d": [[2], [2]]}}."""
+    """The U-MRG schema in {split}*.parquet, or in one file of any name: prompt [{role, content: question}], images
+    and masks [{bytes, path}] (one 0/255 image, may be missing), extra_info {id, supercategory, category},
+    reward_model {ground_truth: JSON {"bbox_2d": [4], "point_2d": [[2], [2]]}}."""
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
@@ -91,12 +84,11 @@ def read_parquet(path: Path, split: str) -> tuple[list[dict], list[str]]:
             columns = set(opened.schema_arrow.names)
             if missing := {"prompt", "images", "reward_model"} - columns:
                 raise ValueError(f"{file}: column {', '.join(sorted(missing))} is missing (U-MRG schema)")
-            texts = sorted(columns & {"prompt", "reward_model", "extra_info"})
-            records = opened.read(columns=texts).to_pylist()
-            sizes = [opened.metadata.row_group(group).num_rows for group in range(opened.num_row_groups)]
+            records = opened.read(columns=sorted(columns & {"prompt", "reward_model", "extra_info"})).to_pylist()
+            places = [(group, offset) for group in range(opened.num_row_groups)
+                      for offset in range(opened.metadata.row_group(group).num_rows)]
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{file}: not a readable parquet file ({str(error).splitlines()[0]})") from None
-        places = [(group, offset) for group, size in enumerate(sizes) for offset in range(size)]
         for number, (record, place) in enumerate(zip(records, places)):
             rows.append(umrg_row(record, f"{file}, row {number}", len(rows)) |
                         {"image": partial(read_bytes, "images", file, *place),
@@ -113,8 +105,7 @@ def umrg_row(record: dict, where: str, index: int) -> dict:
         problem = str(error) if isinstance(error, ValueError) else "reward_model: has no ground_truth string"
     return {"where": where, "id": str(extra.get("id") or extra.get("index") or index), "problem": problem,
             "query": first(record["prompt"]).get("content"), "extra": extra,
-            "bbox": truth.get("bbox_2d"), "points": truth.get("point_2d"),
-            **{key: str(extra.get(key) or "") for key in ("supercategory", "category", "think")}}
+            "bbox": truth.get("bbox_2d"), "points": truth.get("point_2d"), **names_in(extra)}
 
 
 def first(values) -> dict:
@@ -122,10 +113,7 @@ def first(values) -> dict:
     return values[0] if isinstance(values, list) and len(values) == 1 and isinstance(values[0], dict) else {}
 
 
-READERS = {                                     # pattern of a path, or of what is in a folder: its reader
-    "samples.jsonl": read_folder,
-    "**/*.parquet": read_parquet,
-}
+READERS = {"samples.jsonl": read_folder, "**/*.parquet": read_parquet}     # pattern of a file: its reader
 
 
 def read_rows(path: Path, split: str | None) -> tuple[list[dict], list[str]]:

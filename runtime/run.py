@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from data import BadRow, load_samples
 from runtime.cli import RunConfig, dashed, print0
 from runtime.files import parse_object, read_jsonl, read_text, read_torch, to_disk, write_whole
-from runtime.metrics import held_out, held_out_means, summary_lines
+from runtime.metrics import held_out, held_out_means
 from runtime.optim import Optimizer
 from runtime.parallel import Ranks, unsharded
 from runtime.step import warnings_of
@@ -242,7 +242,7 @@ class Run:
                     remove(saved[old])
 
     def _cannot_write(self, path: Path, error: Exception):
-        last = [*self.checkpoints().values(), "no checkpoint"][-2 if self.checkpoints() else -1]
+        last = max(self.checkpoints().values(), default="no checkpoint")
         print(f"error: {path} cannot be written ({str(error).splitlines()[0]}); {last} is whole, and --resume auto "
               "continues from there", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
@@ -270,6 +270,7 @@ class Run:
         print0(f"weights {self.saved}, numbers {self.folder / 'metrics.jsonl'}, picture {self.folder / 'curves.png'}")
 
     def report(self) -> None:
+        from tools.compare import summary_lines
         rows, metrics = self.read("held_out"), [row for row in self.read("metrics") if "seconds" in row]
         steps = sorted({row["step"] for row in rows})
         before, after = ({(row["kind"], row["index"]): row for row in rows if row["step"] == step}

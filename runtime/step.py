@@ -18,68 +18,57 @@ def add_up(total: dict, new: dict) -> None:
     """Add a micro-batch's statistics to a step's, on the device they are on: the host does not wait."""
     for key, value in new.items():
         value = torch.as_tensor(value).detach().double()
-        combine = EXTREMES.get(key, torch.add)
-        total[key] = combine(total[key], value) if key in total else value
+        total[key] = EXTREMES.get(key, torch.add)(total[key], value) if key in total else value
 
 
 def total_stats(stats: dict, ranks: Ranks) -> dict[str, float]:
     """A step's statistics over all ranks, as Python numbers."""
     total = {}
-    for part in ranks.gather([to_floats(stats)]):
+    for part in ranks.gather([{key: float(value) for key, value in stats.items()}]):
         add_up(total, part)
-    return to_floats(total)
-
-
-def to_floats(stats: dict) -> dict[str, float]:
-    """The same statistics as Python numbers, in one transfer."""
-    return dict(zip(stats, torch.stack(list(stats.values())).tolist())) if stats else {}
+    return {key: float(value) for key, value in total.items()}
 
 
 def completion_rows(rollout) -> list[dict]:
     """One row per completion of a Rollout: its text for samples.jsonl, its numbers for metrics.jsonl."""
-    rewards, texts, rows = rollout.rewards, rollout.texts, []
-    shared = {"id": rollout.sample.id, "query": rollout.sample.query, "reward_std": float(rewards.std()),
-              "zero_std": float(rewards.min() == rewards.max()),
-              "identical": 1 - (len(set(texts)) - 1) / (len(texts) - 1)}
-    for text, reward, terms, length, finished in zip(texts, rewards, rollout.terms, rollout.lengths,
-                                                     rollout.finished):
-        rows.append({**shared, "text": text, "reward": float(reward), "length": int(length),
-                     "parse_ok": float(not parse_answer(text).problem), "finished": float(finished), **terms})
-    return rows
+    r, texts = rollout.rewards, rollout.texts
+    shared = {"id": rollout.sample.id, "query": rollout.sample.query, "reward_std": float(r.std()),
+              "zero_std": float(r.min() == r.max()), "identical": 1 - (len(set(texts)) - 1) / (len(texts) - 1)}
+    return [{**shared, "text": text, "reward": float(reward), "length": int(length),
+             "parse_ok": float(not parse_answer(text).problem), "finished": float(finished), **terms}
+            for text, reward, terms, length, finished
+            in zip(texts, r, rollout.terms, rollout.lengths, rollout.finished)]
 
 
 def step_row(completions, stats, grad_norms, lr, clock, device) -> dict[str, float]:
-    """A line of metrics.jsonl: means over all completions, statistics of the loss (total_stats), seconds by
-    phase. clock: the times before sampling, the reference, the update, and after it."""
-    row = {}
-    for key, value in completions[0].items():
-        if not isinstance(value, str):
-            row[key] = sum(completion[key] for completion in completions) / len(completions)
+    """A line of metrics.jsonl: means over all completions, statistics of the loss (total_stats), seconds by phase.
+    clock: the times before sampling, the reference, the update, and after it."""
+    row = {key: sum(completion[key] for completion in completions) / len(completions)
+           for key, value in completions[0].items() if not isinstance(value, str)}
     scored = max(stats.pop("scored", 1.0), 1e-9)        # the sum of all token weights, over all updates
     if "gap_sum" in stats:
         row["logp_gap_mean"] = stats.pop("gap_sum") * len(grad_norms) / scored      # of the first update only
     divisors = {"kl": scored, "entropy": scored, "clip_frac": scored, "loss": len(grad_norms)}
     row |= {key: value / divisors.get(key, 1) for key, value in stats.items()}
     finite = [norm for norm in grad_norms if math.isfinite(norm)]
-    seconds, total = np.diff(clock).tolist(), clock[-1] - clock[0]
-    return row | {"grad_norm": sum(finite) / max(1, len(finite)), "skipped": len(grad_norms) - len(finite),
-                  "lr": lr, "seconds": total, "seconds/sample": seconds[0], "seconds/reference": seconds[1],
-                  "seconds/update": seconds[2], "peak_memory_gb": peak_memory(device),
+    (sampling, reference, update), total = np.diff(clock).tolist(), clock[-1] - clock[0]
+    return row | {"grad_norm": sum(finite) / max(1, len(finite)), "skipped": len(grad_norms) - len(finite), "lr": lr,
+                  "seconds": total, "seconds/sample": sampling, "seconds/reference": reference,
+                  "seconds/update": update, "peak_memory_gb": peak_memory(device),
                   "tokens_per_second": sum(completion["length"] for completion in completions) / total}
 
 
 def warnings_of(row: dict, first: dict) -> list[str]:
     """What in a step's row points to a problem, and the flag that helps. first: the run's first row."""
+    collapsed = row.get("entropy", 1) < 0.1 * first.get("entropy", 0)
     problems = {
         "a gradient is not finite, its update was skipped: lower --lr": row["skipped"] > 0,
         "almost no completion can be parsed: warm up with train_sft.py": row["parse_ok"] < 0.05,
         "most completions are cut: raise --max-new-tokens or give --mask-truncated": row["finished"] < 0.5,
         "most groups have equal rewards: raise --temperature or --group": row["zero_std"] > 0.8,
-        "entropy has collapsed: lower --lr or raise --kl-coef":
-            row.get("entropy", 1) < 0.1 * first.get("entropy", 0),
+        "entropy has collapsed: lower --lr or raise --kl-coef": collapsed,
         "the policy is far from the reference: lower --lr or raise --kl-coef": row.get("kl", 0) > 1,
-        "sampled and scored log-probabilities differ: try --dtype float32":
-            row.get("logp_gap_mean", 0) > 0.05}
+        "sampled and scored log-probabilities differ: try --dtype float32": row.get("logp_gap_mean", 0) > 0.05}
     return [sentence for sentence, found in problems.items() if found]
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import yaml
 from PIL import Image
 
 import asm as asm_module
@@ -101,6 +102,21 @@ def test_image_size_overrides_the_folders_own(folder):
         load_asm(folder, "cpu", image_size=100)
 
 
+def test_multimask_reaches_the_model(folder):
+    assert load_asm(folder, "cpu", multimask=True).multimask and not load_asm(folder, "cpu").multimask
+
+
+def test_a_large_image_is_shrunk_with_antialiasing(tiny, monkeypatch):
+    """Pillow's bilinear filter is antialiased, too; it is the oracle, a channel at a time in float."""
+    seen, image = [], noise_image(190, 260)
+    monkeypatch.setattr(asm_module, "image_features", lambda model, pixels: seen.append(pixels))
+    tiny.encode(image)
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    for c in range(3):
+        small = Image.fromarray(image[..., c].astype(np.float32)).resize((64, 64), Image.Resampling.BILINEAR)
+        assert np.abs(seen[0][0, c].numpy() - (np.asarray(small) / 255 - mean[c]) / std[c]).max() < 1e-3
+
+
 def test_a_loaded_model_is_frozen(folder):
     asm = load_asm(folder, "cpu")
     assert not asm.model.training and not any(p.requires_grad for p in asm.model.parameters())
@@ -152,16 +168,30 @@ def test_a_pickle_that_calls_something_is_refused_and_not_run(tmp_path, capsys):
     assert "unpickled" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("yaml, told", [
+@pytest.mark.parametrize("content, told", [
     ("model: {_target_: builtins.print, x: called}", "_target_: builtins.print` is no part of SAM 2"),
     ("model: {_target_: sam2.modeling.sam2_base.SAM2Base, x: [{_target_: os.getcwd}]}", "os.getcwd"),
     ("model: {_target_: sam2.modeling.sam2_base.SAM2Base}", "no SAM 2 can be built"),
     ("[1, 2]", "no `model:` section"), ("", "no `model:` section"),
     ("model: ${nowhere}", "not a model's yaml"), ("a: [", "not a model's yaml"),
 ])
-def test_a_config_that_is_not_sam2s_is_refused_and_calls_nothing(folder, yaml, told, capsys):
-    (folder / "config.yaml").write_text(yaml)
+def test_a_config_that_is_not_sam2s_is_refused_and_calls_nothing(folder, content, told, capsys):
+    (folder / "config.yaml").write_text(content)
     with pytest.raises(ValueError, match="asm.*: .*" + told.replace("$", r"\$")) as refusal:
+        load_asm(folder, "cpu")
+    assert "\n" not in str(refusal.value) and capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("value", [
+    r"\${oc.create:{_target_:builtins.print,_args_:[called]}}", r"\\\${oc.create:{_target_:builtins.print,_args_:[called]}}",
+    {"deep": [r"\${oc.create:{_target_:builtins.print,_args_:[called]}}"]},
+    {b"key": {"_target_": "builtins.print", "_args_": ["called"]}}, [{"_target_": "builtins.print", "_args_": ["called"]}]])
+def test_a_reference_cannot_hide_a_call_from_the_check(folder, value, capsys):
+    """hydra resolves references once more when it builds, after the names were checked."""
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["model"]["image_encoder"]["hidden"] = value
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(ValueError, match="asm.*: `_target_: .* is no part of SAM 2 and was not called") as refusal:
         load_asm(folder, "cpu")
     assert "\n" not in str(refusal.value) and capsys.readouterr().out == ""
 
@@ -565,6 +595,13 @@ def test_the_released_layout_is_this_one_key_by_key(family, size):
     with torch.device("meta"):
         own = {released_name(key): tuple(tensor.shape) for key, tensor in build_sam(family).state_dict().items()}
     assert own == released_layout(size, 768, 12, 12, [2, 5, 8, 11], 14, family == "sam-med2d")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_decoders_layer_norms_have_sams_epsilon(family):
+    with torch.device("meta"):
+        decoder = build_sam(family).mask_decoder.transformer
+    assert {module.eps for module in decoder.modules() if isinstance(module, torch.nn.LayerNorm)} == {1e-5}
 
 
 @pytest.mark.parametrize("boxes, points", [(BOXES, POINTS), (BOXES, None), (None, POINTS)])

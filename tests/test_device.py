@@ -102,6 +102,8 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch, "as_tensor", from_numbers)
     for settings, value in ((scoring.LOGITS_CHUNK, 2 ** 21), (sampling.ROOM, 128), (sampling.CHECK_EVERY, 8)):
         monkeypatch.setitem(settings, GPU.type, value)
+    # a tensor of a class of its own, which the pretence cannot wrap: the mask that it stands for
+    monkeypatch.setattr(scoring, "causal_lower_right", lambda T, S: torch.ones(T, S, dtype=torch.bool, device=GPU).tril(S - T))
     model = crm.Qwen2_5_VLForConditionalGeneration
     monkeypatch.setattr(model, "from_pretrained", on_host(model.from_pretrained))
     move = model.to

@@ -13,7 +13,7 @@ import crm as crm_module
 import evaluate
 from conftest import noise_image, ranks
 from data import Frame, Sample, load_samples, model_size, to_model
-from tools import predictions
+from tools import pictures, predictions
 from tools.predictions import decode_mask, encode_mask
 from test_scripts import ROOT, rows, run
 
@@ -237,20 +237,6 @@ def test_text_with_unusual_line_separators_stays_one_line(tmp_path):
     assert predictions.read_given(str(file))[0]["q0"]["text"] == "a\u2028b\x85c"
 
 
-def test_repeated_ids_in_the_data_are_an_error_that_names_one(tmp_path):
-    samples = few(3)
-    samples[2].id = "q0"
-    with pytest.raises(ValueError, match="1 ids occur more than once, the first: 'q0'"):
-        from_lines(tmp_path, {"id": "q0", "text": ""}, samples=samples)
-    folder = tmp_path / "data"
-    (folder / "images").mkdir(parents=True)
-    noise_image(56, 56).save(folder / "images/a.png")
-    row = {"id": "a", "image": "a.png", "query": "?", "bbox": [1, 1, 9, 9], "points": [[2, 2], [5, 5]], "split": "test"}
-    (folder / "samples.jsonl").write_text((json.dumps(row) + "\n") * 2)
-    _, error = run("evaluate.py --asm none --data", folder, "--out", tmp_path / "e", check=2)
-    assert "1 ids occur more than once, the first: 'a'" in error and not (tmp_path / "e").exists()
-
-
 def test_images_are_not_kept_while_predictions_are_read(tmp_path):
     class Lazy(Few):
         alive = most = 0
@@ -318,8 +304,8 @@ def test_an_evaluation_that_is_not_exactly_complete_is_an_error(tmp_path, indexe
     (tmp_path / "part-0.jsonl").write_text("".join(json.dumps({"index": i}) + "\n" for i in indexes))
     found = predictions.finished(tmp_path)
     with pytest.raises(ValueError, match=says):
-        evaluate.check_complete(found, 3, tmp_path)
-    evaluate.check_complete(found[:2], 2, tmp_path)
+        predictions.in_order(found, 3, tmp_path)
+    assert predictions.in_order(found[1::-1], 2, tmp_path) == found[:2]
 
 
 def test_masks_need_the_parts_they_are_made_from_and_are_kept():
@@ -343,11 +329,11 @@ def test_masks_need_the_parts_they_are_made_from_and_are_kept():
 
 def test_examples_show_every_question_once_with_a_legend(tmp_path, monkeypatch):
     shown = []
-    monkeypatch.setattr(evaluate, "draw_example", lambda axis, p, sample: shown.append(p["index"]))
-    evaluate.examples([line(i, [[0, 0, 10, 1 + i]]) for i in range(30)], few(30), tmp_path / "e.png")
+    monkeypatch.setattr(pictures, "draw_example", lambda axis, p, sample: shown.append(p["index"]))
+    pictures.examples([line(i, [[0, 0, 10, 1 + i]]) for i in range(30)], few(30), tmp_path / "e.png")
     quality = [(1 + i) / 10 if i < 10 else 10 / (1 + i) for i in shown]
     assert len(shown) == len(set(shown)) == 12 and quality == sorted(quality)
     assert quality[0] == 0.1 and quality[-1] == 1
     shown.clear()
-    evaluate.examples([line(i, [None, [0, 0, 9, 9]][i:i + 1]) for i in range(2)], few(2), tmp_path / "e.png")
+    pictures.examples([line(i, [None, [0, 0, 9, 9]][i:i + 1]) for i in range(2)], few(2), tmp_path / "e.png")
     assert shown == [0, 1] and (tmp_path / "e.png").stat().st_size > 1000

@@ -153,6 +153,18 @@ def test_the_prompt_holds_question_and_image_in_the_model_frame(ask):
     assert len(prompt.ids) < len(other.ids) and other.frame.model != (112, 112)
 
 
+def test_the_question_is_in_the_prompt(ask):
+    (plain,), *_ = ask([completion((10, 10, 50, 50))])[4][0]
+    (other,), *_ = ask([completion((10, 10, 50, 50))], "--query 'Where is the large bright structure on the left?'")[4][1]
+    assert len(other.ids) > len(plain.ids) and plain.ids.tolist() != other.ids.tolist()
+
+
+def test_the_pixel_limits_bound_the_model_frame(ask):
+    flags = "--resize aspect --max-pixels 3200 --min-pixels 3000", "--resize aspect --min-pixels 100000 --max-pixels 200000"
+    areas = [np.prod(ask([completion((10, 10, 50, 50))], flag)[4][-1][0][0].frame.model) for flag in flags]
+    assert areas[0] <= 3200 and 100_000 <= areas[1] <= 200_000
+
+
 def test_the_models_in_use_are_printed_and_written(ask):
     _, result, said, _, _, loaded = ask([completion((10, 10, 50, 50))], "--multimask")
     crm = str(ROOT / "demo/crm")

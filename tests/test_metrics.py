@@ -1,16 +1,17 @@
 """runtime/metrics.py and runtime/step.py: scores by hand, intervals that cover, held-out rows, warnings."""
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
 
 from conftest import noise_image, random_crm
 from data import Frame, Sample
-from runtime.metrics import (QUESTION_METRICS, batch_size, change_text, held_out, held_out_means, interval,
-                             mask_dice, paired_bootstrap, prediction, summary_lines)
+from runtime import metrics
+from runtime.metrics import (QUESTION_METRICS, held_out, held_out_means, interval, mask_dice, paired_bootstrap,
+                             prediction)
 from runtime.parallel import Ranks
-from runtime.step import add_up, step_row, to_floats, warnings_of
+from runtime.step import add_up, step_row, total_stats, warnings_of
+from sampling import sample as sample_groups
+from tools.compare import change_text, summary_lines
 
 BOX, PAIR = (10, 10, 20, 20), ((12, 12), (18, 18))
 
@@ -128,8 +129,8 @@ def test_a_prompt_is_encoded_once_for_sampled_and_greedy(crm, monkeypatch):
 
 
 def test_the_temperature_of_the_run_is_the_temperature_of_the_held_out_split(crm, monkeypatch):
-    used, sample_as_before = [], crm.sample
-    monkeypatch.setattr(crm, "sample", lambda *args: used.append(args[3]) or sample_as_before(*args))
+    used = []
+    monkeypatch.setattr(metrics, "sample_groups", lambda *args: used.append(args[4]) or sample_groups(*args))
     held_out(crm, samples(1), "{query}", {"sampled": (2, 0.7)}, "soft", {}, Ranks(), max_new_tokens=4)
     assert used == [0.7]
 
@@ -162,18 +163,6 @@ def test_the_summary_compares_all_questions_and_each_kind_of_wording():
     assert "0.000 -> 0.000" in seen and "0.250 -> 0.500" in unseen and not any("pdice" in line for line in lines)
 
 
-def test_the_batch_on_a_gpu_is_what_fits_into_half_of_the_free_memory(monkeypatch):
-    config = SimpleNamespace(num_hidden_layers=28, num_key_value_heads=4, hidden_size=3584, num_attention_heads=28)
-    model = SimpleNamespace(config=SimpleNamespace(text_config=config), dtype=torch.bfloat16)
-    gpu = SimpleNamespace(device=torch.device("cuda"), model=model, resize="square:840", min_pixels=3136,
-                          max_pixels=705600)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60 * 10 ** 9, 80 * 10 ** 9))
-    per_token = 28 * 2 * 4 * 128 * 2                        # 57 KB: Qwen2.5-VL-7B
-    assert batch_size(gpu, 1, 2048) == 30 * 10 ** 9 // (per_token * (900 + 512 + 2048))
-    assert batch_size(gpu, 16, 2048) < batch_size(gpu, 1, 2048) / 8 and batch_size(gpu, 10 ** 6, 2048) == 1
-    assert batch_size(SimpleNamespace(device=torch.device("cpu")), 4, 512) == 16
-
-
 # ---------------------------------------------------------------- a training step
 
 
@@ -182,7 +171,8 @@ def test_statistics_add_up_and_extremes_do_not():
     for new in ({"loss": torch.tensor(1.0), "ratio_max": torch.tensor(1.5), "ratio_min": torch.tensor(0.5)},
                 {"loss": 2.0, "ratio_max": 1.2, "ratio_min": 0.7}):
         add_up(total, new)
-    assert to_floats(total) == {"loss": 3.0, "ratio_max": 1.5, "ratio_min": 0.5} and to_floats({}) == {}
+    assert total_stats(total, Ranks()) == {"loss": 3.0, "ratio_max": 1.5, "ratio_min": 0.5}
+    assert total_stats({}, Ranks()) == {}
 
 
 def test_a_step_row_has_the_mean_gap_of_the_first_update():

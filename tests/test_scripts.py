@@ -80,7 +80,7 @@ def refusal(capfd, module, *flags):
 
 @pytest.mark.parametrize("flags, says", [
     ("--image {0}/none.png --query x", "none.png no such file"), ("--image {0} --query x", "directory"),
-    ("--image {0}/text.png --query x", "text.png is not an image"), ("--image {1} --query '  '", "--query is empty"),
+    ("--image {0}/text.png --query x", "text.png not an image"), ("--image {1} --query '  '", "--query is empty"),
     ("--image {0}/one.png --query x", "one.png is 1x1"), ("--image {0}/huge.png --query x", "huge.png has more than"),
     ("--image {1} --query x --crm {0}", "config.json"), ("--image {1} --query x --asm {0}/text.png", "text.png"),
     ("--image {1} --query x --prompt nonsense", "--prompt nonsense"),
@@ -113,7 +113,7 @@ def test_numbers_out_of_range_are_refused(capsys):
     for flags in ("--minibatches 0", "--save-every -2", "--seed -1", "--kl-coef -0.1", "--max-new-tokens 0"):
         with pytest.raises(SystemExit) as exit_:
             parse_args(train_grpo.Config, "", argv=shlex.split(flags))
-        assert exit_.value.code == 2 and f"{flags}: at least" in capsys.readouterr().err
+        assert exit_.value.code == 2 and f"{flags}: must be at least" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("module", [train_grpo, train_sft, infer, evaluate], ids=lambda module: module.__name__)
@@ -143,23 +143,24 @@ def config_of_7b(tmp_path_factory):
     for file in (ROOT / "demo/crm").iterdir():
         if file.name not in ("config.json", "model.safetensors"):
             shutil.copy(file, folder)
+    processor = json.loads((folder / "preprocessor_config.json").read_text())
+    processor["size"] = {"shortest_edge": 3136, "longest_edge": 12845056}           # Qwen2.5-VL's own
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
     return folder
 
 
 @pytest.mark.parametrize("recipe, most", [("lora_7b", (20, 45)), ("soft_7b", (30, 80)), ("sft_7b", (30, 80))])
-def test_every_training_recipe_of_7b_fits_its_gpu_by_dry_run(recipe, most, config_of_7b, tmp_path, capfd):
-    module = train_sft if recipe.startswith("sft") else train_grpo
-    module.main(parse_args(module.Config, "", argv=[f"@{ROOT / 'recipes' / recipe}.args", "--crm", str(config_of_7b), "--data",
-                                                    "demo/data", "--out", str(tmp_path / "run"), "--dry-run", "8"]))
-    said = capfd.readouterr().out
-    assert "8.29 billion parameters" in said and "PFLOP a step" in said and not (tmp_path / "run").exists()
+def test_every_training_recipe_of_7b_fits_its_gpu(recipe, most, config_of_7b):
+    script = "train_sft" if recipe.startswith("sft") else "train_grpo"
+    said, _ = run(f"-m bench.memory {script} @recipes/{recipe}.args --data demo/data --gpus 8 --crm", config_of_7b)
+    assert "8.29 billion parameters" in said and "PFLOP per step" in said
     assert most[0] < float(re.search(r"most at once \| (\S+)", said)[1]) < most[1]
 
 
 @pytest.mark.parametrize("flags, says", [
-    ("--group 1", "--group must be at least 2"),
+    ("--group 1", "--group 1: must be at least 2"),
     ("--prompts 6 --minibatches 4", "multiple of ranks x --minibatches"),
-    ("--temperature 0", "--temperature must be positive"), ("--weights box_iou", "--weights box_iou"),
+    ("--temperature 0", "--temperature 0.0: must be greater than 0"), ("--weights box_iou", "--weights box_iou"),
     ("--weights nonsense=1", "nonsense"), ("--resize 840", "--resize 840"), ("--trainable '*'", "--trainable *"),
     ("--data demo/data/train.parquet", "one file has no held-out split"), ("--data nowhere", "nowhere"), ("--resume", "--resume"),
     ("--crm ./nowhere", "nowhere")])
@@ -209,11 +210,10 @@ def test_every_switch_of_a_study_changes_the_run_and_none_breaks_it(tmp_path):
     assert any(moved.values()) and not any(v for k, v in moved.items() if "visual" in k)
 
 
-def test_a_run_without_any_trick_gives_the_same_numbers(tmp_path):
+def test_neither_the_size_of_packs_nor_offloading_changes_a_number(tmp_path):
     flags = "--freeze-vision --minibatches 2 --steps 2 --norm none --out"
     run("train_grpo.py", SMALL, flags, tmp_path / "fast")
-    run("train_grpo.py", SMALL, "--attention dense --no-share-vision --no-drop-finished --pack-tokens 1 --offload",
-        flags, tmp_path / "slow")
+    run("train_grpo.py", SMALL, "--pack-tokens 1 --offload", flags, tmp_path / "slow")
     for fast, slow in zip(*(rows(tmp_path / name / "metrics.jsonl") for name in ("fast", "slow")), strict=True):
         for key in ("reward", "length", "entropy", "kl", "loss", "grad_norm"):
             assert fast.get(key) == pytest.approx(slow.get(key), rel=1e-3, abs=1e-6), key
@@ -222,12 +222,12 @@ def test_a_run_without_any_trick_gives_the_same_numbers(tmp_path):
 def test_bad_gradients_are_skipped_and_a_run_of_them_ends_the_run(tmp_path, monkeypatch, capfd):
     loss, calls = train_grpo.grpo_loss, []
 
-    def spoiled(*args, **options):                              # from the third step on
+    def broken(*args, **options):                              # from the third step on
         calls.append(1)
         value, stats = loss(*args, **options)
         return value * (float("nan") if len(calls) > 8 else 1.0), stats
 
-    monkeypatch.setattr(train_grpo, "grpo_loss", spoiled)
+    monkeypatch.setattr(train_grpo, "grpo_loss", broken)
     config = parse_args(train_grpo.Config, "", "recipes/demo.args", shlex.split(SMALL) + [
         "--steps", "9", "--save-every", "2", "--max-skipped", "2", "--out", str(tmp_path / "run")])
     with pytest.raises(RuntimeError, match="2 steps in a row without a finite gradient"):
@@ -237,18 +237,6 @@ def test_bad_gradients_are_skipped_and_a_run_of_them_ends_the_run(tmp_path, monk
     good, last = (load_file(tmp_path / f"run/step_00000{n}/model.safetensors") for n in (2, 4))
     assert all(torch.equal(good[name], last[name]) for name in good)
     assert capfd.readouterr().out.count("update was skipped: lower --lr") == 1
-
-    calls.clear()                                               # the batch can be looked at, group by group
-    config.crm, config.replay = str(tmp_path / "run/step_000003"), str(tmp_path / "run/skipped_000003_0.pt")
-    train_grpo.replay(config)
-    said = capfd.readouterr().out.splitlines()
-    assert len(said) == 4 and all(re.search(r": loss \S+, gradient \d", line) for line in said)
-    calls.extend(range(9))
-    train_grpo.replay(config)
-    assert capfd.readouterr().out.count("<- not finite") == 4
-    Path(config.replay).write_bytes(b"torn")
-    with pytest.raises(SystemExit, match="2"):
-        train_grpo.replay(config)
 
 
 def test_ctrl_c_finishes_the_step_saves_and_exits_0(tmp_path):
@@ -291,9 +279,9 @@ def test_the_readme_names_only_files_and_flags_that_exist():
         if not path.startswith(("runs/", "out/")) and "/" in path or path.endswith(".py"):
             assert (ROOT / path).exists(), path
     flags = set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", text)) \
-        - {"nproc-per-node", "nnodes", "no-deps", "no-build-isolation"}
+        - {"nproc-per-node", "nnodes", "rdzv-backend", "rdzv-id", "rdzv-endpoint", "no-deps", "no-build-isolation", "gpus", "sheet"}
     known = {name.replace("_", "-") for module in (train_grpo, train_sft, infer, evaluate)
-             for name in module.Config.__dataclass_fields__} | {"no-think", "no-share-vision", "no-drop-finished", "help"}
-    for tool in (*ROOT.glob("paper/*.py"), *ROOT.glob("bench/*.py")):
+             for name in module.Config.__dataclass_fields__} | {"no-think", "help"}
+    for tool in (*ROOT.glob("paper/*.py"), *ROOT.glob("bench/*.py"), *ROOT.glob("demo/*.py")):
         known |= set(re.findall(r'add_argument\("--([a-z-]+)"', tool.read_text()))
     assert flags <= known, flags - known

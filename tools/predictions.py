@@ -1,9 +1,14 @@
 """predictions.jsonl: what evaluate.py keeps of every question, and predictions that another model made.
 
-A line is what metrics.prediction returns, with masks as COCO's run lengths: scoring needs nothing else.
+A line of predictions.jsonl is what metrics.prediction returns, with masks as COCO's run lengths: scoring needs nothing
+else.
+
+A line of --predictions: {"id": …, "text": "<answer>{…}</answer>"}, or {"id": …, "bbox": [4], "points": [[2], [2]]}
+in the frame that --frame names: pixels of the image file, norm1000 (0 to 1000 along each side), or model (as --crm
+resizes images). If no line has points, none were asked for: their metrics are left out, and a line with a good box is no
+refusal. The same holds for boxes. A question without a line is a refusal.
 """
 import json
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +16,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from data import MAX_PIXELS, MIN_PIXELS, Frame, model_size
 from runtime.cli import print0
-from runtime.files import read_text
+from runtime.files import read_text, write_whole
 from runtime.metrics import prediction
 
 FORM = {"text": str, "bbox": list, "points": list}      # of a line of --predictions
@@ -27,13 +32,6 @@ def read_predictions(folder: str | Path) -> list[dict]:
     return rows
 
 
-def write(folder: Path, name: str, text: str) -> None:
-    """Written aside and renamed: a kill leaves the old file or the new one."""
-    aside = folder / (name + ".tmp")
-    aside.write_text(text)
-    aside.replace(folder / name)
-
-
 def finished(out: Path) -> list[dict]:
     """The predictions in an --out folder, of this run and of interrupted ones. A line that a kill cut off is
     removed, so that its question is asked again."""
@@ -44,9 +42,25 @@ def finished(out: Path) -> list[dict]:
         text = path.read_text()
         whole = text[:text.rfind("\n") + 1]
         if whole != text:
-            write(out, path.name, whole)
+            write_whole(path, whole)
         rows += [json.loads(line) for line in whole.splitlines()]
     return rows
+
+
+def in_order(rows: list[dict], n: int, out: Path) -> list[dict]:
+    """The rows by index; ValueError unless they are those of questions 0 to n - 1, each once."""
+    rows = sorted(rows, key=lambda row: row["index"])
+    indexes = [row["index"] for row in rows]
+    if indexes != list(range(n)):
+        missing, extra = len(set(range(n)) - set(indexes)), len(indexes) - len(set(indexes))
+        raise ValueError(f"--out {out}: {missing} of {n} questions are missing, {extra} are there twice; remove "
+                         "part-*.jsonl in it and run again")
+    return rows
+
+
+def shown(p: dict) -> dict:
+    """The kept completion, or the first one if none can be used."""
+    return p["completions"][p["kept"] or 0]
 
 
 def encode_mask(mask: np.ndarray) -> dict:
@@ -65,18 +79,9 @@ def decode_mask(rle: dict) -> np.ndarray:
 
 # ---------------------------------------------------------------- of another model
 
-def question_ids(samples) -> list[str]:
-    """The samples' ids, in order; ValueError names those that occur more than once."""
-    ids = samples.ids()
-    if repeated := [name for name, count in Counter(ids).items() if count > 1]:
-        raise ValueError(f"--data: {len(repeated)} ids occur more than once, the first: {repeated[0]!r}; "
-                         "give every sample an id of its own")
-    return ids
-
-
 def read_given(path: str) -> tuple[dict[str, dict], list[str]]:
     """--predictions -> {id: line}, and what was asked for: "bbox", "points" or both. ValueError names a line
-    that does not have the form which evaluate.py describes."""
+    that does not have the form described above."""
     given, asked = {}, set()
     for number, line in enumerate(read_text(path).split("\n"), 1):     # splitlines() would split texts, too
         if not line.strip():
@@ -114,7 +119,7 @@ def model_sizes(cfg) -> tuple[str, int, int]:
 def from_file(cfg, samples) -> list[dict]:
     """Another model's predictions, one for each sample, in order. ValueError, one line, for ids that the data
     does not have and for a wrong frame."""
-    where, ids = f"--predictions {cfg.predictions}", question_ids(samples)
+    where, ids = f"--predictions {cfg.predictions}", samples.ids()
     given, asked = read_given(cfg.predictions)
     if unknown := list(given.keys() - set(ids)):
         raise ValueError(f"{where}: {len(unknown)} of {len(given)} ids are not in --data {cfg.data}, split "

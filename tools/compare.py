@@ -1,0 +1,46 @@
+"""Two evaluations of the same questions, compared: paired differences with their 95 % bootstrap intervals."""
+from itertools import product
+
+import numpy as np
+
+from runtime.metrics import QUESTION_METRICS, paired_bootstrap
+from tools.predictions import read_predictions
+
+
+def compare(one: str, two: str, metrics: dict) -> None:
+    """Print the paired differences of two evaluations of the same questions. metrics: evaluate.METRICS."""
+    before, after = ({p["id"]: p for p in read_predictions(folder)} for folder in (one, two))
+    if before.keys() != after.keys():
+        only = sorted(before.keys() ^ after.keys())
+        raise ValueError(f"--compare {one} {two}: {len(only)} questions are in only one, first {only[0]}")
+    print(f"{one} -> {two}, {len(before)} questions, percent [95 % paired bootstrap interval]")
+    for title, metric in metrics.values():
+        old, new = ([metric(side[name]) for name in before] for side in (before, after))
+        if text := change_text(old, new, percent=True):
+            print(f"  {title:21} {text}")
+
+
+def summary_lines(before: list[dict], after: list[dict]) -> list[str]:
+    """Two held_out results for the same questions, compared: one line per kind and score over all questions; IoU and named
+    right also over the wordings seen in training and over the unseen ones."""
+    lines = []
+    for kind, wording in product(dict.fromkeys(row["kind"] for row in before), (None, "seen", "unseen")):
+        pairs = [(old, new) for old, new in zip(before, after)
+                 if old["kind"] == kind and wording in (None, old["wording"])]
+        for key in ("iou", "named") if wording else (*QUESTION_METRICS, "reward"):
+            if text := change_text([old[key] for old, _ in pairs], [new[key] for _, new in pairs]):
+                lines.append(f"  {f'{kind}, {wording}' if wording else kind:15} {key:10} {text}")
+    return lines
+
+
+def change_text(before: list, after: list, percent: bool = False) -> str:
+    """"0.250 -> 0.300   +0.050 [+0.010, +0.090]" over the questions where both are defined; "" if none."""
+    pairs = [pair for pair in zip(before, after) if None not in pair]
+    if not pairs:
+        return ""
+    numbers = np.array([*np.mean(pairs, axis=0), *paired_bootstrap(*zip(*pairs))])
+    form = "{:.3f} -> {:.3f}   {:+.3f} [{:+.3f}, {:+.3f}]"
+    if percent:
+        form, numbers = "{:5.1f} -> {:5.1f}   {:+.1f} [{:+.1f}, {:+.1f}]", 100 * numbers
+    some = "" if len(pairs) == len(before) else f"   {len(pairs)} of {len(before)} questions"
+    return form.format(*numbers) + some
