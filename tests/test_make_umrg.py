@@ -10,7 +10,9 @@ import pytest
 from PIL import Image
 
 from data import box_from_mask, load_samples
-from paper.make_umrg import Item, clean, find, main, parse, problem, review_page, split_of, template
+from paper.make_umrg import clean, find, main, parse, split_of
+from paper.umrg_review import review_page
+from paper.umrg_words import Item, problem, template
 
 
 def picture(folder, name, size=(90, 70), box=(10, 12, 40, 50), value=200, seed=0):
@@ -38,6 +40,19 @@ def build(folder, *more):
     main(parse(["--images", str(folder / "images"), "--masks", str(folder / "masks"), "--out", str(folder / "out"),
                 "--cache", str(folder / "cache"), *map(str, more)]))
     return json.loads((folder / "out/report.json").read_text())
+
+
+def test_a_mask_turns_with_the_exif_orientation_of_its_image(tmp_path):
+    """An image stored on its side, its mask stored the same way: both are read upright."""
+    mask = picture(tmp_path, "photo")
+    upside_down = Image.Exif()
+    upside_down[0x0112] = 3
+    path = tmp_path / "images/photo.png"
+    Image.open(path).save(path, exif=upside_down)
+    kept, dropped = clean(find(tmp_path / "images", tmp_path / "masks", None), parse(
+        ["--images", str(tmp_path), "--masks", str(tmp_path), "--out", str(tmp_path)]))
+    assert not dropped and kept[0].facts["box"] == box_from_mask(mask[::-1, ::-1])
+
 
 
 def table(folder, lines):
@@ -215,7 +230,7 @@ def test_errors_bad_json_and_named_targets_are_survived_and_nothing_is_asked_twi
     report = ask(one, server)
     assert report["words"] == {"language model": 1} and len(server.asked) == 7
     assert "must not name the target" in server.asked[-1][-1]["content"]          # told why
-    assert "4 answers, 0 from the cache, 400 tokens in, 80 out, 0.00 in money" in capsys.readouterr().out
+    assert "4 replies, 0 from the cache, 400 tokens in, 80 out, 0.00 in money" in capsys.readouterr().out
     split = "train" if report["train"] else "test"
     assert load_samples(one[0] / "out", split)[0].query == GOOD["question"]
     assert ask(one, server)["words"] == {"language model": 1} and len(server.asked) == 7
@@ -229,7 +244,7 @@ def test_after_tries_unusable_answers_the_template_steps_in_and_is_counted(one):
 
 def test_an_endpoint_that_stays_down_ends_the_run_in_one_line_and_writes_nothing(one):
     server = Endpoint([500] * 50)
-    with pytest.raises(ValueError, match="--base-url .* the same command goes on"):
+    with pytest.raises(ValueError, match="--base-url .* the same command resumes"):
         ask(one, server, "--retries", 2)
     assert len(server.asked) == 3 and not (one[0] / "out").exists()
 

@@ -38,7 +38,7 @@ def test_tables_average_answers_and_seeds_and_pair_the_questions(tmp_path):
     assert "| soft | 10.0 | 20.0 | 30.0 | 40.0 | +10.0 [+10.0, +10.0] | +20.0 [+20.0, +20.0] |" in text
     assert "improve on its start? **One seed only**: +20.0 [+20.0, +20.0]; by seed +10.0." in text
     assert "the first adds +10.0 [+10.0, +10.0]" in text
-    assert "named right" not in text                          # results without that score have no column for it
+    assert "named right" not in text                   # results without that score have no column for it
 
 
 def test_what_was_named_right_is_reported_where_it_was_scored(tmp_path):
