@@ -80,7 +80,7 @@ def refusal(capfd, module, *flags):
 
 @pytest.mark.parametrize("flags, says", [
     ("--image {0}/none.png --query x", "none.png no such file"), ("--image {0} --query x", "directory"),
-    ("--image {0}/text.png --query x", "text.png not an image"), ("--image {1} --query '  '", "--query is empty"),
+    ("--image {0}/text.png --query x", "text.png is not an image"), ("--image {1} --query '  '", "--query is empty"),
     ("--image {0}/one.png --query x", "one.png is 1x1"), ("--image {0}/huge.png --query x", "huge.png has more than"),
     ("--image {1} --query x --crm {0}", "config.json"), ("--image {1} --query x --asm {0}/text.png", "text.png"),
     ("--image {1} --query x --prompt nonsense", "--prompt nonsense"),
