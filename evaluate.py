@@ -179,7 +179,9 @@ def from_model(cfg: Config, samples, asm, ranks: Ranks) -> list[dict]:
                 file.write(json.dumps(add_masks(p, sample, asm)) + "\n")
                 file.flush()
     ranks.wait()
-    return in_order(finished(out), len(samples), out)
+    rows = in_order(finished(out), len(samples), out)
+    ranks.wait()                                    # rank 0 removes the parts: not before all have read them
+    return rows
 
 
 def main(cfg: Config) -> None:
