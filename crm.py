@@ -90,10 +90,14 @@ def load_crm(path: str | Path, device="cpu", dtype=torch.float32, **options) -> 
     if (kind := load(AutoConfig).model_type) != "qwen2_5_vl":
         raise ValueError(f"--crm {path}: its config.json says {kind!r}, not 'qwen2_5_vl'")
     model = load(Qwen2_5_VLForConditionalGeneration, dtype=dtype, attn_implementation="sdpa")
-    remembered = Path(path) / FRAME_FILE
-    frame = json.loads(read_text(remembered)) if remembered.is_file() else {}
-    options |= {key: value for key, value in frame.items() if options.get(key) is None}
+    options |= {key: value for key, value in remembered_frame(path).items() if options.get(key) is None}
     return CRM(model.to(device), load(AutoTokenizer), load(Qwen2VLImageProcessorPil), **options)
+
+
+def remembered_frame(path: str | Path) -> dict:
+    """The resize, min_pixels and max_pixels that a checkpoint was trained with; {} where it does not say."""
+    file = Path(path) / FRAME_FILE
+    return json.loads(read_text(file)) if file.is_file() else {}
 
 
 class CRM:

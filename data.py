@@ -27,7 +27,7 @@ from PIL import Image
 from scipy.ndimage import distance_transform_edt
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from rewards import KEY_POINTS, Box, Point, Points, write_answer
+from rewards import KEY_POINTS, Box, Points, write_answer
 from runtime.cli import exit_on, print0
 from runtime.files import read_text
 from runtime.images import load_image, load_mask

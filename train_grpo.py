@@ -297,6 +297,11 @@ def build(cfg: Config, ranks: Ranks) -> tuple[CRM, Optimizer]:
                           offload=cfg.offload)
 
 
+def needs(cfg: Config) -> list[str]:
+    """Which embedded defaults a command line may fall back on."""
+    return ["crm", "data", "asm"] if "mask_dice" in cfg.weights else ["crm", "data"]
+
+
 if __name__ == "__main__":
     with exit_on(BadRow):
-        main(parse_args(Config, __doc__, "recipes/demo.args"))
+        main(parse_args(Config, __doc__, "recipes/demo.args", embedded=needs))

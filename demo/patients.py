@@ -8,7 +8,6 @@ Tumours: the brain of patient 1 is for training, that of patient 2 for the test,
 nodule; the other chest's tumour is far larger than a nodule, so it is left out and so are the slices that show it.
 All are axial in the radiological convention, as the phantoms are.
 """
-import io
 import tarfile
 import zlib
 from pathlib import Path

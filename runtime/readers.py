@@ -11,7 +11,6 @@ data.py checks; coordinates are pixels of the upright image:
   problem                               "" or what could not be read, as in "image: is missing"
 To add a reader, write the function and name it in READERS, by the pattern of a path or of what is in a folder.
 """
-import json
 import re
 from functools import lru_cache, partial
 from pathlib import Path

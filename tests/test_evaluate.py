@@ -262,6 +262,17 @@ def test_the_model_frame_is_the_one_that_encode_uses(tmp_path, size):
     assert p["completions"][0]["bbox"] == pytest.approx([10, 10, 20, 20])
 
 
+def test_the_model_frame_is_the_one_that_a_checkpoint_remembers_unless_flags_say_otherwise(tmp_path):
+    folder, size = tmp_path / "crm", (400, 300)
+    crm_module.load_crm(ROOT / "demo/crm", resize="square:168").save(folder)
+    for flags in ({}, {"resize": "aspect"}, {"resize": "aspect", "max_pixels": 100_000}):
+        frame = crm_module.load_crm(folder, **flags).encode(noise_image(*size), "?").frame.model
+        x, y = (m / i for m, i in zip(frame, size))
+        p, = from_lines(tmp_path, {"id": "q0", "bbox": [10 * x, 10 * y, 20 * x, 20 * y]}, samples=few(1, size),
+                        frame="model", crm=str(folder), **flags)
+        assert p["completions"][0]["bbox"] == pytest.approx([10, 10, 20, 20]), flags
+
+
 # ---------------------------------------------------------------- a model's completions
 
 

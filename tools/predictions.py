@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from crm import remembered_frame
 from data import MAX_PIXELS, MIN_PIXELS, Frame, model_size
 from runtime.cli import print0
 from runtime.files import read_text, write_whole
@@ -110,10 +111,9 @@ def model_sizes(cfg) -> tuple[str, int, int]:
         largest = Qwen2VLImageProcessorPil.from_pretrained(cfg.crm).size["longest_edge"]
     except (OSError, ValueError):
         raise ValueError(f"--crm {cfg.crm}: --frame model needs its preprocessor_config.json") from None
-    file = Path(cfg.crm) / "frame.json"
-    saved = json.loads(read_text(file)) if file.is_file() else {}
-    smallest = cfg.min_pixels or saved.get("min_pixels", MIN_PIXELS)
-    return cfg.resize or saved.get("resize", "aspect"), smallest, min(cfg.max_pixels or MAX_PIXELS, largest)
+    saved = remembered_frame(cfg.crm)
+    return (cfg.resize or saved.get("resize", "aspect"), cfg.min_pixels or saved.get("min_pixels", MIN_PIXELS),
+            cfg.max_pixels or saved.get("max_pixels", min(MAX_PIXELS, largest)))
 
 
 def from_file(cfg, samples) -> list[dict]:
