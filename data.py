@@ -143,9 +143,9 @@ def keypoints_from_mask(mask: np.ndarray) -> Points:
 
 
 def load_prompt(name: str) -> str:
-    """A template with {query} in it: a key of PROMPTS, or a text file. ValueError without {query}."""
-    if name in PROMPTS:
-        return PROMPTS[name]
+    """A template with {query} in it: a key of PROMPTS, a text file, or the text itself. ValueError without {query}."""
+    if name in PROMPTS or "{query}" in name:
+        return PROMPTS.get(name, name)
     if not Path(name).is_file():
         raise ValueError(f"--prompt {name}: neither one of {', '.join(PROMPTS)} nor a text file")
     text = read_text(name).strip()

@@ -108,7 +108,7 @@ class Lesson:
         self.share = torch.tensor(share.transpose(0, 2, 1, 3).reshape(-1, PARTS ** 2), dtype=torch.float32)
         ys, xs = np.mgrid[0:h // STRIDE, 0:w // STRIDE]
         self.place = torch.tensor(np.stack([xs.ravel() + .5, ys.ravel() + .5], 1) * STRIDE / LARGEST, dtype=torch.float32)
-        truth = to_model([*sample.bbox, *sample.points[0], *sample.points[1]], self.prompt.frame)
+        truth = [v for xy in (sample.bbox, *sample.points) for v in to_model(xy, self.prompt.frame)]
         self.truth = torch.tensor(truth) / LARGEST                          # (8,)
         self.category = CATEGORIES.index(sample.category)
         texts = {"a": [], "b": [target_text(sample, self.prompt.frame, False)],

@@ -584,6 +584,18 @@ def test_training_names_a_bad_row_before_it_starts(folder):
     assert (len(train), len(test)) == (1, 1)
 
 
+@pytest.mark.parametrize("data", ["folder", "demo/data/train.parquet"])
+def test_without_a_test_split_training_starts_and_says_that_nothing_is_held_out(folder, capsys, data):
+    from types import SimpleNamespace
+
+    from runtime.run import load_splits
+    path = str(folder({}, {})) if data == "folder" else data
+    flags = SimpleNamespace(data=path, test_data=None, only="", skip_bad_rows=False, eval_every=1, eval_limit=0)
+    train, test = load_splits(flags)
+    assert len(train) and not test
+    assert f'{path}: no split "test" there, so nothing is held out; --test-data PATH' in capsys.readouterr().out
+
+
 def read_coco(path, split):
     """A reader as a user would write it: annotations.json beside images/, polygons, the category as the question."""
     from PIL import ImageDraw
