@@ -269,10 +269,11 @@ def _sample(row: dict) -> Sample:
     _check(row)
     image = mask = None
     try:
-        source, mask_source = (s() if callable(s) else s for s in (row["image"], row["mask"]))
+        source = row["image"]() if callable(row["image"]) else row["image"]
         if source is None:
             raise ValueError("has no bytes")
         image = load_image(source)
+        mask_source = row["mask"]() if callable(row["mask"]) else row["mask"]
         mask = load_mask(mask_source, of=source) if mask_source is not None else None
     except (ValueError, OSError) as error:
         _need(False, row, f"{'mask' if image else 'image'}: {str(error).splitlines()[0]}")
