@@ -237,7 +237,7 @@ def test_a_perfect_answer_scores_exactly_the_most(mode, most):
 def test_every_term_is_always_there():
     for text in ("", completion(), "<answer>{}</answer>", "<think>"):
         for official in (False, True):
-            assert reward_terms(text, GT_BOX, GT_POINTS, official).keys() == ALL_TERMS
+            assert reward_terms(text, GT_BOX, GT_POINTS, official).keys() >= ALL_TERMS
     assert {name for mode in MODES.values() for name in mode} <= ALL_TERMS
 
 
