@@ -29,7 +29,7 @@ CHANGES = [
         **_base_terms(text'''), ('''def reward_terms(''', '''def center_distance(box: Box, gt: Box) -> float:
     """1 where the centres agree, falling to 0 at a distance of the true diagonal."""
     (x, y), (u, v) = (((b[0] + b[2]) / 2, (b[1] + b[3]) / 2) for b in (box, gt))
-    return max(0.0, 1 - math.hypot(x - u, y - v) / math.hypot(*_size(gt)))
+    return max(0.0, 1 - math.hypot(x - u, y - v) / max(EPS, math.hypot(*_size(gt))))
 
 
 def reward_terms(''')], '''
