@@ -11,16 +11,17 @@ import argparse
 import base64
 import io
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from data import load_samples
+from data import clip_to, load_samples
 from rewards import MODES, reward_formula
 from runtime.cli import exit_on, parse_weights
 from runtime.files import parse_object, read_jsonl, read_text, write_whole
-from runtime.metrics import iou, pdice, prediction
+from runtime.metrics import iou, prediction
 from runtime.step import spread
 
 PAGE = Path(__file__).with_suffix(".html")
@@ -74,20 +75,20 @@ def group(row: dict, factors: dict[str, float]) -> dict:
     summary = {"mean": rewards.mean().item(), "best": max(iou(row, c) for c in completions),
                "parsed": sum(not c["problem"] for c in completions) / len(completions),
                **spread(rewards, [c["text"] for c in completions])}
-    kept = [{key: c[key] for key in ("text", "problem", "reward", "advantage", "length", "finished", "bbox", "points")}
-            | {"iou": iou(row, c), "pdice": pdice(row, c),
-               "terms": {name: c["terms"][name] for name, factor in factors.items() if factor}} for c in completions]
+    kept = [{key: c[key] for key in ("text", "problem", "reward", "advantage", "length", "finished")}
+            | {key: c[key] and clip_to(row["size"], c[key]) for key in ("bbox", "points")} | {"iou": iou(row, c)}
+            | {"terms": {name: c["terms"][name] for name, factor in factors.items() if factor}} for c in completions]
     shown = {key: row[key] for key in ("step", "split", "index", "id", "size", "query", "category", "truth")}
     return rounded(shown | {"summary": summary, "completions": kept})
 
 
 def rounded(value):
-    """Floats anywhere in JSON to four decimals."""
+    """Floats anywhere in JSON to four decimals; None for what JSON does not have."""
     if isinstance(value, float):
-        return round(value, 4)
+        return round(value, 4) if math.isfinite(value) else None
     if isinstance(value, dict):
         return {key: rounded(item) for key, item in value.items()}
-    return [rounded(item) for item in value] if isinstance(value, list) else value
+    return [rounded(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def pictures(rows: list[dict], config: dict) -> dict[str, str]:
