@@ -1,11 +1,16 @@
-"""A headless Chromium, driven over its own debugging pipe: no driver, no package, no network."""
+"""A headless Chromium, driven over its own debugging pipe: no driver, no package, no network.
+
+    python tests/browser.py PAGE.html PICTURE.png ["a JavaScript expression to run first"]
+"""
 import base64
 import fcntl
 import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
+from pathlib import Path
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 
@@ -107,3 +112,10 @@ class Browser:
     def picture(self, path, whole=False):
         data = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)["data"]
         path.write_bytes(base64.b64decode(data))
+
+
+if __name__ == "__main__":
+    with Browser() as shown:
+        shown.open(Path(sys.argv[1]))
+        shown.run("; ".join(sys.argv[3:]))
+        shown.picture(Path(sys.argv[2]))
