@@ -23,7 +23,8 @@ demo: setup
 	$(RUN) train_grpo.py
 	$(RUN) infer.py --crm "$$(ls -d runs/demo/step_* | tail -1)" --out out/demo --samples 8 --image demo/images/chest_ct_patient.png \
 	    --query "What could the dark air-filled field on the left of the chest represent?"
-	@echo "the curve is runs/demo/curves.png, the overlay out/demo/overlay.png"
+	$(RUN) -m tools.rollouts runs/demo
+	@echo "the curve is runs/demo/curves.png, the overlay out/demo/overlay.png, a page of groups that learn runs/demo/rollouts.html"
 
 .PHONY: test
 test: setup

@@ -30,7 +30,8 @@ from runtime.step import warnings_of
 LOGS = ("metrics", "samples", "held_out", "rollouts")   # NAME.jsonl, one object per line, each with its step
 MAY_CHANGE = {          # on --resume; everything else decides what is learned
     "resume", "out", "steps", "epochs", "timeout", "parallel", "offload", "checkpointing", "pack_tokens", "micro_batch",
-    "cuda_graphs", "max_skipped", "eval_every", "eval_answers", "eval_limit", "save_every", "keep"}
+    "cuda_graphs", "max_skipped", "eval_every", "eval_answers", "eval_limit", "save_every", "keep",
+    "rollouts_every"}
 
 
 # ---------------------------------------------------------------- schedules and data
@@ -74,7 +75,7 @@ def load_splits(cfg: RunConfig):
 # ---------------------------------------------------------------- the run folder
 
 class Run:
-    """runs/NAME: config.json, metrics.jsonl, samples.jsonl, held_out.jsonl, curves.png, step_000100/ …
+    """runs/NAME: config.json, metrics.jsonl, samples.jsonl, held_out.jsonl, rollouts.jsonl, curves.png, step_000100/
 
     Text first: everything that a picture shows can be read from metrics.jsonl. Only rank 0 writes."""
 
@@ -264,11 +265,30 @@ class Run:
         print0(f"step {step}, held out: " + ", ".join(f"{key} {value:.3f}" for key, value in means.items()))
         return means
 
+    def log_groups(self, step: int, crm, tests, roll_out, advantages, own=()) -> None:
+        """rollouts.jsonl, at each evaluation and every --rollouts-every steps: whole groups of four held-out prompts,
+        always the same with the same random numbers, and of the step's first two. own: this rank's (place, Rollout)."""
+        cfg = self.config
+        if step and not self.evaluation_due(step) and not (cfg.rollouts_every and step % cfg.rollouts_every == 0):
+            return
+        from tools.rollouts import fixed_prompts, group_row
+        fixed = fixed_prompts(tests, need_mask="mask_dice" in cfg.weights)
+        places = list(range(len(fixed)))[self.ranks.rank::self.ranks.world]
+        with unsharded(crm):
+            groups = roll_out(places, fixed, 0, split=tests)
+        for group in groups:
+            group.advantages = advantages(group.rewards[None], cfg.norm)[0]
+        rows = [group_row(step, "test", p, group, cfg.official) for p, group in zip(places, groups)]
+        rows += [group_row(step, "train", p, group, cfg.official) for p, group in own if p < 2]
+        self.log("rollouts", *sorted(self.ranks.gather(rows), key=lambda row: (row["split"], row["index"])))
+
     def finish(self, compare: bool) -> None:
         """Print where everything is. compare: also the first and the last held-out evaluation, compared."""
         if self.is_first and compare:
             self.report()
         print0(f"weights {self.saved}, numbers {self.folder / 'metrics.jsonl'}, picture {self.folder / 'curves.png'}")
+        if (self.folder / "rollouts.jsonl").exists():
+            print0(f"to see groups of completions learn: python -m tools.rollouts {self.folder}")
 
     def report(self) -> None:
         from tools.compare import summary_lines
