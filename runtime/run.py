@@ -30,7 +30,7 @@ from runtime.step import warnings_of
 LOGS = ("metrics", "samples", "held_out", "rollouts")   # NAME.jsonl, one object per line, each with its step
 MAY_CHANGE = {          # on --resume; everything else decides what is learned
     "resume", "out", "steps", "epochs", "timeout", "parallel", "offload", "checkpointing", "pack_tokens", "micro_batch",
-    "cuda_graphs", "max_skipped", "eval_every", "eval_answers", "eval_limit", "save_every", "keep",
+    "cuda_graphs", "max_skipped", "eval_every", "eval_answers", "eval_limit", "save_every", "keep", "track",
     "rollouts_every"}
 
 
@@ -83,7 +83,10 @@ class Run:
         """ValueError where --out holds files that this run must not touch, or cannot resume."""
         self.config, self.ranks, self.folder = config, ranks, Path(config.out)
         self.is_first, self.stop, self.saved = ranks.rank == 0, False, "not saved"
-        self.first_row, self.warned, self.skipped = None, set(), 0
+        self.first_row, self.warned, self.skipped, self.tracker = None, set(), 0, None
+        if config.track:
+            from tools.track import need
+            need(config.track)
         self._check_folder()
         self.checkpoint, self.state = self._newest_checkpoint() if config.resume != "no" else (None, None)
         if self.state:
@@ -119,8 +122,6 @@ class Run:
             raise ValueError(f"--steps {steps}: {self.folder} has {self.start} steps already; give more")
         if state:
             optimizer.load(self.checkpoint, state)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._stop)
         logs = {name: [row for row in self.read(name) if state and row["step"] <= self.start] for name in LOGS}
         for row in logs["metrics"]:
             if row["step"]:
@@ -134,6 +135,11 @@ class Run:
                 if path.exists():
                     write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
             write_whole(self.folder / "config.json", json.dumps(asdict(self.config), indent=2) + "\n")
+            if self.config.track:
+                from tools.track import Tracker
+                self.tracker = Tracker(self.config.track, self.folder, asdict(self.config), logs["metrics"])
+        for number in (signal.SIGINT, signal.SIGTERM):              # last: a tracker may have set its own
+            signal.signal(number, self._stop)
         return self.start
 
     def log(self, name: str, *rows: dict) -> None:
@@ -143,6 +149,8 @@ class Run:
                     file.writelines(json.dumps(row) + "\n" for row in rows)
             except OSError as error:
                 self._cannot_write(self.folder / f"{name}.jsonl", error)
+            if self.tracker and name == "metrics":
+                self.tracker.log(*rows)
 
     def read(self, name: str) -> list[dict]:
         return read_jsonl(self.folder / f"{name}.jsonl")
@@ -286,6 +294,8 @@ class Run:
         """Print where everything is. compare: also the first and the last held-out evaluation, compared."""
         if self.is_first and compare:
             self.report()
+        if self.tracker:
+            self.tracker.finish()
         print0(f"weights {self.saved}, numbers {self.folder / 'metrics.jsonl'}, picture {self.folder / 'curves.png'}")
         if (self.folder / "rollouts.jsonl").exists():
             print0(f"to see groups of completions learn: python -m tools.rollouts {self.folder}")
@@ -314,3 +324,8 @@ def remove(folder: Path) -> None:
     """A checkpoint, renamed first: half of one never has a checkpoint's name."""
     if folder.exists():
         shutil.rmtree(folder.rename(folder.with_suffix(".old")))
+
+
+if __name__ == "__main__":                                          # a run that has ended, to a tracker
+    from tools.track import main
+    main()
