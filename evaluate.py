@@ -53,7 +53,7 @@ class Config(ModelConfig):
     frame: str = flag("pixels", "the frame of --predictions", ("pixels", "norm1000", "model"))
     rescore: str | None = flag(None, "an --out folder: compute its tables again")
     compare: tuple[str, str] | None = flag(None, "two --out folders: what the second changes")
-    oracle: str | None = flag(None, "true prompts to masks, without a CRM; of an --out folder: and whose its loss is", bare="alone")
+    oracle: str | None = flag(None, "true prompts to masks, no CRM; of an --out folder: whose loss it is", bare="alone")
     # completions
     samples: int = flag(1, "completions per question", low=1)
     temperature: float | None = flag(None, "of sampling; 0 takes the most likely token (default: 0 for one completion "

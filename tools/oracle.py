@@ -3,16 +3,18 @@
     python evaluate.py --oracle --out eval/oracle               # true prompts to masks, without a CRM
     python evaluate.py --oracle eval/demo --out eval/whose      # beside the predictions that are in eval/demo
 
-Writes table.md, summary.json and config.json. Each sample is prompted with the truth in every geometry of `true_prompts`,
-and D*(g) is the Dice of the mask; D is the Dice from the box and two points that the CRM wrote:
+Writes table.md, summary.json and config.json. Each sample is prompted with the truth in every geometry of
+`true_prompts`, and D*(g) is the Dice of the mask; D is the Dice from the box and two points that the CRM wrote:
 
     1 - D = (1 - D*(best)) + (D*(best) - D*(box and 2 points)) + (D*(box and 2 points) - D)
              segmenter        geometry of the prompt              CRM
 
-"best" is one geometry, chosen by its mean on other questions: as many of the split "train" (of "test" where train is
-asked about), drawn by --seed. Where the data have no such split, the parts are left out. A part of a group may be negative. "Filled" is the box
-itself taken as the mask: what the segmenter adds to it is its own.
+"best" is one geometry for a row of the table, chosen by its mean over other questions of the same group, or over all
+if the group has fewer than 10 there: as many as are asked about, of the split "train" (where that is asked about, of
+"test"), drawn by --seed. Without such a split there are no parts. A part may be negative. "Filled" is the box itself
+taken as the mask. Beside a model that was asked for boxes alone, "box" stands for "box and 2 points"; so "2 points".
 """
+import inspect
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -34,7 +36,9 @@ COUNTS = (1, 2, 4, 8)                       # of points, and of pieces that get 
 WRITTEN = "box, 2 points"                   # what a CRM writes
 PIECES = {"1 piece": 1, "2-3 pieces": 3, "4-8 pieces": 8, "9-16 pieces": 16, "17 pieces or more": np.inf}
 PARTS = {"loss": "1 - Dice", "segmenter": "segmenter", "geometry": "geometry", "crm": "CRM"}
+IOUS = ("iou", "iou_several", "iou_any", "iou_luck")
 AT_ONCE = 64                                # masks of one forward pass
+ENOUGH = 10                                 # other questions that may choose a group's best geometry
 
 
 class Prompt(NamedTuple):
@@ -85,16 +89,16 @@ def filled(shape: tuple[int, int], boxes: list[Box]) -> np.ndarray:
     return mask
 
 
-def true_prompts(sample) -> dict[str, list[Prompt]]:
+def true_prompts(sample, points_off: bool = True) -> dict[str, list[Prompt]]:
     """{geometry: the prompts whose masks are united}, of a sample with a mask. The box and its two points are the
-    sample's own; everything else is taken from the mask."""
+    sample's own; everything else is taken from the mask. points_off: the segmenter takes points off the target, too."""
     box, points, parts = sample.bbox, sample.points[:2], pieces(sample.mask)
     apart = spread_points(sample.mask, parts, max(COUNTS))
     boxes = [box_from_mask(part) for part in parts]
     beside = filled(sample.mask.shape, [box]) & ~sample.mask
     off = (deepest(beside),) if beside.any() else ()            # nothing in the box is off the target: none
     return {"box": [Prompt(box)], "box, 1 point": [Prompt(box, points[:1])], WRITTEN: [Prompt(box, points)],
-            "box, 2 points, 1 off": [Prompt(box, points + off, len(off))],
+            **({"box, 2 points, 1 off": [Prompt(box, points + off, len(off))]} if points_off else {}),
             **{f"{k} point{'s' * (k > 1)}": [Prompt(None, apart[:k])] for k in COUNTS},
             **{f"a box each, {k} piece{'s' * (k > 1)}": [Prompt(b) for b in boxes[:k]] for k in COUNTS},
             "a box each, all": [Prompt(b) for b in boxes],
@@ -124,9 +128,9 @@ def written(p: dict, size: tuple[int, int]) -> Prompt | None:
 
 def measure(asm, sample, p: dict | None = None) -> dict:
     """One sample with a mask -> id, supercategory, pieces, fill (share of its box that the mask fills), area (share of
-    the image), dice {geometry: Dice}, filled {geometry of boxes alone: Dice}, and of a prediction p: crm, its Dice, and
-    iou with its like (see QUESTION_METRICS)."""
-    mask, prompts = sample.mask, true_prompts(sample)
+    the image), dice {geometry: Dice}, filled {geometry of boxes alone: Dice}, written (the geometry of a CRM), and of a
+    prediction p: crm, its Dice, and QUESTION_METRICS of its IoU. ValueError if p is of another target."""
+    mask, prompts = sample.mask, true_prompts(sample, "negative" in inspect.signature(asm.segment).parameters)
     answer = written(p, sample.image.size) if p else None
     everything = [prompt for several in prompts.values() for prompt in several] + [answer] * bool(answer)
     masks = segment_all(asm, np.asarray(sample.image), everything)
@@ -137,16 +141,20 @@ def measure(asm, sample, p: dict | None = None) -> dict:
                     for name, several in prompts.items()},
            "filled": {name: mask_dice(filled(mask.shape, [prompt.box for prompt in several]), mask)
                       for name, several in prompts.items() if not any(p.points for p in several)}}
+    row["written"] = {"bbox": "box", "points": "2 points"}[p["asked"][0]] if p and len(p["asked"]) == 1 else WRITTEN
     if p:
+        if tuple(p["truth"]["bbox"]) != tuple(sample.bbox):
+            raise ValueError(f"sample {sample.id}: the predictions are of a target in {p['truth']['bbox']}, not in "
+                             f"{list(sample.bbox)}; give the --data they were made with")
         row["crm"] = mask_dice(masks[answer], mask) if answer else 0.0
-        row |= {key: metric(p) for key, (_, metric) in QUESTION_METRICS.items() if key.startswith("iou")}
+        row |= {key: QUESTION_METRICS[key][1](p) for key in IOUS}
     return row
 
 
 def measure_all(asm, samples, ranks, predictions: dict[str, dict] | None = None) -> list[dict]:
     """A row of `measure` for each sample that has a mask, shared among the ranks."""
     rows = []
-    for i in tqdm(range(len(samples))[ranks.rank::ranks.world], disable=ranks.rank > 0, ncols=100):
+    for i in tqdm(range(len(samples))[ranks.rank::ranks.world], disable=ranks.rank > 0 or not len(samples), ncols=100):
         sample = samples[i]
         if sample.mask is not None:
             rows.append((i, measure(asm, sample, predictions and predictions[sample.id])))
@@ -157,38 +165,44 @@ def measure_all(asm, samples, ranks, predictions: dict[str, dict] | None = None)
 
 def split_loss(row: dict, best: str) -> dict[str, float]:
     """The parts of 1 - Dice, whose sum it is; of the true box and points where no CRM was asked."""
-    dice, top, true = row.get("crm", row["dice"][WRITTEN]), row["dice"][best], row["dice"][WRITTEN]
+    top, true = row["dice"][best], row["dice"][row["written"]]
+    dice = row.get("crm", true)
     parts = {"loss": 1 - dice, "segmenter": 1 - top, "geometry": top - true}
     return parts | ({"crm": true - dice} if "crm" in row else {})
 
 
 def summarise(rows: list[dict], others: list[dict]) -> dict:
-    """{"best": geometry or None, "chosen_among": n, "all": part, "supercategory": {name: part}, "pieces": the same},
-    part: {"n", "pieces", "fill", "area", "dice": {geometry: interval}, "filled", "against": paired difference to the
-    box and 2 points, "split": {part of PARTS: interval}, "iou": …}. others: rows of the questions that choose best."""
-    best = max(rows[0]["dice"], key=lambda g: np.mean([row["dice"][g] for row in others])) if others else None
-
+    """{"all": part, "supercategory": {name: part}, "pieces": {name: part}}, part: {"n", "pieces", "fill", "area",
+    "dice": {geometry: interval}, "filled", "against": paired difference to the box and 2 points, "best": geometry or
+    None, "chosen_on": questions, "split": {part of PARTS: interval}, "iou": …}. others: rows that choose the best."""
     def ends(values) -> dict | None:
         found = interval(values)
         return found and found._asdict() | {"n": sum(value is not None for value in values)}
 
-    def part(chosen: list[dict]) -> dict:
+    def part(belongs) -> dict:
+        chosen, like = ([row for row in several if belongs(row)] for several in (rows, others))
+        like = like if len(like) >= ENOUGH else others
+        best = max(like[0]["dice"], key=lambda g: np.mean([row["dice"][g] for row in like])) if like else None
         columns = {key: {g: [row[key][g] for row in chosen] for g in rows[0][key]} for key in ("dice", "filled")}
         losses = [split_loss(row, best) for row in chosen] if best else [{}]
-        return {"n": len(chosen), **{key: float(np.mean([row[key] for row in chosen])) for key in ("pieces", "fill", "area")},
+        return {"n": len(chosen), "best": best, "chosen_on": len(like),
+                **{key: float(np.mean([row[key] for row in chosen])) for key in ("pieces", "fill", "area")},
                 **{key: {g: ends(values) for g, values in columns[key].items()} for key in columns},
                 "against": {g: paired_bootstrap(columns["dice"][WRITTEN], values)._asdict()
                             for g, values in columns["dice"].items()},
                 "split": {key: ends([loss[key] for loss in losses]) for key in losses[0]},
-                **{key: ends([row[key] for row in chosen]) for key in rows[0] if key.startswith("iou")}}
+                **{key: ends([row[key] for row in chosen]) for key in IOUS if key in rows[0]}}
 
-    bins, low = {}, 0
-    for name, high in PIECES.items():
-        bins[name], low = [row for row in rows if low < row["pieces"] <= high], high
-    groups = sorted({row["supercategory"] for row in rows if row["supercategory"]})
-    return {"best": best, "chosen_among": len(others), "all": part(rows),
-            "supercategory": {name: part([row for row in rows if row["supercategory"] == name]) for name in groups},
-            "pieces": {name: part(chosen) for name, chosen in bins.items() if chosen}}
+    def parts(kind) -> dict:
+        return {name: part(lambda row: kind(row) == name) for name in sorted({kind(row) for row in rows} - {""})}
+
+    return {"all": part(lambda row: True), "supercategory": parts(lambda row: row["supercategory"]),
+            "pieces": dict(sorted(parts(some_pieces).items(), key=lambda item: list(PIECES).index(item[0])))}
+
+
+def some_pieces(row: dict) -> str:
+    """A key of PIECES."""
+    return next(name for name, most in PIECES.items() if row["pieces"] <= most)
 
 
 def percent(found: dict | None, sign: str = "") -> str:
@@ -202,10 +216,10 @@ def markdown(head: list[str], lines: list[list[str]]) -> list[str]:
 
 def table(summary: dict, left_out: int) -> str:
     """The summary as Markdown, in percent."""
-    whole, best = summary["all"], summary["best"]
-    parts = {"all": whole, **summary["supercategory"], **summary["pieces"]}
-    described = [[name, str(g["n"]), f"{g['pieces']:.1f}", f"{100 * g['fill']:.0f}", f"{100 * g['area']:.1f}"]
-                 for name, g in parts.items()]
+    whole = summary["all"]
+    parts = [("all", whole), *summary["supercategory"].items(), *summary["pieces"].items()]
+    described = [([name, str(g["n"]), f"{g['pieces']:.1f}", f"{100 * g['fill']:.0f}", f"{100 * g['area']:.1f}"], g)
+                 for name, g in parts]
     about = ["", "n", "pieces", "fill", "area share"]
     lines = ["Percent, mean over questions [95 % bootstrap interval].", "", "## True prompts, no CRM", "",
              f"{whole['n']} questions; {left_out} without a mask are left out.", "",
@@ -213,20 +227,19 @@ def table(summary: dict, left_out: int) -> str:
                        [[name, percent(found), percent(whole["against"][name], "+") if name != WRITTEN else "",
                          percent(whole["filled"].get(name))] for name, found in whole["dice"].items()]),
              "## Whose loss it is", ""]
-    if best:
+    if whole["best"]:
         keys = [key for key in PARTS if key in whole["split"]]
-        ious = [key for key in whole if key.startswith("iou") and whole[key]]
+        ious = [key for key in IOUS if whole.get(key)]
         of = "the CRM's mask" if "crm" in keys else f"the mask from the true {WRITTEN}; no CRM was asked"
-        lines += [f"1 - Dice of {of}, split. The best geometry is “{best}”, chosen on {summary['chosen_among']} other "
-                  "questions.", "",
-                  *markdown([*about, *(PARTS[key] for key in keys), *(QUESTION_METRICS[key][0] for key in ious)],
-                            [[*start, *(percent(g["split"][key]) for key in keys), *(percent(g[key]) for key in ious)]
-                             for start, g in zip(described, parts.values())])]
+        head = [*about, *(PARTS[key] for key in keys), "best prompt", *(QUESTION_METRICS[key][0] for key in ious)]
+        lines += [f"1 - Dice of {of}, split. The best prompt was chosen on other questions; in brackets, how many.", "",
+                  *markdown(head, [[*start, *(percent(g["split"][key]) for key in keys),
+                                    f"{g['best']} ({g['chosen_on']})", *(percent(g[key]) for key in ious)]
+                                   for start, g in described])]
     else:
         lines += ["Not split: the data have no other split to choose the best geometry on.", ""]
-    lines += ["## True prompts by group", "",
-              *markdown([*about, *whole["dice"]], [[*start, *(f"{100 * found['mean']:.1f}" for found in g["dice"].values())]
-                                                   for start, g in zip(described, parts.values())])]
+    means = [[*start, *(f"{100 * found['mean']:.1f}" for found in g["dice"].values())] for start, g in described]
+    lines += ["## True prompts by group", "", *markdown([*about, *whole["dice"]], means)]
     return "\n".join(lines)
 
 
@@ -249,8 +262,8 @@ def predictions_for(cfg, samples) -> dict[str, dict] | None:
         return None
     found = {p["id"]: p for p in read_predictions(cfg.oracle)}
     if missing := [name for name in samples.ids() if name not in found]:
-        raise ValueError(f"--oracle {cfg.oracle}: {len(missing)} of {len(samples)} questions of --data {cfg.data}, split "
-                         f"{cfg.split}, are not in there, the first: {missing[0]!r}; --limit takes the first ones")
+        raise ValueError(f"--oracle {cfg.oracle}: {len(missing)} of {len(samples)} questions of --data {cfg.data}, "
+                         f"split {cfg.split}, are not in there, the first: {missing[0]!r}; --limit takes first ones")
     return found
 
 
@@ -261,11 +274,14 @@ def oracle(cfg, samples, asm, ranks) -> None:
             raise ValueError(f"--oracle with --{name}: it asks no model; evaluate first, then --oracle THAT_OUT_FOLDER")
     if asm is None:
         raise ValueError("--oracle with --asm none: it is the segmenter that is measured")
+    unmasked = ValueError(f"--data {cfg.data}, split {cfg.split}: no sample has a mask to compare with")
+    if not any(row["mask"] for row in samples.rows):
+        raise unmasked
     predictions = predictions_for(cfg, samples)
     others = measure_all(asm, choosers(cfg, len(samples)), ranks)
     rows = measure_all(asm, samples, ranks, predictions)
-    if not rows:
-        raise ValueError(f"--data {cfg.data}, split {cfg.split}: no sample has a mask to compare with")
+    if not rows:                                # a parquet file tells only now
+        raise unmasked
     if ranks.rank == 0:
         summary, out = summarise(rows, others), Path(cfg.out)
         text = table(summary, len(samples) - len(rows))
