@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from asm import load_asm
 from crm import load_crm
-from data import BadRow, clip_to, load_prompt, load_samples
+from data import BadRow, clip_to, load_samples
 from runtime.cli import EMBEDDED, ModelConfig, exit_on, flag, parse_args, print0
 from runtime.files import write_whole
 from runtime.metrics import QUESTION_METRICS, add_siblings, ask, interval, iou, mask_dice, mean, parsed, pdice
@@ -165,16 +165,16 @@ def add_masks(p: dict, sample, asm) -> dict:
 def from_model(cfg: Config, samples, asm, ranks: Ranks) -> list[dict]:
     """A CRM's predictions, one for each sample, in order; ValueError if some are missing or doubled. Each rank appends
     its own to a file in --out, so that an interruption loses one batch."""
-    out, template = Path(cfg.out), load_prompt(cfg.prompt)
+    out = Path(cfg.out)
     # one rank looks at what an earlier run left, before any rank appends: all must partition the same list
     done = set(ranks.gather([row["index"] for row in finished(out)] if ranks.rank == 0 else []))
     todo = [i for i in range(len(samples)) if i not in done][ranks.rank::ranks.world]
     if todo:
-        sizes = {name: getattr(cfg, name) for name in ("resize", "min_pixels", "max_pixels")}
+        sizes = {name: getattr(cfg, name) for name in ("resize", "min_pixels", "max_pixels", "prompt")}
         crm = load_crm(cfg.crm, ranks.device, ranks.dtype(cfg.dtype),
                        **{name: value for name, value in sizes.items() if value is not None})
         temperature = float(cfg.samples > 1) if cfg.temperature is None else cfg.temperature
-        answered = ask(crm, samples, todo, template, {"": (cfg.samples, temperature)}, cfg.max_new_tokens, cfg.seed,
+        answered = ask(crm, samples, todo, {"": (cfg.samples, temperature)}, cfg.max_new_tokens, cfg.seed,
                        cfg.batch)
         with open(out / f"part-{ranks.rank}.jsonl", "a") as file:
             for _, sample, _, p in tqdm(answered, total=len(todo), disable=ranks.rank > 0, ncols=100):

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from asm import load_asm
 from crm import CRM, Group, load_crm
-from data import BadRow, Sample, fill_prompt, load_prompt, to_model
+from data import BadRow, Sample, fill_prompt, to_model
 from rewards import reward_formula, reward_terms, total_reward
 from runtime.cli import RunConfig, exit_on, flag, parse_args, parse_weights, print0
 from runtime.metrics import mask_rewards
@@ -171,7 +171,7 @@ def step_weights(groups: list[Group], cfg: Config, ranks: Ranks) -> list[torch.T
 def main(cfg: Config) -> None:
     ranks = Ranks.start(cfg.timeout)
     with exit_on(ValueError, OSError):
-        factors, template = parse_weights(cfg.weights), load_prompt(cfg.prompt)
+        factors = parse_weights(cfg.weights)
         if cfg.prompts % (ranks.world * cfg.minibatches):
             raise ValueError(f"--prompts {cfg.prompts}: give a multiple of ranks x --minibatches, "
                              f"{ranks.world} x {cfg.minibatches}; a whole group stays on one rank")
@@ -191,13 +191,13 @@ def main(cfg: Config) -> None:
 
     def roll_out(places: list[int], indices: list[int], step: int, attempt: int = 0) -> list[Rollout]:
         samples = [train[indices[p]] for p in places]
-        prompts = [crm.encode(s.image, fill_prompt(template, s.query)) for s in samples]
+        prompts = [crm.encode(s.image, fill_prompt(crm.template, s.query)) for s in samples]
         seeds = [(cfg.seed, 0, step, p, indices[p], attempt) for p in places]       # the same on any rank
         groups = sample(crm, prompts, cfg.group, cfg.max_new_tokens, cfg.temperature, seeds, cfg.cuda_graphs)
         return [reward(s, g, cfg, factors, asm) for s, g in zip(samples, groups)]
 
     if first == 0 and tests:
-        run.log("metrics", {"step": 0, **run.evaluate(crm, tests, template, factors, 0, greedy=True)})
+        run.log("metrics", {"step": 0, **run.evaluate(crm, tests, factors, 0, greedy=True)})
     bar = tqdm(range(first, cfg.steps), initial=first, total=cfg.steps, disable=ranks.rank > 0, ncols=100)
     for step in bar:
         clock = [ranks.clock()]
@@ -269,7 +269,7 @@ def main(cfg: Config) -> None:
         run.warn(row)
         stopped = run.stopped()
         if tests and run.evaluation_due(done):
-            row |= run.evaluate(crm, tests, template, factors, done, greedy=done == cfg.steps)
+            row |= run.evaluate(crm, tests, factors, done, greedy=done == cfg.steps)
         run.log("metrics", row)
         ranked = sorted(completions, key=lambda completion: completion["reward"])
         run.log("samples", {"step": done, "best": ranked[-1], "worst": ranked[0]})
@@ -289,7 +289,8 @@ def build(cfg: Config, ranks: Ranks) -> tuple[CRM, Optimizer]:
     torch.manual_seed(cfg.seed)                                 # LoRA's matrices: the same on every rank
     crm = load_crm(cfg.crm, ranks.device, ranks.dtype(cfg.dtype), lora_rank=cfg.lora_rank,
                    reference=cfg.kl_coef > 0, freeze_vision=cfg.freeze_vision, checkpointing=cfg.checkpointing,
-                   resize=cfg.resize, min_pixels=cfg.min_pixels, max_pixels=cfg.max_pixels, offload=cfg.offload)
+                   resize=cfg.resize, min_pixels=cfg.min_pixels, max_pixels=cfg.max_pixels, prompt=cfg.prompt,
+                   offload=cfg.offload)
     crm.trainable(cfg.trainable)
     if cfg.parallel == "fsdp":
         shard(crm, ranks, cfg.offload)

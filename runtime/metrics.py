@@ -137,7 +137,7 @@ def medoid(answers: list[Answer]) -> tuple[int | None, float | None]:
 
 # ---------------------------------------------------------------- held-out questions
 
-def ask(crm, samples, indexes, template: str, kinds: dict[str, tuple[int, float]], max_new_tokens: int, seed: int,
+def ask(crm, samples, indexes, kinds: dict[str, tuple[int, float]], max_new_tokens: int, seed: int,
         batch: int = 0, official: bool = False) -> Iterator[tuple]:
     """Put questions to the CRM -> (kind, sample, group, prediction) for each question and kind.
 
@@ -147,7 +147,7 @@ def ask(crm, samples, indexes, template: str, kinds: dict[str, tuple[int, float]
     for start in range(0, len(indexes), batch):
         part = indexes[start:start + batch]
         chosen = [samples[i] for i in part]
-        prompts = [crm.encode(s.image, fill_prompt(template, s.query)) for s in chosen]
+        prompts = [crm.encode(s.image, fill_prompt(crm.template, s.query)) for s in chosen]
         for kind, (completions, temperature) in kinds.items():
             seeds = [(seed, 1, i) for i in part]
             groups = sample_groups(crm, prompts, completions, max_new_tokens, temperature, seeds)
@@ -155,13 +155,13 @@ def ask(crm, samples, indexes, template: str, kinds: dict[str, tuple[int, float]
                 yield kind, sample, group, prediction(sample, i, group.texts, group.prompt.frame, official)
 
 
-def held_out(crm, samples, template: str, kinds: dict[str, tuple[int, float]], mode: str, weights: dict,
+def held_out(crm, samples, kinds: dict[str, tuple[int, float]], mode: str, weights: dict,
              ranks: Ranks, max_new_tokens: int = 512, batch: int = 0, official: bool = False) -> list[dict]:
     """Every sample's question under every kind (see `ask`) -> one row per kind and sample, in that order: kind, index,
     id, wording, QUESTION_METRICS, and the mean reward (model frame, without mask_dice)."""
     weights = {name: weight for name, weight in weights.items() if name != "mask_dice"}
     mine, rows = range(len(samples))[ranks.rank::ranks.world], []
-    for kind, sample, group, p in ask(crm, samples, mine, template, kinds, max_new_tokens, 0, batch, official):
+    for kind, sample, group, p in ask(crm, samples, mine, kinds, max_new_tokens, 0, batch, official):
         frame = group.prompt.frame
         truth = to_model(sample.bbox, frame), to_model(sample.points, frame)
         rewards = [total_reward(reward_terms(c["text"], *truth, official, frame.model), mode, weights)

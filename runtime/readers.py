@@ -112,7 +112,14 @@ def first(values) -> dict:
     return values[0] if isinstance(values, list) and len(values) == 1 and isinstance(values[0], dict) else {}
 
 
-READERS = {"samples.jsonl": read_folder, "**/*.parquet": read_parquet}     # pattern of a file: its reader
+def read_coco(path: Path, split: str) -> tuple[list[dict], list[str]]:
+    """COCO's json files, see tools/coco.py."""
+    from tools.coco import read
+    return read(path, split)
+
+
+READERS = {"samples.jsonl": read_folder, "**/*.parquet": read_parquet,      # pattern of a file: its reader
+           "**/*.json": read_coco}
 
 
 def read_rows(path: Path, split: str | None) -> tuple[list[dict], list[str]]:

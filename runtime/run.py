@@ -24,6 +24,7 @@ from runtime.files import parse_object, read_jsonl, read_text, read_torch, to_di
 from runtime.metrics import held_out, held_out_means
 from runtime.optim import Optimizer
 from runtime.parallel import Ranks, unsharded
+from runtime.readers import read_rows
 from runtime.step import warnings_of
 
 LOGS = ("metrics", "samples", "held_out", "rollouts")   # NAME.jsonl, one object per line, each with its step
@@ -64,9 +65,9 @@ def load_splits(cfg: RunConfig):
     train = train.only(cfg.only) if cfg.only else train
     if cfg.eval_every < 0:
         return train, []
-    if not cfg.test_data and Path(cfg.data).is_file():
-        raise ValueError(f"--data {cfg.data}: one file has no held-out split; give a folder, --test-data, or "
-                         "--eval-every -1")
+    if not cfg.test_data and (Path(cfg.data).suffix == ".parquet" or "test" not in read_rows(Path(cfg.data), None)[1]):
+        print0(f'{cfg.data}: no split "test" there, so nothing is held out; --test-data PATH names one')
+        return train, []
     return train, load(cfg.test_data or cfg.data, "test")[:cfg.eval_limit or None]
 
 
@@ -251,12 +252,12 @@ class Run:
         every = self.config.eval_every
         return step == self.steps or (every > 0 and step % every == 0)
 
-    def evaluate(self, crm, tests, template: str, weights: dict, step: int, greedy: bool) -> dict[str, float]:
+    def evaluate(self, crm, tests, weights: dict, step: int, greedy: bool) -> dict[str, float]:
         """Held-out scores, sampled as in training and, if asked, greedy: their means, for metrics.jsonl."""
         cfg = self.config
         kinds = {"sampled": (cfg.eval_answers, cfg.temperature)} | ({"greedy": (1, 0.0)} if greedy else {})
         with unsharded(crm):
-            rows = held_out(crm, tests, template, kinds, cfg.mode, weights, self.ranks, cfg.max_new_tokens,
+            rows = held_out(crm, tests, kinds, cfg.mode, weights, self.ranks, cfg.max_new_tokens,
                             official=cfg.official)
         self.log("held_out", *({"step": step, **row} for row in rows))
         means = held_out_means(rows)

@@ -108,7 +108,7 @@ def samples(n=5):
 
 
 def ask_all(crm, **more):
-    return held_out(crm, samples(), "{query}", {"sampled": (2, 1.0), "greedy": (1, 0.0)}, "soft", {}, Ranks(),
+    return held_out(crm, samples(), {"sampled": (2, 1.0), "greedy": (1, 0.0)}, "soft", {}, Ranks(),
                     max_new_tokens=6, **more)
 
 
@@ -131,7 +131,7 @@ def test_a_prompt_is_encoded_once_for_sampled_and_greedy(crm, monkeypatch):
 def test_the_temperature_of_the_run_is_the_temperature_of_the_held_out_split(crm, monkeypatch):
     used = []
     monkeypatch.setattr(metrics, "sample_groups", lambda *args: used.append(args[4]) or sample_groups(*args))
-    held_out(crm, samples(1), "{query}", {"sampled": (2, 0.7)}, "soft", {}, Ranks(), max_new_tokens=4)
+    held_out(crm, samples(1), {"sampled": (2, 0.7)}, "soft", {}, Ranks(), max_new_tokens=4)
     assert used == [0.7]
 
 
@@ -140,7 +140,7 @@ def test_ranks_share_the_questions_without_loss_whatever_their_batches(crm):
     for rank in range(2):
         ranks = Ranks(rank, 2)
         ranks.gather = lambda rows: rows
-        parts += held_out(crm, samples(), "{query}", {"sampled": (2, 1.0)}, "soft", {}, ranks, 6, batch=1 + rank)
+        parts += held_out(crm, samples(), {"sampled": (2, 1.0)}, "soft", {}, ranks, 6, batch=1 + rank)
     assert sorted(parts, key=lambda row: row["index"]) == [r for r in ask_all(crm) if r["kind"] == "sampled"]
 
 

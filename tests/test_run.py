@@ -316,7 +316,7 @@ def held_out_rows(count, iou):
 def test_the_held_out_split_is_sampled_at_the_temperature_of_training(cfg, monkeypatch):
     asked = []
 
-    def held_out(crm, tests, template, kinds, mode, weights, ranks, max_new_tokens, official):
+    def held_out(crm, tests, kinds, mode, weights, ranks, max_new_tokens, official):
         asked.append((kinds, mode, weights, max_new_tokens, official))
         return held_out_rows(3, 0.5)
 
@@ -327,8 +327,8 @@ def test_the_held_out_split_is_sampled_at_the_temperature_of_training(cfg, monke
     monkeypatch.setattr(module, "held_out", held_out)
     monkeypatch.setattr(module, "unsharded", unsharded)
     run = begun(cfg, temperature=0.7, eval_answers=3, official=True, mode="hard")
-    means = run.evaluate(None, [], "", {"box_iou": 2.0}, step=0, greedy=True)
-    run.evaluate(None, [], "", {}, step=5, greedy=False)
+    means = run.evaluate(None, [], {"box_iou": 2.0}, step=0, greedy=True)
+    run.evaluate(None, [], {}, step=5, greedy=False)
     assert asked[0] == ({"sampled": (3, 0.7), "greedy": (1, 0.0)}, "hard", {"box_iou": 2.0}, 128, True)
     assert asked[1][0] == {"sampled": (3, 0.7)} and means["sampled/iou"] == 0.5
     assert [row["step"] for row in run.read("held_out")] == [0] * 6 + [5] * 6
