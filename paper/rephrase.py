@@ -29,7 +29,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from crm import load_crm
-from data import load_prompt, load_samples
+from data import load_samples
 from paper.umrg_words import Chat
 from rewards import box_iou
 from runtime.cli import ModelConfig, exit_on, flag, parse_args, print0
@@ -191,7 +191,7 @@ def others_in(kinds) -> list[str]:
     return [kind for kind in kinds if kind not in FIXED]
 
 
-def answers(crm, samples, texts: list[dict[str, str]], template: str, cfg, ranks) -> list[dict]:
+def answers(crm, samples, texts: list[dict[str, str]], cfg, ranks) -> list[dict]:
     """A row per sample: id, supercategory, truth, said {kind: {query, bbox, problem}}, and resampled, as many of these
     as it has wordings. texts: {kind: question} per sample, FIXED included. Boxes in the image frame."""
     jobs = Jobs(samples, [(i, kind, text) for i, several in enumerate(texts) for kind, text in several.items()])
@@ -200,7 +200,7 @@ def answers(crm, samples, texts: list[dict[str, str]], template: str, cfg, ranks
     found = []
     for several, count, temperature in ((jobs, 1, cfg.temperature), (plain, most, cfg.temperature or 1.0)):
         mine = range(len(several) if count else 0)[ranks.rank::ranks.world]
-        asked = ask(crm, several, mine, template, {"": (count, temperature)}, cfg.max_new_tokens, cfg.seed, cfg.batch)
+        asked = ask(crm, several, mine, {"": (count, temperature)}, cfg.max_new_tokens, cfg.seed, cfg.batch)
         for _, sample, _, p in tqdm(asked, total=len(mine), disable=ranks.rank > 0, ncols=100):
             index, kind, query = several.jobs[p["index"]]
             said = [{"query": query, "bbox": c["bbox"], "problem": c["problem"]} for c in p["completions"]]
@@ -278,7 +278,7 @@ def table(summary: dict) -> str:
 
 
 def main(cfg: Config) -> None:
-    ranks, out, template = Ranks.start(), Path(cfg.out), load_prompt(cfg.prompt)
+    ranks, out = Ranks.start(), Path(cfg.out)
     if cfg.base_url and (not cfg.model or ranks.world > 1):
         raise ValueError("--base-url needs --model, and one process, without torchrun")
     if out.exists() and not out.is_dir():
@@ -288,8 +288,9 @@ def main(cfg: Config) -> None:
     strange = strangers(samples, cfg.seed)
     endpoint = vars(cfg) | {"cache": Path(cfg.cache), "price_in": 0.0, "price_out": 0.0}
     chat = Chat(SimpleNamespace(**endpoint)) if cfg.base_url else None
-    crm = load_crm(cfg.crm, ranks.device, ranks.dtype(cfg.dtype), **{
-        name: getattr(cfg, name) for name in ("resize", "min_pixels", "max_pixels") if getattr(cfg, name) is not None})
+    how = {name: getattr(cfg, name) for name in ("resize", "min_pixels", "max_pixels", "prompt")}
+    crm = load_crm(cfg.crm, ranks.device, ranks.dtype(cfg.dtype),
+                   **{name: value for name, value in how.items() if value is not None})
     texts = []
     for row, name, other in zip(samples.rows, samples.ids(), strange):
         texts.append({ASKED: row["query"], **wordings(row["query"], name, cfg.seed), OTHER: other, GREY: row["query"]})
@@ -297,7 +298,7 @@ def main(cfg: Config) -> None:
         for i, several in enumerate(texts):
             several |= paraphrases(chat, samples[i], cfg.paraphrases, cfg.tries)
         print0(chat.cost())
-    rows = answers(crm, samples, texts, template, cfg, ranks)
+    rows = answers(crm, samples, texts, cfg, ranks)
     if ranks.rank == 0:
         summary = summarise(rows)
         out.mkdir(parents=True, exist_ok=True)

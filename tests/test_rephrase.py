@@ -54,7 +54,8 @@ def test_no_wording_of_the_embedded_questions_names_what_they_do_not_name():
 
 def test_another_question_is_of_another_category_where_there_is_one():
     def given(*pairs):
-        return SimpleNamespace(rows=[{"query": q, "category": c, "where": f"row {i}"} for i, (q, c) in enumerate(pairs)])
+        return SimpleNamespace(rows=[{"query": query, "category": category, "where": f"row {i}"}
+                                     for i, (query, category) in enumerate(pairs)])
 
     chosen = strangers(given(("a", "x"), ("b", "x"), ("c", "y")), 0)
     assert chosen[:2] == ["c", "c"] and chosen[2] in "ab"
@@ -107,7 +108,7 @@ def test_measures_by_hand():
 
 
 def answered(model, count=20):
-    """Rows of a model: a function of (question, whose truth is which) -> box. The truth lies where the question says."""
+    """Rows of a model, a function from what the question means to a box; another sample's question means its truth."""
     found = []
     for i in range(count):
         truth, other = (10 * i, 0, 10 * i + 10, 10), (10 * i + 10, 0, 10 * i + 20, 10)
