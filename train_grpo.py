@@ -72,6 +72,7 @@ class Config(RunConfig):                        # model, data, optimizer, evalua
     schedule: str = flag("constant", "learning rate after warm-up", ("constant", "linear", "cosine"))
     pack_tokens: int = flag(8192, "most tokens scored at once; longer groups are cut", low=1)
     max_skipped: int = flag(3, "steps in a row without a finite gradient after which the run ends", low=1)
+    rollouts_every: int = flag(0, "steps between whole groups in rollouts.jsonl (0: at evaluations only)", low=0)
 
 
 # ---------------------------------------------------------------- the algorithm, on plain tensors
@@ -189,8 +190,8 @@ def main(cfg: Config) -> None:
     share = len(places) // cfg.minibatches
     updates = cfg.inner_epochs * cfg.minibatches
 
-    def roll_out(places: list[int], indices: list[int], step: int, attempt: int = 0) -> list[Rollout]:
-        samples = [train[indices[p]] for p in places]
+    def roll_out(places: list[int], indices: list[int], step: int, attempt: int = 0, split=train) -> list[Rollout]:
+        samples = [split[indices[p]] for p in places]
         prompts = [crm.encode(s.image, fill_prompt(crm.template, s.query)) for s in samples]
         seeds = [(cfg.seed, 0, step, p, indices[p], attempt) for p in places]       # the same on any rank
         groups = sample(crm, prompts, cfg.group, cfg.max_new_tokens, cfg.temperature, seeds, cfg.cuda_graphs)
@@ -198,6 +199,7 @@ def main(cfg: Config) -> None:
 
     if first == 0 and tests:
         run.log("metrics", {"step": 0, **run.evaluate(crm, tests, factors, 0, greedy=True)})
+        run.log_groups(0, crm, tests, roll_out, group_advantages)
     bar = tqdm(range(first, cfg.steps), initial=first, total=cfg.steps, disable=ranks.rank > 0, ncols=100)
     for step in bar:
         clock = [ranks.clock()]
@@ -273,6 +275,7 @@ def main(cfg: Config) -> None:
         run.log("metrics", row)
         ranked = sorted(completions, key=lambda completion: completion["reward"])
         run.log("samples", {"step": done, "best": ranked[-1], "worst": ranked[0]})
+        run.log_groups(done, crm, tests, roll_out, group_advantages, own=zip(places, batch))
         bar.set_postfix({key: f"{row[key]:.2f}" for key in ("reward", "seconds")})
         if run.due(done, stopped):
             run.save(done, crm, optimizer)

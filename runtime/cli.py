@@ -12,6 +12,7 @@ from typing import get_args
 from rewards import MODES, reward_formula
 
 ROOT = Path(__file__).parents[1]
+TRACKERS = ("tensorboard", "wandb", "trackio", "swanlab")
 EMBEDDED = {"crm": ROOT / "demo/crm", "asm": ROOT / "demo/asm", "data": ROOT / "demo/data"}
 
 
@@ -53,6 +54,7 @@ class RunConfig(ModelConfig):
     resume: str = flag("no", "continue from the last checkpoint in --out; auto: if there is one",
                        ("no", "yes", "auto"), bare="yes")
     parallel: str = flag("ddp", "how torchrun's ranks share the model, see parallel.py", ("ddp", "fsdp"))
+    track: str | None = flag(None, "send the rows of metrics.jsonl to a tracker, too, see tools/track.py", TRACKERS)
     timeout: float = flag(30.0, "minutes that a rank waits for the others", above=0)
     # optimization
     steps: int = flag(100, "optimizer steps", low=0)

@@ -12,6 +12,7 @@ from data import BadRow
 from runtime import run as module
 from runtime.cli import RunConfig, flag
 from runtime.files import read_jsonl, read_torch, write_whole
+from runtime.metrics import QUESTION_METRICS
 from runtime.parallel import Ranks
 from runtime.run import Run, learning_rate, sample_indices
 
@@ -308,8 +309,8 @@ def test_a_signal_lets_the_step_finish(cfg, capsys):
 
 
 def held_out_rows(count, iou):
-    return [{"kind": kind, "index": i, "id": str(i), "wording": None, "iou": iou, "pdice": iou, "parse_ok": 1.0,
-             "iou_parsed": iou, "named": None, "iou_named": None, "reward": 4 * iou}
+    scores = dict.fromkeys(QUESTION_METRICS) | {"iou": iou, "pdice": iou, "parse_ok": 1.0, "iou_parsed": iou}
+    return [{"kind": kind, "index": i, "id": str(i), "wording": None, **scores, "reward": 4 * iou}
             for kind in ("sampled", "greedy") for i in range(count)]
 
 
