@@ -121,6 +121,19 @@ def test_held_out_rows_are_in_order_and_do_not_depend_on_the_batch(crm):
     assert {*QUESTION_METRICS, "reward", "id"} < rows[0].keys() and rows[0]["iou_parsed"] is None
 
 
+def test_held_out_rows_of_one_image_and_category_have_scores_among_siblings_whatever_their_rank(crm):
+    asked = samples(3)
+    for case, box in zip(asked, [BOX, (30, 30, 40, 40), BOX]):
+        case.image, case.category, case.bbox = asked[0].image, "nucleus", box
+    asked[2].category = "gland"
+    mine = Ranks(0, 2)
+    mine.gather = lambda rows: rows + [(0, rows[0][1] | {"index": 1, "truth": {"bbox": (30, 30, 40, 40)}}, 0.0)]
+    for rows in (held_out(crm, asked, {"sampled": (2, 1.0)}, "soft", {}, Ranks(), 6),
+                 held_out(crm, asked, {"sampled": (2, 1.0)}, "soft", {}, mine, 6)):
+        assert [row["iou_any"] is None for row in rows] == [False, False, True]
+        assert all(row["iou_luck"] == row["iou_any"] / 2 for row in rows[:2])
+
+
 def test_a_prompt_is_encoded_once_for_sampled_and_greedy(crm, monkeypatch):
     encode, calls = crm.encode, []
     monkeypatch.setattr(crm, "encode", lambda *args: calls.append(1) or encode(*args))
