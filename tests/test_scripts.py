@@ -279,7 +279,8 @@ def test_the_readme_names_only_files_and_flags_that_exist():
         if not path.startswith(("runs/", "out/")) and "/" in path or path.endswith(".py"):
             assert (ROOT / path).exists(), path
     flags = set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", text)) \
-        - {"nproc-per-node", "nnodes", "rdzv-backend", "rdzv-id", "rdzv-endpoint", "no-deps", "no-build-isolation", "gpus", "sheet"}
+        - {"nproc-per-node", "nnodes", "rdzv-backend", "rdzv-id", "rdzv-endpoint", "no-deps", "no-build-isolation", "gpus", "sheet",
+           "backend", "local", "target"}                # torchrun's, pip's, our tools', verl.model_merger's
     known = {name.replace("_", "-") for module in (train_grpo, train_sft, infer, evaluate)
              for name in module.Config.__dataclass_fields__} | {"no-think", "help"}
     for tool in (*ROOT.glob("paper/*.py"), *ROOT.glob("bench/*.py"), *ROOT.glob("demo/*.py")):

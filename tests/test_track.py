@@ -51,8 +51,8 @@ def test_configuration_once_then_every_row_then_the_end(cfg, fake, name):
     run.log("metrics", {"step": 4, "reward": 1, "sampled/iou": None, "warnings": ["x"], "skipped": True})
     run.finish(compare=False)
     first, *rows, last = calls()
-    config = first[1].pop("config")
-    assert first == ("init", {"project": "medreasoner", "name": "run"}) and config["lr"] == cfg.lr and last == ("finish",)
+    assert first[1].pop("config")["lr"] == cfg.lr and last == ("finish",)
+    assert first == ("init", {"project": "medreasoner", "name": "run"})
     assert [row[1] for row in rows] == [1, 2, 3, 4] and rows[0][2] == CALM and rows[3][2] == {"reward": 1}
     assert rows[1][2] == CALM | {"sampled/iou": 0.25}
 
@@ -136,8 +136,9 @@ def test_what_is_no_run_is_one_line(tmp_path, fake, monkeypatch, capsys):
     fake("wandb")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty/config.json").write_text("{}")
-    for argv, problem in ((["--track", "wandb", tmp_path / "none"], "config.json"), (["--track", "mlflow", tmp_path], "mlflow"),
-                          (["--track", "wandb", tmp_path / "empty"], "no row there"), (["x"], "--track")):
+    for argv, problem in ((["--track", "wandb", tmp_path / "none"], "config.json"), (["x"], "--track"),
+                          (["--track", "mlflow", tmp_path], "mlflow"),
+                          (["--track", "wandb", tmp_path / "empty"], "no row there")):
         with pytest.raises(SystemExit) as stopped:
             replay(monkeypatch, *argv)
         err = capsys.readouterr().err
