@@ -38,12 +38,11 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from crm import BANNED, CHAT, CRM, END, load_crm
 from data import PROMPTS, STRIDE, fill_prompt, load_samples, target_text, to_model
-from demo.check_crm import check, named_question, target_name
+from demo.check_crm import SHORT, check, named_question, target_name
 from demo.wordings import OPENERS, PICTURES, SEEN, WORDS, unsure_trace
 from scoring import group_of, score
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *BANNED]
-SHORT = "{query}\nAnswer: "
 CATEGORIES = sorted(WORDS)
 PARTS = 4                   # a cell's side in parts of the dense target
 LARGEST = 224               # pixels of the data's largest side: coordinates are divided by it
