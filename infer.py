@@ -70,7 +70,8 @@ def main(cfg: Config) -> int:
         prompt = crm.encode(image, fill_prompt(template, cfg.query))
         out = Path(cfg.out)
         out.mkdir(parents=True, exist_ok=True)
-    print(f"image      {cfg.image}, {image.width}x{image.height} pixels; model frame {prompt.frame.model}" + (f"; {view}" if view else ""))
+    print(f"image      {cfg.image}, {image.width}x{image.height} pixels; model frame {prompt.frame.model}",
+          f"; {view}" if view else "", sep="")
     print(f"models     CRM {cfg.crm}, ASM {cfg.asm}, on {ranks.device}", flush=True)
 
     # 2. the clinical reasoning module answers
@@ -97,7 +98,8 @@ def main(cfg: Config) -> int:
     Image.fromarray(np.uint8(masks[0]) * 255).save(out / "mask.png")
     overlay(image, masks[0], bbox, points).save(out / "overlay.png")
     result |= {"text": group.texts[kept], "reasoning": answer.think, "bbox": bbox, "points": points,
-               "mask_score": float(scores[0]), "mask_pixels": int(masks[0].sum())} | (view.write(masks[0], bbox, points, out) if view else {})
+               "mask_score": float(scores[0]), "mask_pixels": int(masks[0].sum())}
+    result |= view.write(masks[0], bbox, points, out) if view else {}
     (out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     print(f"reasoning  {(answer.think or '(none)').strip()}")
     print(f"box        {rounded(bbox)}" + (f"  ({answer.problem})" if answer.problem else ""))

@@ -13,8 +13,8 @@ ORIENTATION = 0x0112            # the EXIF tag
 
 
 def load_image(source: str | Path | bytes) -> Image.Image:
-    """An upright RGB image from a file or its bytes; of DICOM and NIfTI the middle slice (tools/volumes.py). Depths beyond 8 bits are stretched from their own minimum and
-    maximum; transparent pixels become black. ValueError, one line, for what is none of FORMATS or broken, for a
+    """An upright RGB image from a file or its bytes; of DICOM and NIfTI the middle slice (tools/volumes.py). Depths
+    beyond 8 bits are stretched from their own minimum and maximum; transparent pixels become black. ValueError, one line, for what is none of FORMATS or broken, for a
     side under 14 pixels, for NaN, and for what Pillow takes for a decompression bomb (over 89M pixels)."""
     if not isinstance(source, bytes):
         from tools.volumes import read_view

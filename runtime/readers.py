@@ -21,8 +21,8 @@ from runtime.files import parse_object, read_text
 def read_folder(path: Path, split: str) -> tuple[list[dict], list[str]]:
     """samples.jsonl beside images/ and masks/, one object per line: image, query, and mask or bbox + points;
     optional id, split ("train" if missing), supercategory, category, think. Masks are 0/255 or 0/1, of their
-    image's size; file names are relative to images/ and masks/. For DICOM and NIfTI, "scan": {"slice": 45, "window": "lung"}
-    says what is shown, with the keys of tools.volumes.ScanConfig; a mask may be NIfTI on the same grid."""
+    image's size; file names are relative to images/ and masks/. Of DICOM and NIfTI, "scan": {"slice": 45, "window": "lung"}
+    chooses what is shown (keys of tools.volumes.ScanConfig); the mask may be NIfTI on the same grid."""
     file, rows, splits = path / "samples.jsonl" if path.is_dir() else path, [], set()
     for number, line in enumerate(read_text(file).splitlines(), 1):
         if not line.strip():
@@ -37,7 +37,8 @@ def read_folder(path: Path, split: str) -> tuple[list[dict], list[str]]:
             mask = file_in(file.parent / "masks", fields["mask"]) if fields.get("mask") else None
             if "scan" in fields:
                 from tools.volumes import png_bytes
-                image, mask = partial(png_bytes, image, fields["scan"]), mask and partial(png_bytes, mask, fields["scan"], True)
+                image = partial(png_bytes, image, fields["scan"])
+                mask = mask and partial(png_bytes, mask, fields["scan"], mask=True)
         except (ValueError, OSError) as error:
             problem = f"{'mask' if image else 'image'}: {error}"
         rows.append({"where": f"{file}, line {number}", "problem": problem, "image": image, "mask": mask,

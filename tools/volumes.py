@@ -158,7 +158,7 @@ class View:
             "; window {:g},{:g}".format(*self.window) if self.window else "")
 
     def write(self, mask: np.ndarray, bbox, points, out: Path) -> dict:
-        """Write the mask on the scan's grid into out. -> "scan" of result.json, with the box's first and last corner and
+        """Write the mask on the scan's grid into out. -> "scan" of result.json, with two corners of the box and
         the points in millimetres, where the scan says where it lies."""
         with quiet():
             found = {"shown": str(self), "mask": self.scan.write(self.on_grid(mask), out)}
