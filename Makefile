@@ -1,5 +1,5 @@
-# make demo · make test · make faults · make bench · make bench-trl · make bench-gpu · make memory · make paper ·
-# make embedded
+# make demo · make test · make test-verl · make faults · make bench · make bench-trl · make bench-gpu · make memory ·
+# make paper · make embedded
 
 PYTHON ?= python3
 VENV   := .venv
@@ -24,11 +24,27 @@ demo: setup
 	$(RUN) train_grpo.py
 	$(RUN) infer.py --crm "$$(ls -d runs/demo/step_* | tail -1)" --out out/demo --samples 8 --image demo/images/chest_ct_patient.png \
 	    --query "What could the dark air-filled field on the left of the chest represent?"
-	@echo "the curve is runs/demo/curves.png, the overlay out/demo/overlay.png"
+	$(RUN) -m tools.rollouts runs/demo
+	@echo "the curve is runs/demo/curves.png, the overlay out/demo/overlay.png, a page of groups that learn runs/demo/rollouts.html"
 
 .PHONY: test
 test: setup
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist worksteal
+
+# tools/engines.py under verl's own reward manager and data set, in an environment of its own; on a CPU
+.PHONY: test-verl
+test-verl: setup build/verl/ready
+	rm -rf build/verl/data
+	$(RUN) -m tools.engines --data demo/data --split test --out build/verl/data/test.parquet
+	HF_HOME=build/verl/data build/verl/bin/python tests/check_verl.py build/verl/data/test.parquet
+
+# verl declares a torch and transformers of its own; what is checked here runs with ours
+build/verl/ready: requirements.txt
+	$(PYTHON) -m venv build/verl
+	build/verl/bin/python -m pip install --quiet -r requirements.txt tensordict==0.10.0 ray==2.60.0 datasets==5.2.0 \
+	    accelerate==1.15.0 codetiming==1.4.0 cachetools==8.0.2 aiohttp==3.14.5 qwen-vl-utils==0.0.14 torchvision==0.28.0
+	build/verl/bin/python -m pip install --quiet --no-deps verl==0.9.1
+	touch $@
 
 # kills, signals and full disks, a hundred of them; about nine minutes on two cores
 .PHONY: faults

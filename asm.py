@@ -39,7 +39,8 @@ MEDSAM2 = {"image_size": 512, "sam_mask_decoder_extra_args": {
     "dynamic_multimask_via_stability": True, "dynamic_multimask_stability_delta": 0.05,
     "dynamic_multimask_stability_thresh": 0.98}}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as SAM 2 was trained
-BOX_LABELS, POINT_LABEL = (2, 3), (1,)  # the prompt encoder's labels: the two corners, a click on the target
+# the prompt encoder's labels: the two corners of a box, a click on the target, a click beside it
+BOX_LABELS, POINT_LABEL, NEGATIVE_LABEL = (2, 3), (1,), (0,)
 OVERLAY_SIDE = 448  # pictures with a shorter long side are enlarged to it
 MASK_COLOUR, BOX_COLOUR, POINT_COLOURS = (20, 220, 190), (255, 196, 61), ((255, 82, 119), (176, 116, 255))
 
@@ -70,9 +71,10 @@ def prompt_tensor(name, value):
     return tensor
 
 
-def prompt_tokens(boxes, points, image_hw, size):
+def prompt_tokens(boxes, points, image_hw, size, negative=0):
     """Boxes (n, 4) and points (n, m, 2), image frame, one may be None -> coordinates (n, k, 2) in the
-    network's square and labels (n, k). A box is two corners, before the points: k is 2, m or 2 + m."""
+    network's square and labels (n, k). A box is two corners, before the points: k is 2, m or 2 + m. The last `negative`
+    points of a prompt are off the target."""
     if boxes is None and points is None:
         raise ValueError("boxes and points are both None: the segmenter needs at least one of them")
     coords, labels = [], []
@@ -81,7 +83,7 @@ def prompt_tokens(boxes, points, image_hw, size):
         labels += BOX_LABELS
     if points is not None:
         coords.append(prompt_tensor("points", points))
-        labels += POINT_LABEL * coords[-1].shape[1]
+        labels += POINT_LABEL * (coords[-1].shape[1] - negative) + NEGATIVE_LABEL * negative
     if len(coords[0]) != len(coords[-1]):
         raise ValueError(f"{len(boxes)} boxes but {len(points)} sets of points: give one of each per mask")
     H, W = image_hw
@@ -127,7 +129,7 @@ class ASM:
         return self.last_features
 
     @torch.no_grad()
-    def logits(self, image, boxes=None, points=None):
+    def logits(self, image, boxes=None, points=None, negative=0):
         """Mask logits (n, S/4, S/4) of the square image and predicted IoU (n,), on the model's device.
         Arguments and errors as in `segment`."""
         is_array = isinstance(image, np.ndarray)
@@ -135,21 +137,22 @@ class ASM:
             found = f"{image.dtype} {image.shape}" if is_array else type(image).__name__
             raise ValueError(f"image: a uint8 RGB array (H, W, 3) is needed, not {found}; "
                              'np.asarray(picture.convert("RGB")) makes one from any PIL picture')
-        coords, labels = prompt_tokens(boxes, points, image.shape[:2], self.model.image_size)
+        coords, labels = prompt_tokens(boxes, points, image.shape[:2], self.model.image_size, negative)
         device = self.model.device
         logits, scores = self.decode(self.features(image), coords.to(device), labels.to(device))
         best, rows = scores.argmax(1), torch.arange(len(scores), device=device)
         return logits[rows, best], scores[rows, best]
 
-    def segment(self, image, boxes=None, points=None):
+    def segment(self, image, boxes=None, points=None, negative=0):
         """One mask per prompt; the image is encoded once for all of them.
         image   (H, W, 3) uint8, RGB
         boxes   (n, 4) numbers, x1 y1 x2 y2, image frame; or None
         points  (n, m, 2) numbers, m times (x, y) on the target, image frame; or None, but not both
+        negative  how many of the m, the last ones, are off the target
         ->      masks (n, H, W) bool; scores (n,) float32, the network's own estimate of each mask's IoU
         ValueError, one line, for any other image or prompt.
         """
-        logits, scores = self.logits(image, boxes, points)
+        logits, scores = self.logits(image, boxes, points, negative)
         # one by one: n masks of a large scan in float32 would take gigabytes
         masks = [self.enlarge(low, image.shape[:2]) for low in logits]
         return torch.stack(masks).cpu().numpy(), scores.cpu().numpy()

@@ -21,17 +21,16 @@ import re
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from data import MAX_PIXELS, MIN_PIXELS, Frame, model_size
-from runtime.files import read_text
+from data import MAX_PIXELS, MIN_PIXELS, Frame, load_prompt, model_size
+from runtime.files import read_pretrained, read_text
 
 # the chat format that the checkpoints were trained on, around the image and the user's text
 CHAT = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>",
@@ -40,9 +39,7 @@ END = ("<|im_end|>", "<|endoftext|>")       # either one ends a completion
 # never sampled, never scored: an image token in a completion would crash the next forward pass
 BANNED = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-FRAME_FILE = "frame.json"                   # what a checkpoint remembers of how its images were resized
-UNLOADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError,
-              StrictDataclassError)                 # what from_pretrained raises on a broken folder, found by fuzzing
+FRAME_FILE = "frame.json"                   # what a checkpoint remembers: how its images were resized, its prompt
 
 
 @dataclass
@@ -74,19 +71,7 @@ def load_crm(path: str | Path, device="cpu", dtype=torch.float32, **options) -> 
     if str(path).startswith((".", "/", "~")) or str(path).count("/") > 1 or Path(path).exists():
         if not (Path(path) / "config.json").is_file():      # not a hub name: do not ask the hub
             raise ValueError(f"--crm {path}: no folder with a config.json there")
-    for file in Path(path).glob("*.json"):                  # so that a torn file is named
-        try:
-            json.loads(read_text(file))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"--crm {file}: not JSON ({error})") from None
-
-    def load(kind, **settings):
-        try:
-            return kind.from_pretrained(path, **settings)
-        except UNLOADABLE as error:
-            problem = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-            raise ValueError(f"--crm {path}: cannot be loaded ({problem})") from None
-
+    load = partial(read_pretrained, path)
     if (kind := load(AutoConfig).model_type) != "qwen2_5_vl":
         raise ValueError(f"--crm {path}: its config.json says {kind!r}, not 'qwen2_5_vl'")
     model = load(Qwen2_5_VLForConditionalGeneration, dtype=dtype, attn_implementation="sdpa")
@@ -95,7 +80,7 @@ def load_crm(path: str | Path, device="cpu", dtype=torch.float32, **options) -> 
 
 
 def remembered_frame(path: str | Path) -> dict:
-    """The resize, min_pixels and max_pixels that a checkpoint was trained with; {} where it does not say."""
+    """The resize, min_pixels, max_pixels and prompt that a checkpoint was trained with; {} where it does not say."""
     file = Path(path) / FRAME_FILE
     return json.loads(read_text(file)) if file.is_file() else {}
 
@@ -109,13 +94,15 @@ class CRM:
     checkpointing  recompute activations in the backward pass
     offload        keep the reference model's copy in host memory between its uses
     resize, min_pixels, max_pixels   how images become the model frame, see data.model_size; None: what the
-                   checkpoint was trained with, else "aspect" and the usual limits"""
+                   checkpoint was trained with, else "aspect" and the usual limits
+    prompt         see data.load_prompt; None: what the checkpoint was trained with, else the reasoning prompt"""
 
     def __init__(self, model, tokenizer, image_processor, lora_rank: int = 0, lora_alpha: float | None = None,
                  reference: bool = False, freeze_vision: bool = False, checkpointing: bool = False,
                  resize: str | None = None, min_pixels: int | None = None, max_pixels: int | None = None,
-                 offload: bool = False):
+                 prompt: str | None = None, offload: bool = False):
         self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
+        self.template = load_prompt(prompt or "reasoning")
         self.resize, self.min_pixels = resize or "aspect", min_pixels or MIN_PIXELS
         # unless told otherwise, no larger than what the checkpoint was made for
         self.max_pixels = max_pixels or min(MAX_PIXELS, image_processor.size["longest_edge"])
@@ -262,5 +249,6 @@ class CRM:
         self.image_processor.size = {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels}
         for part in (self.tokenizer, self.image_processor):
             part.save_pretrained(path)
-        frame = {"resize": self.resize, "min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
-        (Path(path) / FRAME_FILE).write_text(json.dumps(frame) + "\n")
+        (Path(path) / FRAME_FILE).write_text(json.dumps({
+            "resize": self.resize, "min_pixels": self.min_pixels, "max_pixels": self.max_pixels,
+            "prompt": self.template}) + "\n")

@@ -143,9 +143,9 @@ def keypoints_from_mask(mask: np.ndarray) -> Points:
 
 
 def load_prompt(name: str) -> str:
-    """A template with {query} in it: a key of PROMPTS, or a text file. ValueError without {query}."""
-    if name in PROMPTS:
-        return PROMPTS[name]
+    """A template with {query} in it: a key of PROMPTS, a text file, or the text itself. ValueError without {query}."""
+    if name in PROMPTS or "{query}" in name:
+        return PROMPTS.get(name, name)
     if not Path(name).is_file():
         raise ValueError(f"--prompt {name}: neither one of {', '.join(PROMPTS)} nor a text file")
     text = read_text(name).strip()
@@ -269,10 +269,11 @@ def _sample(row: dict) -> Sample:
     _check(row)
     image = mask = None
     try:
-        source, mask_source = (s() if callable(s) else s for s in (row["image"], row["mask"]))
+        source = row["image"]() if callable(row["image"]) else row["image"]
         if source is None:
             raise ValueError("has no bytes")
         image = load_image(source)
+        mask_source = row["mask"]() if callable(row["mask"]) else row["mask"]
         mask = load_mask(mask_source, of=source) if mask_source is not None else None
     except (ValueError, OSError) as error:
         _need(False, row, f"{'mask' if image else 'image'}: {str(error).splitlines()[0]}")

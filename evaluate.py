@@ -5,6 +5,7 @@
     python evaluate.py --predictions gpt.jsonl --frame norm1000 --out eval/gpt    # of another model
     python evaluate.py --rescore eval/demo                            # the tables again, without any model
     python evaluate.py --compare eval/sft eval/grpo                   # paired differences
+    python evaluate.py --oracle eval/demo --out eval/oracle           # whose loss it is, see tools/oracle.py
 
 Writes predictions.jsonl (all that scoring needs), summary.json, table.md and examples.png into --out. An interrupted
 evaluation resumes. Every number is a mean over questions with its 95 % bootstrap interval. A new metric is one line of
@@ -28,10 +29,10 @@ from tqdm import tqdm
 
 from asm import load_asm
 from crm import load_crm
-from data import BadRow, clip_to, load_prompt, load_samples
+from data import BadRow, clip_to, load_samples
 from runtime.cli import EMBEDDED, ModelConfig, exit_on, flag, parse_args, print0
 from runtime.files import write_whole
-from runtime.metrics import QUESTION_METRICS, ask, interval, iou, mask_dice, mean, parsed, pdice
+from runtime.metrics import QUESTION_METRICS, add_siblings, ask, interval, iou, mask_dice, mean, parsed, pdice
 from runtime.parallel import Ranks
 from tools.predictions import encode_mask, finished, from_file, in_order, read_predictions, shown
 
@@ -52,6 +53,7 @@ class Config(ModelConfig):
     frame: str = flag("pixels", "the frame of --predictions", ("pixels", "norm1000", "model"))
     rescore: str | None = flag(None, "an --out folder: compute its tables again")
     compare: tuple[str, str] | None = flag(None, "two --out folders: what the second changes")
+    oracle: str | None = flag(None, "true prompts to masks, no CRM; of an --out folder: whose loss it is", bare="alone")
     # completions
     samples: int = flag(1, "completions per question", low=1)
     temperature: float | None = flag(None, "of sampling; 0 takes the most likely token (default: 0 for one completion "
@@ -163,23 +165,23 @@ def add_masks(p: dict, sample, asm) -> dict:
 def from_model(cfg: Config, samples, asm, ranks: Ranks) -> list[dict]:
     """A CRM's predictions, one for each sample, in order; ValueError if some are missing or doubled. Each rank appends
     its own to a file in --out, so that an interruption loses one batch."""
-    out, template = Path(cfg.out), load_prompt(cfg.prompt)
+    out = Path(cfg.out)
     # one rank looks at what an earlier run left, before any rank appends: all must partition the same list
     done = set(ranks.gather([row["index"] for row in finished(out)] if ranks.rank == 0 else []))
     todo = [i for i in range(len(samples)) if i not in done][ranks.rank::ranks.world]
     if todo:
-        sizes = {name: getattr(cfg, name) for name in ("resize", "min_pixels", "max_pixels")}
+        sizes = {name: getattr(cfg, name) for name in ("resize", "min_pixels", "max_pixels", "prompt")}
         crm = load_crm(cfg.crm, ranks.device, ranks.dtype(cfg.dtype),
                        **{name: value for name, value in sizes.items() if value is not None})
         temperature = float(cfg.samples > 1) if cfg.temperature is None else cfg.temperature
-        answered = ask(crm, samples, todo, template, {"": (cfg.samples, temperature)}, cfg.max_new_tokens, cfg.seed,
+        answered = ask(crm, samples, todo, {"": (cfg.samples, temperature)}, cfg.max_new_tokens, cfg.seed,
                        cfg.batch)
         with open(out / f"part-{ranks.rank}.jsonl", "a") as file:
             for _, sample, _, p in tqdm(answered, total=len(todo), disable=ranks.rank > 0, ncols=100):
                 file.write(json.dumps(add_masks(p, sample, asm)) + "\n")
                 file.flush()
     ranks.wait()
-    rows = in_order(finished(out), len(samples), out)
+    rows = add_siblings(in_order(finished(out), len(samples), out))
     ranks.wait()                                    # rank 0 removes the parts: not before all have read them
     return rows
 
@@ -201,6 +203,9 @@ def main(cfg: Config) -> None:
         config, settings = out / "config.json", json.dumps(asdict(cfg), indent=2) + "\n"
         if config.exists() and config.read_text() != settings:
             raise ValueError(f"--out {out}: an evaluation with other flags is in there; give another --out")
+        if cfg.oracle:
+            from tools.oracle import oracle
+            return oracle(cfg, samples, asm, ranks)
         rows = cfg.predictions and [add_masks(p, samples[p["index"]], asm) for p in from_file(cfg, samples)]
         ranks.wait()                                # nobody writes before all have looked
         if ranks.rank == 0:
@@ -220,7 +225,7 @@ def main(cfg: Config) -> None:
 
 def needs(cfg: Config) -> list[str]:
     """Which embedded defaults a command line may fall back on."""
-    model = not cfg.predictions or cfg.frame == "model"
+    model = not (cfg.predictions or cfg.oracle) or cfg.frame == "model"
     return [] if cfg.rescore or cfg.compare else [name for name in EMBEDDED if name != "crm" or model]
 
 

@@ -21,7 +21,7 @@ from PIL import Image
 
 from asm import load_asm, overlay
 from crm import load_crm
-from data import clip_to, fill_prompt, load_image, load_prompt, to_image
+from data import clip_to, fill_prompt, load_image, to_image
 from rewards import parse_answer
 from runtime.cli import ModelConfig, exit_on, flag, parse_args
 from runtime.metrics import medoid
@@ -63,11 +63,11 @@ def main(cfg: Config) -> int:
             image = view.image if view else load_image(cfg.image)
         except ValueError as error:
             raise ValueError(f"--image {cfg.image} {error}") from None
-        template, ranks = load_prompt(cfg.prompt), Ranks.start()
+        ranks = Ranks.start()
         crm = load_crm(cfg.crm, ranks.device, ranks.dtype(cfg.dtype), resize=cfg.resize,
-                       min_pixels=cfg.min_pixels, max_pixels=cfg.max_pixels)
+                       min_pixels=cfg.min_pixels, max_pixels=cfg.max_pixels, prompt=cfg.prompt)
         asm = load_asm(cfg.asm, ranks.device, multimask=cfg.multimask)
-        prompt = crm.encode(image, fill_prompt(template, cfg.query))
+        prompt = crm.encode(image, fill_prompt(crm.template, cfg.query))
         out = Path(cfg.out)
         out.mkdir(parents=True, exist_ok=True)
     print(f"image      {cfg.image}, {image.width}x{image.height} pixels; model frame {prompt.frame.model}",

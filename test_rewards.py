@@ -237,7 +237,7 @@ def test_a_perfect_answer_scores_exactly_the_most(mode, most):
 def test_every_term_is_always_there():
     for text in ("", completion(), "<answer>{}</answer>", "<think>"):
         for official in (False, True):
-            assert reward_terms(text, GT_BOX, GT_POINTS, official).keys() == ALL_TERMS
+            assert reward_terms(text, GT_BOX, GT_POINTS, official).keys() >= ALL_TERMS
     assert {name for mode in MODES.values() for name in mode} <= ALL_TERMS
 
 
@@ -510,7 +510,7 @@ def test_a_hundred_thousand_hostile_texts_never_raise_and_stay_within_0_and_1():
     for index, text in enumerate(hostile_texts(100_000)):
         terms = reward_terms(text, GT_BOX, GT_POINTS, official=index % 3 == 0)
         read += terms["answer_format"] == 1
-        assert terms.keys() == ALL_TERMS
+        assert terms.keys() >= ALL_TERMS
         assert all(0 <= value <= 1 for value in terms.values()), (text, terms)
     assert read > 5_000  # many of them got as far as the formulas
 

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from asm import load_asm
 from crm import CRM, Group, load_crm
-from data import BadRow, Sample, fill_prompt, load_prompt, to_model
+from data import BadRow, Sample, fill_prompt, to_model
 from rewards import reward_formula, reward_terms, total_reward
 from runtime.cli import RunConfig, exit_on, flag, parse_args, parse_weights, print0
 from runtime.metrics import mask_rewards
@@ -72,6 +72,7 @@ class Config(RunConfig):                        # model, data, optimizer, evalua
     schedule: str = flag("constant", "learning rate after warm-up", ("constant", "linear", "cosine"))
     pack_tokens: int = flag(8192, "most tokens scored at once; longer groups are cut", low=1)
     max_skipped: int = flag(3, "steps in a row without a finite gradient after which the run ends", low=1)
+    rollouts_every: int = flag(0, "steps between whole groups in rollouts.jsonl (0: at evaluations only)", low=0)
 
 
 # ---------------------------------------------------------------- the algorithm, on plain tensors
@@ -171,7 +172,7 @@ def step_weights(groups: list[Group], cfg: Config, ranks: Ranks) -> list[torch.T
 def main(cfg: Config) -> None:
     ranks = Ranks.start(cfg.timeout)
     with exit_on(ValueError, OSError):
-        factors, template = parse_weights(cfg.weights), load_prompt(cfg.prompt)
+        factors = parse_weights(cfg.weights)
         if cfg.prompts % (ranks.world * cfg.minibatches):
             raise ValueError(f"--prompts {cfg.prompts}: give a multiple of ranks x --minibatches, "
                              f"{ranks.world} x {cfg.minibatches}; a whole group stays on one rank")
@@ -189,15 +190,16 @@ def main(cfg: Config) -> None:
     share = len(places) // cfg.minibatches
     updates = cfg.inner_epochs * cfg.minibatches
 
-    def roll_out(places: list[int], indices: list[int], step: int, attempt: int = 0) -> list[Rollout]:
-        samples = [train[indices[p]] for p in places]
-        prompts = [crm.encode(s.image, fill_prompt(template, s.query)) for s in samples]
+    def roll_out(places: list[int], indices: list[int], step: int, attempt: int = 0, split=train) -> list[Rollout]:
+        samples = [split[indices[p]] for p in places]
+        prompts = [crm.encode(s.image, fill_prompt(crm.template, s.query)) for s in samples]
         seeds = [(cfg.seed, 0, step, p, indices[p], attempt) for p in places]       # the same on any rank
         groups = sample(crm, prompts, cfg.group, cfg.max_new_tokens, cfg.temperature, seeds, cfg.cuda_graphs)
         return [reward(s, g, cfg, factors, asm) for s, g in zip(samples, groups)]
 
     if first == 0 and tests:
-        run.log("metrics", {"step": 0, **run.evaluate(crm, tests, template, factors, 0, greedy=True)})
+        run.log("metrics", {"step": 0, **run.evaluate(crm, tests, factors, 0, greedy=True)})
+        run.log_groups(0, crm, tests, roll_out, group_advantages)
     bar = tqdm(range(first, cfg.steps), initial=first, total=cfg.steps, disable=ranks.rank > 0, ncols=100)
     for step in bar:
         clock = [ranks.clock()]
@@ -269,10 +271,11 @@ def main(cfg: Config) -> None:
         run.warn(row)
         stopped = run.stopped()
         if tests and run.evaluation_due(done):
-            row |= run.evaluate(crm, tests, template, factors, done, greedy=done == cfg.steps)
+            row |= run.evaluate(crm, tests, factors, done, greedy=done == cfg.steps)
         run.log("metrics", row)
         ranked = sorted(completions, key=lambda completion: completion["reward"])
         run.log("samples", {"step": done, "best": ranked[-1], "worst": ranked[0]})
+        run.log_groups(done, crm, tests, roll_out, group_advantages, own=zip(places, batch))
         bar.set_postfix({key: f"{row[key]:.2f}" for key in ("reward", "seconds")})
         if run.due(done, stopped):
             run.save(done, crm, optimizer)
@@ -289,7 +292,8 @@ def build(cfg: Config, ranks: Ranks) -> tuple[CRM, Optimizer]:
     torch.manual_seed(cfg.seed)                                 # LoRA's matrices: the same on every rank
     crm = load_crm(cfg.crm, ranks.device, ranks.dtype(cfg.dtype), lora_rank=cfg.lora_rank,
                    reference=cfg.kl_coef > 0, freeze_vision=cfg.freeze_vision, checkpointing=cfg.checkpointing,
-                   resize=cfg.resize, min_pixels=cfg.min_pixels, max_pixels=cfg.max_pixels, offload=cfg.offload)
+                   resize=cfg.resize, min_pixels=cfg.min_pixels, max_pixels=cfg.max_pixels, prompt=cfg.prompt,
+                   offload=cfg.offload)
     crm.trainable(cfg.trainable)
     if cfg.parallel == "fsdp":
         shard(crm, ranks, cfg.offload)

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from crm import load_crm
-from data import BadRow, fill_prompt, load_prompt, target_text
+from data import BadRow, fill_prompt, target_text
 from runtime.cli import RunConfig, exit_on, flag, parse_args, print0
 from runtime.optim import Optimizer
 from runtime.parallel import Ranks, equal_passes, peak_memory, shard
@@ -30,7 +30,7 @@ PANELS = {"cross-entropy (nats per token)": ["loss"], "held-out box IoU": ["samp
 @dataclass
 class Config(RunConfig):                        # model, data, evaluation, checkpoints: runtime/cli.py
     out: str = flag("runs/sft", "run folder")
-    think: bool = flag(True, "learn the reasoning trace where the data has one")
+    think: bool = flag(True, "learn the reasoning trace where the data has one and the prompt asks for it")
     batch: int = flag(32, "samples per step over all ranks (paper: 128)", low=1)
     micro_batch: int = flag(32, "samples of a rank in one forward pass", low=1)
     epochs: float = flag(5.0, "passes over the data", above=0)
@@ -45,7 +45,6 @@ class Config(RunConfig):                        # model, data, evaluation, check
 def main(cfg: Config) -> None:
     ranks = Ranks.start(cfg.timeout)
     with exit_on(ValueError, OSError):
-        template = load_prompt(cfg.prompt)
         if cfg.batch % ranks.world:
             raise ValueError(f"--batch {cfg.batch}: give a multiple of the {ranks.world} ranks")
         train, tests = load_splits(cfg)
@@ -53,7 +52,7 @@ def main(cfg: Config) -> None:
         torch.manual_seed(cfg.seed)                 # LoRA's matrices: the same on every rank
         crm = load_crm(cfg.crm, ranks.device, ranks.dtype(cfg.dtype), lora_rank=cfg.lora_rank,
                        freeze_vision=cfg.freeze_vision, checkpointing=cfg.checkpointing, resize=cfg.resize,
-                       min_pixels=cfg.min_pixels, max_pixels=cfg.max_pixels)
+                       min_pixels=cfg.min_pixels, max_pixels=cfg.max_pixels, prompt=cfg.prompt)
         crm.trainable(cfg.trainable)
         if cfg.parallel == "fsdp":
             shard(crm, ranks, cfg.offload)
@@ -63,13 +62,15 @@ def main(cfg: Config) -> None:
     print0(f"{optimizer.size:,} trainable parameters on {ranks.world} x {ranks.device}, {len(train)} training "
            f"samples, {steps} steps of {cfg.batch} -> {run.folder}")
 
+    think = cfg.think and "<think>" in crm.template
+
     def true_completion(sample):
         """A group of one completion, the one that a perfect model would write."""
-        prompt = crm.encode(sample.image, fill_prompt(template, sample.query))
-        return group_of(crm, prompt, [target_text(sample, prompt.frame, cfg.think)])
+        prompt = crm.encode(sample.image, fill_prompt(crm.template, sample.query))
+        return group_of(crm, prompt, [target_text(sample, prompt.frame, think)])
 
     if first == 0 and tests:
-        run.log("metrics", {"step": 0, **run.evaluate(crm, tests, template, {}, 0, greedy=True)})
+        run.log("metrics", {"step": 0, **run.evaluate(crm, tests, {}, 0, greedy=True)})
     bar = tqdm(range(first, steps), initial=first, total=steps, disable=ranks.rank > 0, ncols=100)
     for step in bar:
         start = ranks.clock()
@@ -96,7 +97,7 @@ def main(cfg: Config) -> None:
                "seconds": seconds, "tokens_per_second": tokens / seconds,
                "peak_memory_gb": peak_memory(ranks.device)}
         if tests and run.evaluation_due(done):
-            row |= run.evaluate(crm, tests, template, {}, done, greedy=done == steps)
+            row |= run.evaluate(crm, tests, {}, done, greedy=done == steps)
         run.log("metrics", row)
         bar.set_postfix(loss=f"{row['loss']:.3f}", s=f"{seconds:.1f}")
         if run.due(done, stopped):

@@ -35,7 +35,7 @@ import torch
 from bench.parity import parity
 from bench.random_model import SIZES
 from crm import load_crm
-from data import PROMPTS, fill_prompt, load_prompt, load_samples
+from data import PROMPTS, fill_prompt, load_samples
 from runtime.cli import parse_args
 from train_grpo import Config
 
@@ -83,8 +83,8 @@ def roofline(args) -> None:
                                        *shlex.split(args.flags)])
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     crm = load_crm(args.crm, dtype=dtype, resize=cfg.resize, max_pixels=cfg.max_pixels)
-    train, template = load_samples(cfg.data), load_prompt(cfg.prompt)
-    prompts = [crm.encode(train[i].image, fill_prompt(template, train[i].query)) for i in range(16)]
+    train = load_samples(cfg.data)
+    prompts = [crm.encode(train[i].image, fill_prompt(crm.template, train[i].query)) for i in range(16)]
     step, top, c = ours("", args), machine(), crm.model.config.text_config
     count = lambda module: sum(p.numel() for p in module.parameters())
     visual = crm.model.model.visual

@@ -232,7 +232,7 @@ def plan(cfg) -> str:
     except OSError as error:
         raise ValueError(f"--crm {cfg.crm}: cannot be loaded ({str(error).splitlines()[0]})") from None
     most = cfg.max_pixels or min(MAX_PIXELS, processor.size["longest_edge"])
-    template, lengths, patches = load_prompt(cfg.prompt), [], []
+    template, lengths, patches = load_prompt(cfg.prompt or "reasoning"), [], []
     for sample in (train[i] for i in range(min(16, len(train)))):
         W, H = model_size(sample.image.size, cfg.resize or "aspect", cfg.min_pixels or MIN_PIXELS, most)
         patches.append(W * H // PATCH ** 2)

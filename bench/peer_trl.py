@@ -15,9 +15,7 @@ from pathlib import Path
 
 import torch
 
-from data import Frame, fill_prompt, load_prompt, load_samples, model_size, to_model
-from rewards import reward_terms, total_reward
-from runtime.parallel import peak_memory
+from tools.engines import export, reward, rows, trl_dataset
 
 # Qwen's chat with one image and one text, as crm.CHAT writes it
 TEMPLATE = ("{% for m in messages %}"
@@ -48,22 +46,6 @@ def processor(path):
                                Qwen2VLVideoProcessor(), chat_template=TEMPLATE)
 
 
-def dataset(samples, count, template, resize, min_pixels, max_pixels):
-    """The first samples in TRL's columns, each with the truth that the reward needs."""
-    from datasets import Dataset, Features, Image, Value
-    rows = []
-    for i in range(count):
-        sample = samples[i]
-        size = model_size(sample.image.size, resize, min_pixels, max_pixels)
-        frame = Frame(sample.image.size, size)
-        # as reward_terms takes it
-        truth = to_model(sample.bbox, frame), to_model(sample.points, frame), False, size
-        rows.append({"prompt": [{"role": "user", "content": fill_prompt(template, sample.query)}],
-                     "image": sample.image.resize(size, 3), "truth": json.dumps(truth)})
-    message = [{"role": Value("string"), "content": Value("string")}]
-    return Dataset.from_list(rows, Features({"prompt": message, "image": Image(), "truth": Value("string")}))
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -88,6 +70,8 @@ if __name__ == "__main__":
     from transformers import Qwen2_5_VLForConditionalGeneration, TrainerCallback
 
     from crm import LORA_TARGETS
+    from data import load_prompt, load_samples
+    from runtime.parallel import peak_memory
 
     class Clock(TrainerCallback):
         seconds: list = []
@@ -100,18 +84,15 @@ if __name__ == "__main__":
                 torch.cuda.synchronize()
             self.seconds.append(time.perf_counter() - self.start)
 
-    def reward(completions, truth, **_):
-        texts = [c[0]["content"] for c in completions]
-        return [total_reward(reward_terms(text, *json.loads(t)), "soft") for text, t in zip(texts, truth)]
-
     torch.backends.cuda.enable_cudnn_sdp(False)     # as ours; the sequence has a new length at every token
     cuda, clock, work = torch.cuda.is_available(), Clock(), args.prompts * args.group
     dtype = torch.bfloat16 if cuda else torch.float32
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(args.crm, dtype=dtype)
-    data = dataset(load_samples(args.data), args.steps * args.prompts, load_prompt(args.prompt), args.resize,
-                   28 * 28, args.max_pixels)
+    samples = load_samples(args.data)[:args.steps * args.prompts]
     lora = LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules=LORA_TARGETS)
     with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "train.parquet"
+        export(file, rows(samples, load_prompt(args.prompt), "train", args.resize, args.max_pixels))
         config = trl.GRPOConfig(
             output_dir=folder, per_device_train_batch_size=args.micro,
             gradient_accumulation_steps=work // args.micro,
@@ -122,7 +103,7 @@ if __name__ == "__main__":
             disable_tqdm=True,
             model_init_kwargs={"dtype": dtype},             # of the reference model, which it loads itself
             generation_kwargs={"min_new_tokens": args.max_new_tokens} if args.force_length else None)
-        trainer = trl.GRPOTrainer(model=model, reward_funcs=reward, args=config, train_dataset=data,
+        trainer = trl.GRPOTrainer(model=model, reward_funcs=reward, args=config, train_dataset=trl_dataset(file),
                                   processing_class=processor(args.crm), callbacks=[clock],
                                   peft_config=lora if args.lora_rank else None)
         trainer.train()

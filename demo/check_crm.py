@@ -3,7 +3,8 @@
     python -m demo.check_crm                                        # demo/crm on demo/data's test split, greedy
     python -m demo.check_crm --after runs/demo/step_000100          # greedy and sampled, before and after
 
-By name: the data's question with the target's own name for the clue. Printed for all samples, lesions, wordings seen in training
+By name: the prompt is nothing but the target's name, and no reasoning is asked for, so it shows what the model can see and read
+out; in a question: the data's question with the name for the clue. Printed for all samples, lesions, wordings seen in training
 and unseen, and real images, each with n and a 95 % bootstrap interval over the samples (paired, for a change):
 
   iou, pdice   of the box and of the key points, image frame; a completion that cannot be parsed scores 0
@@ -22,6 +23,7 @@ from demo.wordings import OPENERS, PICTURES, SEEN, WORDS
 from rewards import box_iou, parse_answer, point_dice
 from sampling import sample
 
+SHORT = "{query}\nAnswer: "            # asks for no reasoning
 LESIONS = ("retinal fluid", "aneurysm", "brain tumour", "melanoma", "breast mass", "lung nodule", "liver tumour", "polyp",
            "haematoma", "kidney cyst", "pneumonia", "consolidation")
 KEYS = ("iou", "pdice", "parse", "named", "both")
@@ -143,8 +145,10 @@ def main():
     args = parser.parse_args()
     crm, template = load_crm(args.crm), PROMPTS[args.prompt]
     samples = load_samples(args.data, args.split)[:args.limit or None]
-    named, greedy = (score_split(crm, samples, template, how) for how in ("named", "data"))
-    for title, rows in (("asked by name, greedy", named), ("asked as the data asks, greedy", greedy)):
+    named, in_question, greedy = (score_split(crm, samples, *how) for how in
+                                  ((SHORT, "name"), (template, "named"), (template, "data")))
+    for title, rows in (("asked by name, greedy", named), ("named in a question, greedy", in_question),
+                        ("asked as the data asks, greedy", greedy)):
         show(title, rows)
         if args.categories:
             show_categories(rows)

@@ -1,7 +1,7 @@
-"""The embedded tiny CRM: a real Qwen2.5-VL with random weights and a small tokenizer, taught in four stages to see, to
-read out and to answer when the target is *named*. What a vague question means is mostly left to GRPO.
+"""The embedded tiny CRM: a real Qwen2.5-VL with random weights and a small tokenizer, taught in five stages to see, to
+read out, to reason and, last, to be unsure. What it knows but does not use is left to GRPO.
 
-    python -m demo.make_crm            # pool of pictures, tokenizer, random model, stages a, b, c, d -> demo/crm
+    python -m demo.make_crm            # pool of pictures, tokenizer, random model, stages a, b, c, d, e -> demo/crm
 
   a  the vision tower alone, on a dense target with throw-away heads: of each merged token (28 x 28 pixels), how much of its
      4 x 4 parts the asked category covers, its own place, and, where it is covered, the target's box and key points
@@ -11,7 +11,10 @@ read out and to answer when the target is *named*. What a vague question means i
      general VLMs have them, so that each reward term has something left to teach
 
   d  the same, and a little knowledge of the world: one question in five says what the target looks like, one in five is the first
-     of the data's four training clues. Three of four clues, and the two that only the test split has, are never seen
+     of the data's four training clues
+  e  the habits of an unsure reader: it has heard three of the four training clues, but two completions in three name nothing,
+     box the target loosely and put both key points near its middle. One in three names the target and points well. One
+     clue in four, and the two that only the test split has, are never seen
 
 Same classes and same file formats as Qwen2.5-VL-7B, a two-thousandth of its size. Seed 0. Measured 2026-11-24 on 2 shared
 x86 cores, one thread: a 14 minutes, b 27, c 18, d 12 (the cores were busy with other work); the checks are in demo/README.md.
@@ -22,7 +25,7 @@ import random
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -35,19 +38,35 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from crm import BANNED, CHAT, CRM, END, load_crm
 from data import PROMPTS, STRIDE, fill_prompt, load_samples, target_text, to_model
-from demo.check_crm import check, named_question, target_name
-from demo.wordings import OPENERS, PICTURES, SEEN, WORDS
+from demo.check_crm import SHORT, check, named_question, target_name
+from demo.wordings import OPENERS, PICTURES, SEEN, WORDS, unsure_trace
 from scoring import group_of, score
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *BANNED]
-SHORT = "{query}\nAnswer: "
 CATEGORIES = sorted(WORDS)
 PARTS = 4                   # a cell's side in parts of the dense target
 LARGEST = 224               # pixels of the data's largest side: coordinates are divided by it
 HELD_BACK = 372             # of the pool, at its end: for the checks of the stages, not for training
-HABITS = dict(loose={"c": .16, "d": .12},   # each edge of the box lies outside by a random part of its side, up to this
-              close=.25,    # key points are pulled to their middle, to a random part of their distance, down to this
-              broken=.08)   # of the answers break the format
+
+
+
+@dataclass(frozen=True)
+class Habits:
+    """What a stage's questions tell and what its completions do, on purpose, as general VLMs do. Parts are of 1."""
+    named: float = 1        # of the questions name the target
+    look: float = 0         # of the questions say what it looks like
+    clues: int = 0          # the other questions use so many of the data's training clues
+    loose: tuple = (0, .16)     # each edge of the box lies outside by a part of its side between these
+    close: tuple = (.25, 1)     # key points are pulled to their middle, to a part of their distance between these
+    unsure: float = 0           # of the completions name nothing, and then
+    unsure_loose: tuple = (0, 0)
+    unsure_close: tuple = (0, 0)
+    broken: float = .08         # of the completions break the format
+
+
+HABITS = {"c": Habits(), "d": Habits(named=.6, look=.2, clues=1, loose=(0, .12)),
+          "e": Habits(named=.3, look=.1, clues=3, loose=(0, .12), close=(.5, 1), unsure=.65, unsure_loose=(.2, .6),
+                      unsure_close=(.2, .6), broken=.06)}
 
 
 # ---------------------------------------------------------------- the random model
@@ -96,8 +115,7 @@ class Lesson:
     """One picture as a stage asks about it: the encoded prompt, the dense target and, from stage b on, the completion."""
 
     def __init__(self, crm, sample, stage, rng):
-        question = target_name(sample) if stage == "b" else half_known(sample, rng) if stage == "d" \
-            else named_question(sample, rng)
+        question = question_of(sample, HABITS[stage], rng) if stage in HABITS else target_name(sample)
         template = SHORT if stage == "b" else PROMPTS["reasoning"]
         self.prompt = crm.encode(sample.image, fill_prompt(template, question))
         self.prompt.pixel_values = self.prompt.pixel_values.half()          # all pictures stay in memory
@@ -108,38 +126,40 @@ class Lesson:
         self.share = torch.tensor(share.transpose(0, 2, 1, 3).reshape(-1, PARTS ** 2), dtype=torch.float32)
         ys, xs = np.mgrid[0:h // STRIDE, 0:w // STRIDE]
         self.place = torch.tensor(np.stack([xs.ravel() + .5, ys.ravel() + .5], 1) * STRIDE / LARGEST, dtype=torch.float32)
-        truth = to_model([*sample.bbox, *sample.points[0], *sample.points[1]], self.prompt.frame)
+        truth = [v for xy in (sample.bbox, *sample.points) for v in to_model(xy, self.prompt.frame)]
         self.truth = torch.tensor(truth) / LARGEST                          # (8,)
         self.category = CATEGORIES.index(sample.category)
         texts = {"a": [], "b": [target_text(sample, self.prompt.frame, False)],
                  }.get(stage)
         if texts is None:       # two completions to a prompt, which is the longer part
-            texts = [habitual(sample, self.prompt.frame, rng, HABITS["loose"][stage]) for _ in range(2)]
+            texts = [habitual(sample, self.prompt.frame, HABITS[stage], rng) for _ in range(2)]
         self.group = group_of(crm, self.prompt, texts) if texts else None
 
 
-def half_known(sample, rng) -> str:
-    """Stage d's question: three in five name the target, one says what it looks like, one is the data's first clue."""
+def question_of(sample, habits, rng) -> str:
+    """A question that names the target, says what it looks like, or is one of the data's first clues."""
     side, draw = "left" if "left" in sample.query else "right", rng.random()
-    if draw < .6:
+    if draw < habits.named:
         return named_question(sample, rng)
     words = WORDS[sample.category]
     look = rng.choice(words.seen) + (f" on the {side}" if "{side}" in words.name else "")
-    clue = look if draw < .8 else words.clues[0].format(side=side)
+    clue = look if draw < habits.named + habits.look else rng.choice(words.clues[:habits.clues]).format(side=side)
     return rng.choice(OPENERS[:SEEN]).format(clue=clue, picture=PICTURES[sample.extra["modality"]])
 
 
-def habitual(sample, frame, rng, most) -> str:
-    """target_text with HABITS: a loose box, key points close together, now and then a broken format."""
+def habitual(sample, frame, habits, rng) -> str:
+    """target_text with habits: a loose box, key points close together, now and then an unsure trace or a broken format."""
     (x1, y1, x2, y2), (p, q) = sample.bbox, sample.points
-    width, height = x2 - x1, y2 - y1
-    loose = [rng.uniform(0, most) for _ in range(4)]
-    box = (max(0, x1 - loose[0] * width), max(0, y1 - loose[1] * height),
-           min(frame.image[0], x2 + loose[2] * width), min(frame.image[1], y2 + loose[3] * height))
-    keep, middle = rng.uniform(HABITS["close"], 1), ((p[0] + q[0]) / 2, (p[1] + q[1]) / 2)
+    width, height, unsure = x2 - x1, y2 - y1, rng.random() < habits.unsure
+    loose, close = (habits.unsure_loose, habits.unsure_close) if unsure else (habits.loose, habits.close)
+    out = [rng.uniform(*loose) for _ in range(4)]
+    box = (max(0, x1 - out[0] * width), max(0, y1 - out[1] * height),
+           min(frame.image[0], x2 + out[2] * width), min(frame.image[1], y2 + out[3] * height))
+    keep, middle = rng.uniform(*close), ((p[0] + q[0]) / 2, (p[1] + q[1]) / 2)
     points = tuple(tuple(m + keep * (v - m) for v, m in zip(point, middle)) for point in (p, q))
-    text = target_text(replace(sample, bbox=box, points=points), frame)
-    if rng.random() < HABITS["broken"]:
+    think = unsure_trace(rng, sample.extra["modality"], sample.bbox, frame.image[::-1]) if unsure else sample.think
+    text = target_text(replace(sample, bbox=box, points=points, think=think), frame)
+    if rng.random() < habits.broken:
         text = rng.choice((text.replace("</think>", ""), text.replace(', "points_2"', ' "points_2"'),
                            text.replace("}</answer>", "</answer>"), text.replace('"points_2"', '"points_1"')))
     return text
@@ -212,7 +232,7 @@ def run_stage(stage, crm, heads, pool, steps, batch, lr, dense_weight, digit_wei
     for step in range(steps):
         lessons = [cache[rng.randrange(size)] for _ in range(batch)]
         loss, parts = dense(crm, heads, lessons if stage == "a" else lessons[:batch // 3])     # it is there to be kept
-        if stage in "cd":       # a few of stage b's, so that what it formed is kept
+        if stage in HABITS:       # a few of stage b's, so that what it formed is kept
             lessons += [before[rng.randrange(size)] for _ in range(batch // 2)]
         text = answer_loss(crm, lessons, digits, digit_weight) if stage != "a" else torch.zeros(())
         (dense_weight * loss + text).backward()
@@ -256,9 +276,10 @@ def main():
     parser.add_argument("--pool-size", type=int, default=12000)
     parser.add_argument("--work", default="build/crm", help="folder for the model after each stage")
     parser.add_argument("--out", default="demo/crm")
-    parser.add_argument("--begin", default="a", choices="abcd", help="stage to begin with, from --work")
-    parser.add_argument("--end", default="d", choices="abcd", help="last stage")
-    for stage, steps, batch, lr in (("d", 320, 12, 6e-4), ("a", 4000, 16, 1e-3), ("b", 1500, 24, 1e-3), ("c", 750, 12, 8e-4)):
+    parser.add_argument("--begin", default="a", choices="abcde", help="stage to begin with, from --work")
+    parser.add_argument("--end", default="e", choices="abcde", help="last stage")
+    for stage, steps, batch, lr in (("a", 4000, 16, 1e-3), ("b", 1500, 24, 1e-3), ("c", 750, 12, 8e-4), ("d", 320, 12, 6e-4),
+                                    ("e", 300, 12, 6e-4)):
         parser.add_argument(f"--steps-{stage}", type=int, default=steps)
         parser.add_argument(f"--batch-{stage}", type=int, default=batch)
         parser.add_argument(f"--lr-{stage}", type=float, default=lr)
@@ -273,7 +294,7 @@ def main():
         subprocess.run([sys.executable, "-m", "demo.make_data", "--train", str(args.pool_size), "--test", "0",
                         "--seed", "1", "--out", args.pool], check=True)
     pool = load_samples(args.pool)
-    stages = "abcd"["abcd".index(args.begin):"abcd".index(args.end) + 1]
+    stages = "abcde"["abcde".index(args.begin):"abcde".index(args.end) + 1]
     if args.begin == "a":
         crm = tiny_crm(corpus(pool), **options)
         heads = Heads(options["hidden"])
@@ -283,15 +304,16 @@ def main():
         before = f"{args.work}/{chr(ord(args.begin) - 1)}"
         crm = load_crm(before)
         heads = Heads(options["hidden"])
-        heads.load_state_dict(torch.load(f"{before}/heads.pt"))
+        if args.begin != "e":                          # stage e has no dense loss
+            heads.load_state_dict(torch.load(f"{before}/heads.pt"))
     for stage in stages:
         steps, batch, lr = (getattr(args, f"{key}_{stage}") for key in ("steps", "batch", "lr"))
-        run_stage(stage, crm, heads, pool, steps, batch, lr, dense_weight=1 if stage == "a" else .3,
-                  digit_weight=3 if stage in "cd" else 1, stretch=22 / 15 if stage == "b" else 1,
+        run_stage(stage, crm, heads, pool, steps, batch, lr, dense_weight={"a": 1, "e": 0}.get(stage, .3),
+                  digit_weight=3 if stage in HABITS else 1, stretch=22 / 15 if stage == "b" else 1,
                   seed=ord(stage), work=args.work)
         crm.save(f"{args.work}/{stage}")
         torch.save(heads.state_dict(), f"{args.work}/{stage}/heads.pt")
-    if args.end == "d":
+    if args.end == "e":
         crm.model.half()                               # on disk only: load_crm casts to what is asked for
         crm.save(args.out)
 

@@ -22,6 +22,12 @@ TRACES = (
     "In the {where} of the {picture} there is {seen}, which is the usual look of {name}.",
     "Looking for {name}: {seen} stands out in the {where} of this {picture}, clear of its surroundings.",
 )
+UNSURE = (  # of a reader who describes a place but commits to no structure
+    "Something in the {where} of this {picture} stands out from what is around it. It may be what is asked for.",
+    "This {picture} shows several structures. The one in the {where} could fit the question, so I mark it.",
+    "I look over the {picture} and find a region in the {where} that differs from its surroundings. I mark it.",
+    "There is a change in the {where} of the {picture}. I cannot say for sure what it is, but it may be meant.",
+)
 PICTURES = {
     "CT": "CT slice", "MR": "MR slice", "X-ray": "chest film", "Ultrasound": "ultrasound picture",
     "Fundus": "eye photograph", "OCT": "OCT scan", "Dermoscopy": "skin photograph",
@@ -279,6 +285,11 @@ def where(box, size):
     if row and column:
         return f"{row} {column}"
     return f"{column} half" if column else f"{row} middle" if row else "centre"
+
+
+def unsure_trace(rng, modality, box, size):
+    """rng: random.Random. A trace that names nothing; box, size: see where."""
+    return rng.choice(UNSURE).format(picture=PICTURES[modality], where=where(box, size))
 
 
 def pick_trace(rng, category, modality, side, box, size):

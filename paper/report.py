@@ -10,6 +10,7 @@ from runtime.metrics import paired_bootstrap
 
 HERE = Path(__file__).parent
 METRICS = {"iou": "IoU", "pdice": "pDice", "named": "named right", "iou_named": "IoU, named right",
+           "iou_several": "IoU, of several", "iou_any": "IoU, any sibling", "iou_luck": "IoU, by luck",
            "dice_points": "Dice, points", "dice_box": "Dice, box", "dice_both": "Dice, box and points",
            "refused": "refusals"}
 CURVES = {"box_iou": "box IoU while training", "entropy": "entropy per token, nats"}

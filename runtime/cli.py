@@ -12,6 +12,7 @@ from typing import get_args
 from rewards import MODES, reward_formula
 
 ROOT = Path(__file__).parents[1]
+TRACKERS = ("tensorboard", "wandb", "trackio", "swanlab")
 EMBEDDED = {"crm": ROOT / "demo/crm", "asm": ROOT / "demo/asm", "data": ROOT / "demo/data"}
 
 
@@ -30,8 +31,9 @@ def flag(default, help: str, choices=None, bare=None, low=None, high=None, above
 class ModelConfig:
     """How a Qwen2.5-VL is loaded and prompted: infer, evaluate and both trainers."""
     crm: str | None = flag(None, "Qwen2.5-VL folder or hub name")
-    prompt: str = flag("reasoning", "reasoning, direct, or a text file with {query}")
-    # None: what the checkpoint was trained with; if it does not say, aspect and Qwen2.5-VL's usual limits
+    # None: what the checkpoint was trained with; if it does not say, reasoning, aspect and Qwen2.5-VL's usual limits
+    prompt: str | None = flag(None, "reasoning, direct, a text file with {query} or the text itself (default: as the "
+                              "checkpoint, else reasoning)")
     resize: str | None = flag(None, "aspect, or square:SIDE (default: as the checkpoint, else aspect)")
     min_pixels: int | None = flag(None, "smallest image, model frame (default: as the checkpoint)", low=1)
     max_pixels: int | None = flag(None, "largest image, model frame (default: as the checkpoint)", low=1)
@@ -52,6 +54,7 @@ class RunConfig(ModelConfig):
     resume: str = flag("no", "continue from the last checkpoint in --out; auto: if there is one",
                        ("no", "yes", "auto"), bare="yes")
     parallel: str = flag("ddp", "how torchrun's ranks share the model, see parallel.py", ("ddp", "fsdp"))
+    track: str | None = flag(None, "send the rows of metrics.jsonl to a tracker, too, see tools/track.py", TRACKERS)
     timeout: float = flag(30.0, "minutes that a rank waits for the others", above=0)
     # optimization
     steps: int = flag(100, "optimizer steps", low=0)

@@ -13,13 +13,9 @@ ORIENTATION = 0x0112            # the EXIF tag
 
 
 def load_image(source: str | Path | bytes) -> Image.Image:
-    """An upright RGB image from a file or its bytes; of DICOM and NIfTI the middle slice (tools/volumes.py). Depths
-    beyond 8 bits are stretched from their own minimum and maximum; transparent pixels become black. ValueError, one line, for what is none of FORMATS or broken, for a
+    """An upright RGB image from a file or its bytes. Depths beyond 8 bits are stretched from their own minimum and
+    maximum; transparent pixels become black. ValueError, one line, for what is none of FORMATS or broken, for a
     side under 14 pixels, for NaN, and for what Pillow takes for a decompression bomb (over 89M pixels)."""
-    if not isinstance(source, bytes):
-        from tools.volumes import read_view
-        if view := read_view(source):
-            return view.image
     with _opened(source) as image:
         if min(image.size) < MIN_SIDE:
             raise ValueError(f"is {image.width}x{image.height}: a side must have {MIN_SIDE} pixels at least")
@@ -40,7 +36,7 @@ def load_image(source: str | Path | bytes) -> Image.Image:
 def load_mask(source: str | Path | bytes, of: str | Path | bytes | None = None) -> np.ndarray:
     """(H, W) bool: where a 0/255 image is above 127, or a 0/1 image above 0. ValueError: as load_image, several labels.
     of: the mask's image. If that is turned by EXIF, so is a mask of its stored size with no EXIF of its own."""
-    with _opened(source) as mask:
+    with _opened(source, is_mask=True) as mask:
         has_its_own = ORIENTATION in mask.getexif()
         mask = Image.fromarray(np.asarray(ImageOps.exif_transpose(mask).convert("L")))      # pixels only
     if of is not None and not has_its_own:
@@ -55,10 +51,14 @@ def load_mask(source: str | Path | bytes, of: str | Path | bytes | None = None) 
 
 
 @contextmanager
-def _opened(source: str | Path | bytes):
-    """A Pillow image, not yet decoded. What Pillow raises for broken, hostile or huge files is one ValueError."""
-    if not isinstance(source, bytes) and not Path(source).is_file():
-        raise ValueError("is a directory" if Path(source).is_dir() else f"no such file: {source}")
+def _opened(source: str | Path | bytes, is_mask: bool = False):
+    """A Pillow image, not yet decoded; the middle slice of DICOM and NIfTI. What Pillow raises for broken, hostile or huge files is one ValueError."""
+    if not isinstance(source, bytes):
+        from tools.volumes import is_scan, png_bytes
+        if is_scan(Path(source)):
+            source = png_bytes(Path(source), {}, is_mask)
+        elif not Path(source).is_file():
+            raise ValueError(f"no such file: {source}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)

@@ -4,7 +4,8 @@ Held-out evaluation and evaluate.py's tables score a completion in one way: `pre
 the image frame as they are, never clipped; a question's score is the mean over its completions. A completion with a
 problem (rewards.parse_answer) is a refusal. What can still be read of it counts; what cannot be read scores 0.
 """
-from collections import namedtuple
+import hashlib
+from collections import defaultdict, namedtuple
 from collections.abc import Iterator
 
 import numpy as np
@@ -19,13 +20,15 @@ Interval = namedtuple("Interval", "mean low high")
 
 def prediction(sample, index: int, texts: list[str], frame, official: bool = False) -> dict:
     """One question with its completions, as JSON can hold it; boxes and points in the image frame. kept: see medoid.
-    names and wording come from the sample's extra: a list of names, and unseen_wording, true or false."""
+    names and wording come from the sample's extra: a list of names, and unseen_wording, true or false. image: a digest
+    of the pixels, by which add_siblings finds the questions about one image."""
     answers = [parse_answer(text, official) for text in texts]
     completions = [{"text": text, "bbox": answer.bbox and to_image(answer.bbox, frame),
                     "points": answer.points and to_image(answer.points, frame), "problem": answer.problem}
                    for text, answer in zip(texts, answers)]
     names, unseen = sample.extra.get("names"), sample.extra.get("unseen_wording")
     return {"id": sample.id, "index": index, "size": sample.image.size, "query": sample.query,
+            "image": hashlib.blake2b(sample.image.tobytes(), digest_size=8).hexdigest(),
             "supercategory": sample.supercategory, "category": sample.category,
             "names": [str(name).lower() for name in names] if isinstance(names, list) else [],
             "wording": ("unseen" if unseen else "seen") if isinstance(unseen, bool) else None,
@@ -38,6 +41,32 @@ def iou(p: dict, completion: dict) -> float | None:
     if "bbox" not in p["asked"]:
         return None
     return box_iou(completion["bbox"], p["truth"]["bbox"]) if completion["bbox"] else 0.0
+
+
+def add_siblings(predictions: list[dict]) -> list[dict]:
+    """truth.siblings of each prediction, in place: the true boxes that questions about the same image and category
+    have and it has not. What is not among these predictions is not known; a question without a category has none."""
+    boxes = defaultdict(set)
+    for p in predictions:
+        boxes[p.get("image"), p["category"]].add(tuple(p["truth"]["bbox"]))
+    for p in predictions:
+        known = boxes[p["image"], p["category"]] if p.get("image") and p["category"] else set()
+        p["truth"]["siblings"] = sorted(known - {tuple(p["truth"]["bbox"])})
+    return predictions
+
+
+def iou_any(p: dict, completion: dict) -> float:
+    """IoU with the best of the true box and its siblings. Beyond `iou`: the right kind of thing, but the wrong one."""
+    boxes = p["truth"]["bbox"], *p["truth"]["siblings"]
+    return max(box_iou(completion["bbox"], box) for box in boxes) if completion["bbox"] else 0.0
+
+
+def among_siblings(score):
+    """A metric of the questions that have siblings (see add_siblings): score(p, n), n the siblings and itself."""
+    def metric(p: dict) -> float | None:
+        siblings = p["truth"].get("siblings")
+        return score(p, 1 + len(siblings)) if siblings and "bbox" in p["asked"] else None
+    return metric
 
 
 def pdice(p: dict, completion: dict, published: bool = False) -> float | None:
@@ -70,6 +99,10 @@ QUESTION_METRICS = {       # name: (title, function of a prediction -> float, or
     "iou_parsed": ("IoU, parsed", lambda p: mean(p, iou, where=parsed)),
     "named": ("named right", lambda p: mean(p, named)),
     "iou_named": ("IoU, named right", lambda p: mean(p, iou, where=named)),
+    # where several in the image are meant by the same words; by luck: one of the n picked blindly, as well drawn
+    "iou_several": ("IoU, of several", among_siblings(lambda p, n: mean(p, iou))),
+    "iou_any": ("IoU, any sibling", among_siblings(lambda p, n: mean(p, iou_any))),
+    "iou_luck": ("IoU, by luck", among_siblings(lambda p, n: mean(p, iou_any) / n)),
 }
 
 
@@ -104,7 +137,7 @@ def medoid(answers: list[Answer]) -> tuple[int | None, float | None]:
 
 # ---------------------------------------------------------------- held-out questions
 
-def ask(crm, samples, indexes, template: str, kinds: dict[str, tuple[int, float]], max_new_tokens: int, seed: int,
+def ask(crm, samples, indexes, kinds: dict[str, tuple[int, float]], max_new_tokens: int, seed: int,
         batch: int = 0, official: bool = False) -> Iterator[tuple]:
     """Put questions to the CRM -> (kind, sample, group, prediction) for each question and kind.
 
@@ -114,7 +147,7 @@ def ask(crm, samples, indexes, template: str, kinds: dict[str, tuple[int, float]
     for start in range(0, len(indexes), batch):
         part = indexes[start:start + batch]
         chosen = [samples[i] for i in part]
-        prompts = [crm.encode(s.image, fill_prompt(template, s.query)) for s in chosen]
+        prompts = [crm.encode(s.image, fill_prompt(crm.template, s.query)) for s in chosen]
         for kind, (completions, temperature) in kinds.items():
             seeds = [(seed, 1, i) for i in part]
             groups = sample_groups(crm, prompts, completions, max_new_tokens, temperature, seeds)
@@ -122,21 +155,23 @@ def ask(crm, samples, indexes, template: str, kinds: dict[str, tuple[int, float]
                 yield kind, sample, group, prediction(sample, i, group.texts, group.prompt.frame, official)
 
 
-def held_out(crm, samples, template: str, kinds: dict[str, tuple[int, float]], mode: str, weights: dict,
+def held_out(crm, samples, kinds: dict[str, tuple[int, float]], mode: str, weights: dict,
              ranks: Ranks, max_new_tokens: int = 512, batch: int = 0, official: bool = False) -> list[dict]:
     """Every sample's question under every kind (see `ask`) -> one row per kind and sample, in that order: kind, index,
     id, wording, QUESTION_METRICS, and the mean reward (model frame, without mask_dice)."""
     weights = {name: weight for name, weight in weights.items() if name != "mask_dice"}
     mine, rows = range(len(samples))[ranks.rank::ranks.world], []
-    for kind, sample, group, p in ask(crm, samples, mine, template, kinds, max_new_tokens, 0, batch, official):
+    for kind, sample, group, p in ask(crm, samples, mine, kinds, max_new_tokens, 0, batch, official):
         frame = group.prompt.frame
         truth = to_model(sample.bbox, frame), to_model(sample.points, frame)
         rewards = [total_reward(reward_terms(c["text"], *truth, official, frame.model), mode, weights)
                    for c in p["completions"]]
-        rows.append({"kind": kind, "index": p["index"], "id": p["id"], "wording": p["wording"],
-                     **{key: metric(p) for key, (_, metric) in QUESTION_METRICS.items()},
-                     "reward": sum(rewards) / len(rewards)})
-    return sorted(ranks.gather(rows), key=lambda row: (list(kinds).index(row["kind"]), row["index"]))
+        rows.append((list(kinds).index(kind), p, sum(rewards) / len(rewards)))
+    rows = sorted(ranks.gather(rows), key=lambda row: (row[0], row[1]["index"]))
+    add_siblings([p for _, p, _ in rows])
+    return [{"kind": list(kinds)[kind], "index": p["index"], "id": p["id"], "wording": p["wording"],
+             **{key: metric(p) for key, (_, metric) in QUESTION_METRICS.items()}, "reward": reward}
+            for kind, p, reward in rows]
 
 
 def held_out_means(rows: list[dict]) -> dict[str, float]:

@@ -21,8 +21,8 @@ from runtime.files import parse_object, read_text
 def read_folder(path: Path, split: str) -> tuple[list[dict], list[str]]:
     """samples.jsonl beside images/ and masks/, one object per line: image, query, and mask or bbox + points;
     optional id, split ("train" if missing), supercategory, category, think. Masks are 0/255 or 0/1, of their
-    image's size; file names are relative to images/ and masks/. Of DICOM and NIfTI, "scan": {"slice": 45, "window": "lung"}
-    chooses what is shown (keys of tools.volumes.ScanConfig); the mask may be NIfTI on the same grid."""
+    image's size; file names are relative to images/ and masks/. For DICOM and NIfTI, "scan": {"slice": 45} has keys of
+    tools.volumes.ScanConfig, and the mask may be NIfTI on the same grid."""
     file, rows, splits = path / "samples.jsonl" if path.is_dir() else path, [], set()
     for number, line in enumerate(read_text(file).splitlines(), 1):
         if not line.strip():
@@ -117,7 +117,14 @@ def first(values) -> dict:
     return values[0] if isinstance(values, list) and len(values) == 1 and isinstance(values[0], dict) else {}
 
 
-READERS = {"samples.jsonl": read_folder, "**/*.parquet": read_parquet}     # pattern of a file: its reader
+def read_coco(path: Path, split: str) -> tuple[list[dict], list[str]]:
+    """COCO's json files, see tools/coco.py."""
+    from tools.coco import read
+    return read(path, split)
+
+
+READERS = {"samples.jsonl": read_folder, "**/*.parquet": read_parquet,      # pattern of a file: its reader
+           "**/*.json": read_coco}
 
 
 def read_rows(path: Path, split: str | None) -> tuple[list[dict], list[str]]:

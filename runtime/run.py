@@ -24,12 +24,14 @@ from runtime.files import parse_object, read_jsonl, read_text, read_torch, to_di
 from runtime.metrics import held_out, held_out_means
 from runtime.optim import Optimizer
 from runtime.parallel import Ranks, unsharded
+from runtime.readers import read_rows
 from runtime.step import warnings_of
 
 LOGS = ("metrics", "samples", "held_out", "rollouts")   # NAME.jsonl, one object per line, each with its step
 MAY_CHANGE = {          # on --resume; everything else decides what is learned
     "resume", "out", "steps", "epochs", "timeout", "parallel", "offload", "checkpointing", "pack_tokens", "micro_batch",
-    "cuda_graphs", "max_skipped", "eval_every", "eval_answers", "eval_limit", "save_every", "keep"}
+    "cuda_graphs", "max_skipped", "eval_every", "eval_answers", "eval_limit", "save_every", "keep", "track",
+    "rollouts_every"}
 
 
 # ---------------------------------------------------------------- schedules and data
@@ -64,16 +66,16 @@ def load_splits(cfg: RunConfig):
     train = train.only(cfg.only) if cfg.only else train
     if cfg.eval_every < 0:
         return train, []
-    if not cfg.test_data and Path(cfg.data).is_file():
-        raise ValueError(f"--data {cfg.data}: one file has no held-out split; give a folder, --test-data, or "
-                         "--eval-every -1")
+    if not cfg.test_data and (Path(cfg.data).suffix == ".parquet" or "test" not in read_rows(Path(cfg.data), None)[1]):
+        print0(f'{cfg.data}: no split "test" there, so nothing is held out; --test-data PATH names one')
+        return train, []
     return train, load(cfg.test_data or cfg.data, "test")[:cfg.eval_limit or None]
 
 
 # ---------------------------------------------------------------- the run folder
 
 class Run:
-    """runs/NAME: config.json, metrics.jsonl, samples.jsonl, held_out.jsonl, curves.png, step_000100/ …
+    """runs/NAME: config.json, metrics.jsonl, samples.jsonl, held_out.jsonl, rollouts.jsonl, curves.png, step_000100/
 
     Text first: everything that a picture shows can be read from metrics.jsonl. Only rank 0 writes."""
 
@@ -81,7 +83,10 @@ class Run:
         """ValueError where --out holds files that this run must not touch, or cannot resume."""
         self.config, self.ranks, self.folder = config, ranks, Path(config.out)
         self.is_first, self.stop, self.saved = ranks.rank == 0, False, "not saved"
-        self.first_row, self.warned, self.skipped = None, set(), 0
+        self.first_row, self.warned, self.skipped, self.tracker = None, set(), 0, None
+        if config.track:
+            from tools.track import need
+            need(config.track)
         self._check_folder()
         self.checkpoint, self.state = self._newest_checkpoint() if config.resume != "no" else (None, None)
         if self.state:
@@ -117,8 +122,6 @@ class Run:
             raise ValueError(f"--steps {steps}: {self.folder} has {self.start} steps already; give more")
         if state:
             optimizer.load(self.checkpoint, state)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._stop)
         logs = {name: [row for row in self.read(name) if state and row["step"] <= self.start] for name in LOGS}
         for row in logs["metrics"]:
             if row["step"]:
@@ -132,6 +135,11 @@ class Run:
                 if path.exists():
                     write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
             write_whole(self.folder / "config.json", json.dumps(asdict(self.config), indent=2) + "\n")
+            if self.config.track:
+                from tools.track import Tracker
+                self.tracker = Tracker(self.config.track, self.folder, asdict(self.config), logs["metrics"])
+        for number in (signal.SIGINT, signal.SIGTERM):              # last: a tracker may have set its own
+            signal.signal(number, self._stop)
         return self.start
 
     def log(self, name: str, *rows: dict) -> None:
@@ -141,6 +149,8 @@ class Run:
                     file.writelines(json.dumps(row) + "\n" for row in rows)
             except OSError as error:
                 self._cannot_write(self.folder / f"{name}.jsonl", error)
+            if self.tracker and name == "metrics":
+                self.tracker.log(*rows)
 
     def read(self, name: str) -> list[dict]:
         return read_jsonl(self.folder / f"{name}.jsonl")
@@ -251,23 +261,44 @@ class Run:
         every = self.config.eval_every
         return step == self.steps or (every > 0 and step % every == 0)
 
-    def evaluate(self, crm, tests, template: str, weights: dict, step: int, greedy: bool) -> dict[str, float]:
+    def evaluate(self, crm, tests, weights: dict, step: int, greedy: bool) -> dict[str, float]:
         """Held-out scores, sampled as in training and, if asked, greedy: their means, for metrics.jsonl."""
         cfg = self.config
         kinds = {"sampled": (cfg.eval_answers, cfg.temperature)} | ({"greedy": (1, 0.0)} if greedy else {})
         with unsharded(crm):
-            rows = held_out(crm, tests, template, kinds, cfg.mode, weights, self.ranks, cfg.max_new_tokens,
+            rows = held_out(crm, tests, kinds, cfg.mode, weights, self.ranks, cfg.max_new_tokens,
                             official=cfg.official)
         self.log("held_out", *({"step": step, **row} for row in rows))
         means = held_out_means(rows)
         print0(f"step {step}, held out: " + ", ".join(f"{key} {value:.3f}" for key, value in means.items()))
         return means
 
+    def log_groups(self, step: int, crm, tests, roll_out, advantages, own=()) -> None:
+        """rollouts.jsonl, at each evaluation and every --rollouts-every steps: whole groups of four held-out prompts,
+        always the same with the same random numbers, and of the step's first two. own: this rank's (place, Rollout)."""
+        cfg = self.config
+        if step and not self.evaluation_due(step) and not (cfg.rollouts_every and step % cfg.rollouts_every == 0):
+            return
+        from tools.rollouts import fixed_prompts, group_row
+        fixed = fixed_prompts(tests, need_mask="mask_dice" in cfg.weights)
+        places = list(range(len(fixed)))[self.ranks.rank::self.ranks.world]
+        with unsharded(crm):
+            groups = roll_out(places, fixed, 0, split=tests)
+        for group in groups:
+            group.advantages = advantages(group.rewards[None], cfg.norm)[0]
+        rows = [group_row(step, "test", p, group, cfg.official) for p, group in zip(places, groups)]
+        rows += [group_row(step, "train", p, group, cfg.official) for p, group in own if p < 2]
+        self.log("rollouts", *sorted(self.ranks.gather(rows), key=lambda row: (row["split"], row["index"])))
+
     def finish(self, compare: bool) -> None:
         """Print where everything is. compare: also the first and the last held-out evaluation, compared."""
         if self.is_first and compare:
             self.report()
+        if self.tracker:
+            self.tracker.finish()
         print0(f"weights {self.saved}, numbers {self.folder / 'metrics.jsonl'}, picture {self.folder / 'curves.png'}")
+        if (self.folder / "rollouts.jsonl").exists():
+            print0(f"to see groups of completions learn: python -m tools.rollouts {self.folder}")
 
     def report(self) -> None:
         from tools.compare import summary_lines
@@ -293,3 +324,8 @@ def remove(folder: Path) -> None:
     """A checkpoint, renamed first: half of one never has a checkpoint's name."""
     if folder.exists():
         shutil.rmtree(folder.rename(folder.with_suffix(".old")))
+
+
+if __name__ == "__main__":                                          # a run that has ended, to a tracker
+    from tools.track import main
+    main()

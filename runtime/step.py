@@ -29,11 +29,16 @@ def total_stats(stats: dict, ranks: Ranks) -> dict[str, float]:
     return {key: float(value) for key, value in total.items()}
 
 
+def spread(rewards: torch.Tensor, texts: list[str]) -> dict[str, float]:
+    """How different the completions of one group are."""
+    return {"reward_std": float(rewards.std()), "zero_std": float(rewards.min() == rewards.max()),
+            "identical": 1 - (len(set(texts)) - 1) / (len(texts) - 1)}
+
+
 def completion_rows(rollout) -> list[dict]:
     """One row per completion of a Rollout: its text for samples.jsonl, its numbers for metrics.jsonl."""
     r, texts = rollout.rewards, rollout.texts
-    shared = {"id": rollout.sample.id, "query": rollout.sample.query, "reward_std": float(r.std()),
-              "zero_std": float(r.min() == r.max()), "identical": 1 - (len(set(texts)) - 1) / (len(texts) - 1)}
+    shared = {"id": rollout.sample.id, "query": rollout.sample.query, **spread(r, texts)}
     return [{**shared, "text": text, "reward": float(reward), "length": int(length),
              "parse_ok": float(not parse_answer(text).problem), "finished": float(finished), **terms}
             for text, reward, terms, length, finished

@@ -118,6 +118,15 @@ def test_prompts_have_a_place_for_the_question():
 
 
 
+def test_a_checkpoint_remembers_its_prompt_and_an_explicit_one_wins(tmp_path):
+    assert load_crm("demo/crm").template == PROMPTS["reasoning"]
+    load_crm("demo/crm", prompt="Where is it? {query}").save(tmp_path)
+    assert load_crm(tmp_path).template == "Where is it? {query}"
+    assert load_crm(tmp_path, prompt="direct").template == PROMPTS["direct"]
+    with pytest.raises(ValueError, match="--prompt nothing"):
+        load_crm(tmp_path, prompt="nothing")
+
+
 @pytest.mark.parametrize("rank", [0, 4])
 def test_a_checkpoint_remembers_its_frame_and_explicit_arguments_win(tmp_path, rank):
     image = noise_image(400, 300)

@@ -270,7 +270,7 @@ def test_a_missing_column_and_a_broken_file_and_nothing_at_all_are_named(tmp_pat
     with pytest.raises(ValueError, match="split 'other'; the splits there: test, train "):
         load_samples(tmp_path, "other")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="neither samples.jsonl nor .*parquet in it"):
+    with pytest.raises(ValueError, match="neither samples.jsonl nor .*parquet nor .*json in it"):
         load_samples(tmp_path / "empty")
     for name in ("data.csv", "data.jsonl"):
         (tmp_path / name).write_text("x")
@@ -584,36 +584,36 @@ def test_training_names_a_bad_row_before_it_starts(folder):
     assert (len(train), len(test)) == (1, 1)
 
 
-def read_coco(path, split):
-    """A reader as a user would write it: annotations.json beside images/, polygons, the category as the question."""
-    from PIL import ImageDraw
-    coco = json.loads((path / "annotations.json").read_text())
-    images = {image["id"]: image for image in coco["images"]}
-    names = {category["id"]: category for category in coco["categories"]}
-    rows = []
-    for a in coco["annotations"]:
-        image, category = images[a["image_id"]], names[a["category_id"]]
-        drawn = Image.new("L", (image["width"], image["height"]))
-        for polygon in a["segmentation"]:
-            ImageDraw.Draw(drawn).polygon(polygon, fill=255)
-        rows.append({"where": f"{path}, annotation {a['id']}", "id": str(a["id"]), "problem": "", "extra": a,
-                     "query": f"Where is the {category['name']}?", "think": "", "category": category["name"],
-                     "supercategory": category.get("supercategory", ""), "bbox": None, "points": None,
-                     "image": path / "images" / image["file_name"], "mask": png(drawn)})
-    return (rows if split == "train" else []), ["train"]
+@pytest.mark.parametrize("data", ["folder", "demo/data/train.parquet"])
+def test_without_a_test_split_training_starts_and_says_that_nothing_is_held_out(folder, capsys, data):
+    from types import SimpleNamespace
+
+    from runtime.run import load_splits
+    path = str(folder({}, {})) if data == "folder" else data
+    flags = SimpleNamespace(data=path, test_data=None, only="", skip_bad_rows=False, eval_every=1, eval_limit=0)
+    train, test = load_splits(flags)
+    assert len(train) and not test
+    assert f'{path}: no split "test" there, so nothing is held out; --test-data PATH' in capsys.readouterr().out
+
+
+def read_names(path, split):
+    """A reader as a user would write it: the file's name is the answer, the mask lies beside the image."""
+    files = sorted(path.glob("*_mask.png")) if split == "train" else []
+    return [{"where": str(file), "id": file.stem, "query": f"Where is the {file.stem.removesuffix('_mask')}?", "problem": "",
+             "image": path / "images/a.png", "mask": file, "bbox": None, "points": None, "extra": {}, "think": "",
+             "category": "", "supercategory": ""} for file in files], ["train"]
 
 
 def test_a_new_reader_is_a_function_and_its_name(folder, monkeypatch):
     from runtime import readers
     path = folder({})
     (path / "samples.jsonl").unlink()
-    (path / "annotations.json").write_text(json.dumps({
-        "images": [{"id": 7, "file_name": "a.png", "width": 60, "height": 40}],
-        "categories": [{"id": 1, "name": "liver", "supercategory": "Abdomen"}],
-        "annotations": [{"id": 3, "image_id": 7, "category_id": 1, "segmentation": [[10, 5, 29, 5, 29, 24, 10, 24]]}]}))
-    monkeypatch.setitem(readers.READERS, "annotations.json", read_coco)
+    mask = Image.new("L", (60, 40))
+    mask.paste(255, (10, 5, 30, 25))
+    mask.save(path / "liver_mask.png")
+    monkeypatch.setitem(readers.READERS, "*_mask.png", read_names)
     sample = load_samples(path)[0]
-    assert sample.bbox == (10, 5, 30, 25) and sample.category == "liver" and sample.query == "Where is the liver?"
+    assert sample.bbox == (10, 5, 30, 25) and sample.query == "Where is the liver?"
     with pytest.raises(ValueError, match="splits there: train"):
         load_samples(path, "test")
 

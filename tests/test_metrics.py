@@ -39,7 +39,7 @@ def test_scores_are_means_over_completions_and_their_conditions_by_hand():
     found = scored([half, full, "no idea", text(BOX, points=((1,), (2,)))], names=["liver", "hepatic"])
     assert found == pytest.approx({
         "iou": (0.5 + 1 + 0 + 1) / 4, "pdice": 2 / 4, "parse_ok": 2 / 4, "iou_parsed": (0.5 + 1) / 2,
-        "named": 2 / 4, "iou_named": (0.5 + 1) / 2})
+        "named": 2 / 4, "iou_named": (0.5 + 1) / 2, "iou_several": None, "iou_any": None, "iou_luck": None})
 
 
 def test_what_is_undefined_is_none_and_never_zero():
@@ -108,7 +108,7 @@ def samples(n=5):
 
 
 def ask_all(crm, **more):
-    return held_out(crm, samples(), "{query}", {"sampled": (2, 1.0), "greedy": (1, 0.0)}, "soft", {}, Ranks(),
+    return held_out(crm, samples(), {"sampled": (2, 1.0), "greedy": (1, 0.0)}, "soft", {}, Ranks(),
                     max_new_tokens=6, **more)
 
 
@@ -121,6 +121,19 @@ def test_held_out_rows_are_in_order_and_do_not_depend_on_the_batch(crm):
     assert {*QUESTION_METRICS, "reward", "id"} < rows[0].keys() and rows[0]["iou_parsed"] is None
 
 
+def test_held_out_rows_of_one_image_and_category_have_scores_among_siblings_whatever_their_rank(crm):
+    asked = samples(3)
+    for case, box in zip(asked, [BOX, (30, 30, 40, 40), BOX]):
+        case.image, case.category, case.bbox = asked[0].image, "nucleus", box
+    asked[2].category = "gland"
+    mine = Ranks(0, 2)
+    mine.gather = lambda rows: rows + [(0, rows[0][1] | {"index": 1, "truth": {"bbox": (30, 30, 40, 40)}}, 0.0)]
+    for rows in (held_out(crm, asked, {"sampled": (2, 1.0)}, "soft", {}, Ranks(), 6),
+                 held_out(crm, asked, {"sampled": (2, 1.0)}, "soft", {}, mine, 6)):
+        assert [row["iou_any"] is None for row in rows] == [False, False, True]
+        assert all(row["iou_luck"] == row["iou_any"] / 2 for row in rows[:2])
+
+
 def test_a_prompt_is_encoded_once_for_sampled_and_greedy(crm, monkeypatch):
     encode, calls = crm.encode, []
     monkeypatch.setattr(crm, "encode", lambda *args: calls.append(1) or encode(*args))
@@ -131,7 +144,7 @@ def test_a_prompt_is_encoded_once_for_sampled_and_greedy(crm, monkeypatch):
 def test_the_temperature_of_the_run_is_the_temperature_of_the_held_out_split(crm, monkeypatch):
     used = []
     monkeypatch.setattr(metrics, "sample_groups", lambda *args: used.append(args[4]) or sample_groups(*args))
-    held_out(crm, samples(1), "{query}", {"sampled": (2, 0.7)}, "soft", {}, Ranks(), max_new_tokens=4)
+    held_out(crm, samples(1), {"sampled": (2, 0.7)}, "soft", {}, Ranks(), max_new_tokens=4)
     assert used == [0.7]
 
 
@@ -140,7 +153,7 @@ def test_ranks_share_the_questions_without_loss_whatever_their_batches(crm):
     for rank in range(2):
         ranks = Ranks(rank, 2)
         ranks.gather = lambda rows: rows
-        parts += held_out(crm, samples(), "{query}", {"sampled": (2, 1.0)}, "soft", {}, ranks, 6, batch=1 + rank)
+        parts += held_out(crm, samples(), {"sampled": (2, 1.0)}, "soft", {}, ranks, 6, batch=1 + rank)
     assert sorted(parts, key=lambda row: row["index"]) == [r for r in ask_all(crm) if r["kind"] == "sampled"]
 
 

@@ -12,6 +12,7 @@ from data import BadRow
 from runtime import run as module
 from runtime.cli import RunConfig, flag
 from runtime.files import read_jsonl, read_torch, write_whole
+from runtime.metrics import QUESTION_METRICS
 from runtime.parallel import Ranks
 from runtime.run import Run, learning_rate, sample_indices
 
@@ -308,15 +309,15 @@ def test_a_signal_lets_the_step_finish(cfg, capsys):
 
 
 def held_out_rows(count, iou):
-    return [{"kind": kind, "index": i, "id": str(i), "wording": None, "iou": iou, "pdice": iou, "parse_ok": 1.0,
-             "iou_parsed": iou, "named": None, "iou_named": None, "reward": 4 * iou}
+    scores = dict.fromkeys(QUESTION_METRICS) | {"iou": iou, "pdice": iou, "parse_ok": 1.0, "iou_parsed": iou}
+    return [{"kind": kind, "index": i, "id": str(i), "wording": None, **scores, "reward": 4 * iou}
             for kind in ("sampled", "greedy") for i in range(count)]
 
 
 def test_the_held_out_split_is_sampled_at_the_temperature_of_training(cfg, monkeypatch):
     asked = []
 
-    def held_out(crm, tests, template, kinds, mode, weights, ranks, max_new_tokens, official):
+    def held_out(crm, tests, kinds, mode, weights, ranks, max_new_tokens, official):
         asked.append((kinds, mode, weights, max_new_tokens, official))
         return held_out_rows(3, 0.5)
 
@@ -327,8 +328,8 @@ def test_the_held_out_split_is_sampled_at_the_temperature_of_training(cfg, monke
     monkeypatch.setattr(module, "held_out", held_out)
     monkeypatch.setattr(module, "unsharded", unsharded)
     run = begun(cfg, temperature=0.7, eval_answers=3, official=True, mode="hard")
-    means = run.evaluate(None, [], "", {"box_iou": 2.0}, step=0, greedy=True)
-    run.evaluate(None, [], "", {}, step=5, greedy=False)
+    means = run.evaluate(None, [], {"box_iou": 2.0}, step=0, greedy=True)
+    run.evaluate(None, [], {}, step=5, greedy=False)
     assert asked[0] == ({"sampled": (3, 0.7), "greedy": (1, 0.0)}, "hard", {"box_iou": 2.0}, 128, True)
     assert asked[1][0] == {"sampled": (3, 0.7)} and means["sampled/iou"] == 0.5
     assert [row["step"] for row in run.read("held_out")] == [0] * 6 + [5] * 6

@@ -41,9 +41,9 @@ class MedSAM(ASM):
     def decode(self, features, coords, labels):
         corner = labels[0] > 1  # the labels are the same for every prompt
         boxes = rearrange(coords[:, corner], "n c xy -> 1 n (c xy)") if corner.any() else None
-        points = coords[None, :, ~corner] if not corner.all() else None
+        points, clicks = (None if corner.all() else x[None, :, ~corner] for x in (coords, labels))
         out = self.model(image_embeddings=features, multimask_output=self.multimask, input_boxes=boxes,
-                         input_points=points)
+                         input_points=points, input_labels=clicks)
         return out.pred_masks[0], out.iou_scores[0]
 
     def enlarge(self, logits, image_hw):

@@ -25,6 +25,8 @@ FOREIGN_NAMES = {       # our flag: its names in TRL, verl and EasyR1; of a dott
     "offload": "param_offload optimizer_offload offload_params offload_optimizer",
     "freeze_vision": "freeze_vision_tower freeze_vision_modules", "save_every": "save_steps save_freq",
     "eval_every": "eval_steps test_freq val_freq", "keep": "save_total_limit save_limit",
+    "rollouts_every": "log_completions rollout_data_dir val_generations_to_log",
+    "track": "report_to trainer.logger",
 }
 
 

@@ -18,7 +18,7 @@ from crm import remembered_frame
 from data import MAX_PIXELS, MIN_PIXELS, Frame, model_size
 from runtime.cli import print0
 from runtime.files import read_text, write_whole
-from runtime.metrics import prediction
+from runtime.metrics import add_siblings, prediction
 
 FORM = {"text": str, "bbox": list, "points": list}      # of a line of --predictions
 
@@ -30,7 +30,7 @@ def read_predictions(folder: str | Path) -> list[dict]:
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     if not rows or "completions" not in rows[0]:
         raise ValueError(f"{path}: empty, or of an older version; run the evaluation again")
-    return rows
+    return add_siblings(rows)
 
 
 def finished(out: Path) -> list[dict]:
@@ -153,4 +153,4 @@ def from_file(cfg, samples) -> list[dict]:
                          "wrong; give the frame they were written in")
     print0(f"{len(ids) - len(given)} of {len(ids)} questions have no prediction (refusals), "
            f"{outside} boxes leave their image")
-    return rows
+    return add_siblings(rows)

@@ -1,0 +1,80 @@
+"""COCO data sets: the layouts that people have, masks in every form, and what is wrong named by file and annotation."""
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data import BadRow, load_samples
+from tools.coco import png
+
+SQUARE = np.zeros((40, 60), bool)
+SQUARE[5:25, 10:30] = True
+POLYGON = [[10, 5, 30, 5, 30, 25, 10, 25]]
+COUNTS = np.diff(np.flatnonzero(np.diff(np.r_[False, SQUARE.T.ravel(), False])), prepend=0).tolist()
+RLE = {"size": [40, 60], "counts": COUNTS + [int(2400 - sum(COUNTS))]}
+
+
+def coco(**changes):
+    annotation = {"id": 3, "image_id": 7, "category_id": 1, "bbox": [10, 5, 20, 20], "segmentation": POLYGON} | changes
+    return {"images": [{"id": 7, "file_name": "a.png", "width": 60, "height": 40}],
+            "categories": [{"id": 1, "name": "liver", "supercategory": "Abdomen"}], "annotations": [annotation]}
+
+
+def write(root, file, images, **changes):
+    for path in (root / file, root / images / "a.png"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    (root / file).write_text(json.dumps(coco(**changes)))
+    Image.new("RGB", (60, 40), "grey").save(root / images / "a.png")
+    return root
+
+
+@pytest.mark.parametrize("file, images, split", [
+    ("annotations/instances_train2017.json", "train2017", "train"), ("test/_annotations.coco.json", "test", "test"),
+    ("test.json", "images", "test"), ("annotations.json", "images", "train"), ("val.json", "images/val", "val")])
+def test_the_layouts_that_people_have(tmp_path, file, images, split):
+    sample = load_samples(write(tmp_path, file, images), split)[0]
+    assert (sample.bbox, sample.category, sample.supercategory) == ((10, 5, 30, 25), "liver", "Abdomen")
+    assert sample.query == "Where is the liver?" and np.array_equal(sample.mask, SQUARE)
+    with pytest.raises(ValueError, match=f"the splits there: {split}"):
+        load_samples(tmp_path, "other")
+
+
+@pytest.mark.parametrize("form", ["polygon", "counts", "compressed"])
+def test_a_mask_is_the_same_in_every_form(form):
+    if form == "compressed":
+        mask = pytest.importorskip("pycocotools.mask", reason="compressed RLE needs pycocotools")
+        segmentation = mask.encode(np.asfortranarray(SQUARE.astype(np.uint8)))
+    else:
+        segmentation = {"polygon": POLYGON, "counts": RLE}[form]
+    path = png(segmentation, (40, 60))
+    import io
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(path))) > 0, SQUARE)
+
+
+def test_a_question_of_its_own_and_a_single_file(tmp_path):
+    write(tmp_path, "train.json", "images", query="What is the large organ?")
+    assert load_samples(tmp_path / "train.json")[0].query == "What is the large organ?"
+
+
+@pytest.mark.parametrize("changes, says", [
+    ({"image_id": 8}, "image: no file ''"), ({"segmentation": [], "bbox": [1, 2]}, "annotation: no size"),
+    ({"segmentation": {"size": [40, 60], "counts": [3]}}, "mask: RLE of 3 pixels"), ({"segmentation": [["x"]]}, "mask: "),
+    ({"segmentation": {"counts": "abc"}}, "mask: "), ({"segmentation": []}, "bbox: is missing, or points are")])
+def test_what_is_wrong_is_named(tmp_path, changes, says):
+    if changes.get("segmentation") == {"counts": "abc"} and importlib.util.find_spec("pycocotools"):
+        says = "mask: is neither polygons nor RLE"
+    samples = load_samples(write(tmp_path, "train.json", "images", **changes))
+    with pytest.raises(BadRow, match="train.json, annotation 3") as error:
+        samples[0]
+    assert says in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
+def test_a_json_file_that_is_not_coco_s_is_named(tmp_path):
+    (tmp_path / "train.json").write_text('{"images": []}')
+    with pytest.raises(ValueError, match="train.json: annotations, categories: missing"):
+        load_samples(tmp_path)
+    (tmp_path / "train.json").write_text("[")
+    with pytest.raises(ValueError, match="train.json: not JSON"):
+        load_samples(tmp_path)

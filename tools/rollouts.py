@@ -1,0 +1,130 @@
+"""See groups of completions learn: rollouts.jsonl of a training run as one HTML page.
+
+    python -m tools.rollouts runs/demo          # writes runs/demo/rollouts.html
+
+The page stands alone: pictures, styles and script are inside, it asks no network for anything. A line of rollouts.jsonl
+is one group of one step: what metrics.prediction returns (boxes and points in the image frame), and of each completion
+also its reward, advantage, terms, length and whether it finished. Groups of the split "test" are of the same prompts,
+drawn with the same random numbers, at each step, so that only the weights differ; those of "train" are the step's own.
+"""
+import argparse
+import base64
+import io
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data import clip_to, load_samples
+from rewards import MODES, reward_formula
+from runtime.cli import exit_on, parse_weights
+from runtime.files import parse_object, read_jsonl, read_text, write_whole
+from runtime.metrics import iou, prediction
+from runtime.step import spread
+
+PAGE = Path(__file__).with_suffix(".html")
+SIDE = {"test": 640, "train": 400}      # pixels of the longer side of a picture
+
+
+# ---------------------------------------------------------------- while training: runtime/run.py
+
+def fixed_prompts(samples, need_mask: bool, most: int = 4) -> list[int]:
+    """Indexes of up to `most` samples, spread evenly; need_mask: only of those that have one."""
+    usable = [i for i in range(len(samples)) if not need_mask or samples.rows[i]["mask"]]
+    n = min(most, len(usable))
+    return [usable[len(usable) * k // n] for k in range(n)]
+
+
+def group_row(step: int, split: str, place: int, rollout, official: bool) -> dict:
+    """A Rollout as a line of rollouts.jsonl. place: its number among the groups of its split."""
+    row = prediction(rollout.sample, place, rollout.texts, rollout.prompt.frame, official)
+    columns = {"reward": rollout.rewards, "advantage": rollout.advantages, "length": rollout.lengths,
+               "finished": rollout.finished}
+    for g, completion in enumerate(row["completions"]):
+        completion |= {name: values[g].item() for name, values in columns.items()} | {"terms": rollout.terms[g]}
+    return {"step": step, "split": split, **row}
+
+
+# ---------------------------------------------------------------- afterwards: the page
+
+def page(folder: Path, most_steps: int = 60) -> str:
+    """rollouts.html of a run folder. ValueError, one line, where there is nothing to show."""
+    rows, config = read_jsonl(folder / "rollouts.jsonl"), folder / "config.json"
+    if not rows:
+        raise ValueError(f"{folder}: no rollouts.jsonl with a line in it; train_grpo.py writes it at each evaluation")
+    config = parse_object(read_text(config), config)
+    steps = sorted({row["step"] for row in rows})
+    kept = {steps[i] for i in np.linspace(0, len(steps) - 1, min(most_steps, len(steps))).round().astype(int)}
+    rows = [row for row in rows if row["step"] in kept]
+    weights = parse_weights(config["weights"])
+    formula, _ = reward_formula(config["mode"], weights)
+    factors = dict.fromkeys(MODES[config["mode"]], 1.0) | weights
+    data = {"run": folder.name, "formula": formula, "norm": config["norm"], "steps": sorted(kept),
+            "weights": {name: factor for name, factor in factors.items() if factor},
+            "pictures": pictures(rows, config), "groups": [group(row, factors) for row in rows]}
+    text = json.dumps(data, separators=(",", ":"), ensure_ascii=False)
+    # inside <script>, "<" could end the script; as "\u003c" it is the same JSON, whatever a completion says
+    return read_text(PAGE).replace("{{DATA}}", text.replace("<", "\\u003c"))
+
+
+def group(row: dict, factors: dict[str, float]) -> dict:
+    """What the page shows of a line of rollouts.jsonl, numbers rounded."""
+    completions, rewards = row["completions"], torch.tensor([c["reward"] for c in row["completions"]])
+    summary = {"mean": rewards.mean().item(), "best": max(iou(row, c) for c in completions),
+               "parsed": sum(not c["problem"] for c in completions) / len(completions),
+               **spread(rewards, [c["text"] for c in completions])}
+    kept = [{key: c[key] for key in ("text", "problem", "reward", "advantage", "length", "finished")}
+            | {key: c[key] and clip_to(row["size"], c[key]) for key in ("bbox", "points")} | {"iou": iou(row, c)}
+            | {"terms": {name: c["terms"][name] for name, factor in factors.items() if factor}} for c in completions]
+    shown = {key: row[key] for key in ("step", "split", "index", "id", "size", "query", "category", "truth")}
+    return rounded(shown | {"summary": summary, "completions": kept})
+
+
+def rounded(value):
+    """Floats anywhere in JSON to four decimals; None for what JSON does not have."""
+    if isinstance(value, float):
+        return round(value, 4) if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def pictures(rows: list[dict], config: dict) -> dict[str, str]:
+    """{"split/id": JPEG as a data URI} of every group's image; one whose data is gone is left out and counted."""
+    found, missing = {}, ""
+    for split, side in SIDE.items():
+        wanted = {row["id"] for row in rows if row["split"] == split}
+        try:
+            samples = load_samples((split == "test" and config["test_data"]) or config["data"], split) if wanted else []
+            for i, name in enumerate(samples.ids() if wanted else []):
+                if name in wanted:
+                    found[f"{split}/{name}"] = data_uri(samples[i].image, side)
+        except (OSError, ValueError) as error:
+            missing = missing or str(error)
+    if missing:
+        print(f"some groups have no picture: {missing}")
+    return found
+
+
+def data_uri(image, side: int) -> str:
+    small = image.copy()
+    small.thumbnail((side, side))
+    small.save(buffer := io.BytesIO(), format="JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="of a run of train_grpo.py")
+    parser.add_argument("--most-steps", type=int, default=60, help="of a longer run, as many steps, evenly spread (60)")
+    args = parser.parse_args(argv)
+    with exit_on(ValueError, OSError):
+        out = args.folder / "rollouts.html"
+        write_whole(out, page(args.folder, args.most_steps))
+    print(f"{out}, {out.stat().st_size / 1e6:.1f} MB: open it in a browser")
+
+
+if __name__ == "__main__":
+    main()
