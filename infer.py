@@ -5,10 +5,10 @@
     python infer.py --image x.png --query "…" --crm zzzyzh/MedReasoner-Soft-7B \\
                     --asm MedSAM2_latest.pt --resize square:840
 
-Writes mask.png (0 and 255, the image's own size), overlay.png and result.json into --out; of DICOM and NIfTI also the
-mask on the scan's own grid, and millimetres (tools/volumes.py). All other coordinates printed and written are in the
-image frame: pixels of the image as given. Exit status: 0 done, 2 bad input
-(one line says what is wrong, nothing is written), 3 no usable completion (result.json says why).
+Writes mask.png (0 and 255, the image's own size), overlay.png and result.json into --out; for DICOM and NIfTI also the mask
+on the scan's own grid, and millimetres (tools/volumes.py). All other coordinates printed and written are in the image
+frame: pixels of the image as given. Exit status: 0 done, 2 bad input (one line says what is wrong, nothing is written),
+3 no usable completion (result.json says why).
 Read next: rewards.py parses completions, data.py has the two frames, evaluate.py does this for a whole split.
 """
 import json

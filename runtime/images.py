@@ -52,7 +52,8 @@ def load_mask(source: str | Path | bytes, of: str | Path | bytes | None = None) 
 
 @contextmanager
 def _opened(source: str | Path | bytes, is_mask: bool = False):
-    """A Pillow image, not yet decoded; the middle slice of DICOM and NIfTI. What Pillow raises for broken, hostile or huge files is one ValueError."""
+    """A Pillow image, not yet decoded; of DICOM and NIfTI the middle slice. What readers raise for broken, hostile or
+    huge files is one ValueError."""
     if not isinstance(source, bytes):
         from tools.volumes import is_scan, png_bytes
         if is_scan(Path(source)):

@@ -425,8 +425,13 @@ def test_samples_of_scans(tmp_path, volumes):
     rows += [{"image": "ct", **own}, {"image": "ct", **own, "scan": {"slice": 2, "window": "lung"}}]
     rows += [{"image": "a.nii.gz", **own, "scan": scan} for scan in ({"slcie": 3}, 5, {"slice": [3]}, {"slice": 99},
                                                                     {"plane": "x"}, {"frame": "0"})]
+    rows += [{"image": "a.nii.gz", "mask": "a.nii.gz", "query": "what?"},
+             {"image": "ct", "mask": "ct.png", "query": "what?"}]
+    Image.fromarray(np.tri(24, 20, dtype=bool)).save(tmp_path / "masks/ct.png")
     (tmp_path / "samples.jsonl").write_text("\n".join(map(json.dumps, rows)))
     samples = load_samples(tmp_path)
+    assert samples[-2].mask.any() and samples[-1].mask.sum() == np.tri(24, 20).sum()
+    assert np.array_equal(samples[-2].image, view_of(path).image)
     for i, (plane, n) in enumerate((("axial", 10), ("coronal", 48))):
         wanted = shown(lps(nib.Nifti1Image(labels, image.affine)).get_fdata(), plane, n) > 0
         sample = samples[i]
