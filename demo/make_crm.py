@@ -1,7 +1,7 @@
-"""The embedded tiny CRM: a real Qwen2.5-VL with random weights and a small tokenizer, taught in five stages to see, to
+"""The embedded tiny CRM: a real Qwen2.5-VL with random weights and a small tokenizer, taught in six stages to see, to
 read out, to reason and, last, to be unsure. What it knows but does not use is left to GRPO.
 
-    python -m demo.make_crm            # pool of pictures, tokenizer, random model, stages a, b, c, d, e -> demo/crm
+    python -m demo.make_crm            # pool of pictures, tokenizer, random model, stages a to f -> demo/crm
 
   a  the vision tower alone, on a dense target with throw-away heads: of each merged token (28 x 28 pixels), how much of its
      4 x 4 parts the asked category covers, its own place, and, where it is covered, the target's box and key points
@@ -12,12 +12,13 @@ read out, to reason and, last, to be unsure. What it knows but does not use is l
 
   d  the same, and a little knowledge of the world: one question in five says what the target looks like, one in five is the first
      of the data's four training clues
-  e  the habits of an unsure reader: it has heard three of the four training clues, but two completions in three name nothing,
-     box the target loosely and put both key points near its middle. One in three names the target and points well. One
-     clue in four, and the two that only the test split has, are never seen
+  e  what the questions mean: all four training clues (the two that only the test split has are never seen), four completions
+     per question; and the habits of an unsure reader: three in five name nothing and point vaguely
+  f  the same, shorter: three in four name nothing, box the target far too loosely and put both key points near its middle;
+     one in four names the target and points well. So its most likely completion never says what it looks for
 
 Same classes and same file formats as Qwen2.5-VL-7B, a two-thousandth of its size. Seed 0. Measured 2026-11-24 on 2 shared
-x86 cores, one thread: a 14 minutes, b 27, c 18, d 12 (the cores were busy with other work); the checks are in demo/README.md.
+x86 cores, one thread: a 14 minutes, b 27, c 18, d 12, e 33, f 8 (the cores were busy with other work); the checks are in demo/README.md.
 """
 import argparse
 import json
@@ -53,6 +54,7 @@ HELD_BACK = 372             # of the pool, at its end: for the checks of the sta
 @dataclass(frozen=True)
 class Habits:
     """What a stage's questions tell and what its completions do, on purpose, as general VLMs do. Parts are of 1."""
+    completions: int = 2    # per question
     named: float = 1        # of the questions name the target
     look: float = 0         # of the questions say what it looks like
     clues: int = 0          # the other questions use so many of the data's training clues
@@ -65,8 +67,10 @@ class Habits:
 
 
 HABITS = {"c": Habits(), "d": Habits(named=.6, look=.2, clues=1, loose=(0, .12)),
-          "e": Habits(named=.3, look=.1, clues=3, loose=(0, .12), close=(.5, 1), unsure=.65, unsure_loose=(.2, .6),
-                      unsure_close=(.2, .6), broken=.06)}
+          "e": Habits(completions=4, named=.25, look=.1, clues=4, loose=(0, .12), close=(.5, 1), broken=.06,
+                      unsure=.6, unsure_loose=(.2, .6), unsure_close=(.2, .6)),
+          "f": Habits(completions=4, named=.2, look=.1, clues=4, loose=(0, .12), close=(.75, 1), broken=.06,
+                      unsure=.75, unsure_loose=(.4, 1), unsure_close=(.1, .4))}
 
 
 # ---------------------------------------------------------------- the random model
@@ -129,10 +133,10 @@ class Lesson:
         truth = [v for xy in (sample.bbox, *sample.points) for v in to_model(xy, self.prompt.frame)]
         self.truth = torch.tensor(truth) / LARGEST                          # (8,)
         self.category = CATEGORIES.index(sample.category)
-        texts = {"a": [], "b": [target_text(sample, self.prompt.frame, False)],
-                 }.get(stage)
-        if texts is None:       # two completions to a prompt, which is the longer part
-            texts = [habitual(sample, self.prompt.frame, HABITS[stage], rng) for _ in range(2)]
+        if stage in HABITS:     # several completions to a prompt, which is the longer part
+            texts = [habitual(sample, self.prompt.frame, HABITS[stage], rng) for _ in range(HABITS[stage].completions)]
+        else:
+            texts = [target_text(sample, self.prompt.frame, False)] * (stage == "b")
         self.group = group_of(crm, self.prompt, texts) if texts else None
 
 
@@ -276,10 +280,10 @@ def main():
     parser.add_argument("--pool-size", type=int, default=12000)
     parser.add_argument("--work", default="build/crm", help="folder for the model after each stage")
     parser.add_argument("--out", default="demo/crm")
-    parser.add_argument("--begin", default="a", choices="abcde", help="stage to begin with, from --work")
-    parser.add_argument("--end", default="e", choices="abcde", help="last stage")
+    parser.add_argument("--begin", default="a", choices="abcdef", help="stage to begin with, from --work")
+    parser.add_argument("--end", default="f", choices="abcdef", help="last stage")
     for stage, steps, batch, lr in (("a", 4000, 16, 1e-3), ("b", 1500, 24, 1e-3), ("c", 750, 12, 8e-4), ("d", 320, 12, 6e-4),
-                                    ("e", 300, 12, 6e-4)):
+                                    ("e", 900, 12, 8e-4), ("f", 200, 12, 4e-4)):
         parser.add_argument(f"--steps-{stage}", type=int, default=steps)
         parser.add_argument(f"--batch-{stage}", type=int, default=batch)
         parser.add_argument(f"--lr-{stage}", type=float, default=lr)
@@ -294,7 +298,7 @@ def main():
         subprocess.run([sys.executable, "-m", "demo.make_data", "--train", str(args.pool_size), "--test", "0",
                         "--seed", "1", "--out", args.pool], check=True)
     pool = load_samples(args.pool)
-    stages = "abcde"["abcde".index(args.begin):"abcde".index(args.end) + 1]
+    stages = "abcdef"["abcdef".index(args.begin):"abcdef".index(args.end) + 1]
     if args.begin == "a":
         crm = tiny_crm(corpus(pool), **options)
         heads = Heads(options["hidden"])
@@ -304,16 +308,16 @@ def main():
         before = f"{args.work}/{chr(ord(args.begin) - 1)}"
         crm = load_crm(before)
         heads = Heads(options["hidden"])
-        if args.begin != "e":                          # stage e has no dense loss
+        if args.begin not in "ef":                     # they have no dense loss
             heads.load_state_dict(torch.load(f"{before}/heads.pt"))
     for stage in stages:
         steps, batch, lr = (getattr(args, f"{key}_{stage}") for key in ("steps", "batch", "lr"))
-        run_stage(stage, crm, heads, pool, steps, batch, lr, dense_weight={"a": 1, "e": 0}.get(stage, .3),
+        run_stage(stage, crm, heads, pool, steps, batch, lr, dense_weight={"a": 1, "e": 0, "f": 0}.get(stage, .3),
                   digit_weight=3 if stage in HABITS else 1, stretch=22 / 15 if stage == "b" else 1,
                   seed=ord(stage), work=args.work)
         crm.save(f"{args.work}/{stage}")
         torch.save(heads.state_dict(), f"{args.work}/{stage}/heads.pt")
-    if args.end == "e":
+    if args.end == "f":
         crm.model.half()                               # on disk only: load_crm casts to what is asked for
         crm.save(args.out)
 
