@@ -9,11 +9,12 @@ SAM2   := $(shell grep -o 'sam2==[0-9.]*' requirements.txt | head -1)
 .PHONY: setup
 setup: $(VENV)/ready
 
-$(VENV)/ready: requirements.txt
+$(VENV)/ready: requirements.txt requirements-tools.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet -r requirements.txt
 	SAM2_BUILD_CUDA=0 $(RUN) -m pip install --quiet --no-deps --no-build-isolation $(SAM2)
+	$(RUN) -m pip install --quiet -r requirements-tools.txt
 	touch $@
 
 # GRPO on the embedded default, the held-out split before and after, then one real chest CT image

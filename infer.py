@@ -5,9 +5,10 @@
     python infer.py --image x.png --query "…" --crm zzzyzh/MedReasoner-Soft-7B \\
                     --asm MedSAM2_latest.pt --resize square:840
 
-Writes mask.png (0 and 255, the image's own size), overlay.png and result.json into --out. All coordinates
-printed and written are in the image frame: pixels of the image as given. Exit status: 0 done, 2 bad input
-(one line says what is wrong, nothing is written), 3 no usable completion (result.json says why).
+Writes mask.png (0 and 255, the image's own size), overlay.png and result.json into --out; for DICOM and NIfTI also the mask
+on the scan's own grid, and millimetres (tools/volumes.py). All other coordinates printed and written are in the image
+frame: pixels of the image as given. Exit status: 0 done, 2 bad input (one line says what is wrong, nothing is written),
+3 no usable completion (result.json says why).
 Read next: rewards.py parses completions, data.py has the two frames, evaluate.py does this for a whole split.
 """
 import json
@@ -26,11 +27,12 @@ from runtime.cli import ModelConfig, exit_on, flag, parse_args
 from runtime.metrics import medoid
 from runtime.parallel import Ranks
 from sampling import sample
+from tools.volumes import ScanConfig, read_view
 
 
 @dataclass
-class Config(ModelConfig):
-    image: str = flag("required", "any image that Pillow reads")
+class Config(ModelConfig, ScanConfig):
+    image: str = flag("required", "an image, DICOM file, folder with one DICOM series, or NIfTI")
     query: str = flag("required", "the question, in plain words")
     asm: str | None = flag(None, "segmenter: a folder, MedSAM2_latest.pt, or a spec of asm.SEGMENTERS")
     out: str = flag("out", "folder for mask.png, overlay.png and result.json")
@@ -57,7 +59,8 @@ def main(cfg: Config) -> int:
         if not cfg.query.strip():
             raise ValueError("--query is empty: ask a question about the image")
         try:
-            image = load_image(cfg.image)
+            view = read_view(cfg.image, cfg)
+            image = view.image if view else load_image(cfg.image)
         except ValueError as error:
             raise ValueError(f"--image {cfg.image} {error}") from None
         ranks = Ranks.start()
@@ -67,7 +70,8 @@ def main(cfg: Config) -> int:
         prompt = crm.encode(image, fill_prompt(crm.template, cfg.query))
         out = Path(cfg.out)
         out.mkdir(parents=True, exist_ok=True)
-    print(f"image      {cfg.image}, {image.width}x{image.height} pixels; model frame {prompt.frame.model}")
+    print(f"image      {cfg.image}, {image.width}x{image.height} pixels; model frame {prompt.frame.model}",
+          f"; {view}" if view else "", sep="")
     print(f"models     CRM {cfg.crm}, ASM {cfg.asm}, on {ranks.device}", flush=True)
 
     # 2. the clinical reasoning module answers
@@ -79,9 +83,9 @@ def main(cfg: Config) -> int:
     result = {"image": cfg.image, "size": image.size, "query": cfg.query, "crm": cfg.crm, "asm": cfg.asm,
               "samples": cfg.samples, "agreement": agreement, "texts": group.texts,
               "problem": answers[kept or 0].problem}
+    for earlier in ("mask.png", "overlay.png", "mask.nii.gz", "mask.dcm"):          # of another question
+        (out / earlier).unlink(missing_ok=True)
     if kept is None:
-        for earlier in ("mask.png", "overlay.png"):                 # of another question
-            (out / earlier).unlink(missing_ok=True)
         (out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
         print(f"no usable completion of {cfg.samples}: {answers[0].problem}; see {out}", file=sys.stderr)
         return 3
@@ -95,6 +99,7 @@ def main(cfg: Config) -> int:
     overlay(image, masks[0], bbox, points).save(out / "overlay.png")
     result |= {"text": group.texts[kept], "reasoning": answer.think, "bbox": bbox, "points": points,
                "mask_score": float(scores[0]), "mask_pixels": int(masks[0].sum())}
+    result |= view.write(masks[0], bbox, points, out) if view else {}
     (out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     print(f"reasoning  {(answer.think or '(none)').strip()}")
     print(f"box        {rounded(bbox)}" + (f"  ({answer.problem})" if answer.problem else ""))
@@ -102,6 +107,8 @@ def main(cfg: Config) -> int:
     print(f"mask       {100 * masks[0].mean():.1f} % of the image, predicted quality {scores[0]:.2f}")
     if agreement is not None:
         print(f"agreement  {agreement:.2f} mean IoU with the other boxes of {cfg.samples} completions")
+    if view:
+        print(f"scan's mask {result['scan']['mask']}")
     print(f"pictures   {out / 'overlay.png'}  {out / 'mask.png'}  numbers {out / 'result.json'}")
     return 0
 

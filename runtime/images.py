@@ -36,7 +36,7 @@ def load_image(source: str | Path | bytes) -> Image.Image:
 def load_mask(source: str | Path | bytes, of: str | Path | bytes | None = None) -> np.ndarray:
     """(H, W) bool: where a 0/255 image is above 127, or a 0/1 image above 0. ValueError: as load_image, several labels.
     of: the mask's image. If that is turned by EXIF, so is a mask of its stored size with no EXIF of its own."""
-    with _opened(source) as mask:
+    with _opened(source, is_mask=True) as mask:
         has_its_own = ORIENTATION in mask.getexif()
         mask = Image.fromarray(np.asarray(ImageOps.exif_transpose(mask).convert("L")))      # pixels only
     if of is not None and not has_its_own:
@@ -51,10 +51,15 @@ def load_mask(source: str | Path | bytes, of: str | Path | bytes | None = None) 
 
 
 @contextmanager
-def _opened(source: str | Path | bytes):
-    """A Pillow image, not yet decoded. What Pillow raises for broken, hostile or huge files is one ValueError."""
-    if not isinstance(source, bytes) and not Path(source).is_file():
-        raise ValueError("is a directory" if Path(source).is_dir() else f"no such file: {source}")
+def _opened(source: str | Path | bytes, is_mask: bool = False):
+    """A Pillow image, not yet decoded; of DICOM and NIfTI the middle slice. What readers raise for broken, hostile or
+    huge files is one ValueError."""
+    if not isinstance(source, bytes):
+        from tools.volumes import is_scan, png_bytes
+        if is_scan(Path(source)):
+            source = png_bytes(Path(source), {}, is_mask)
+        elif not Path(source).is_file():
+            raise ValueError(f"no such file: {source}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)

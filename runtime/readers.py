@@ -21,7 +21,8 @@ from runtime.files import parse_object, read_text
 def read_folder(path: Path, split: str) -> tuple[list[dict], list[str]]:
     """samples.jsonl beside images/ and masks/, one object per line: image, query, and mask or bbox + points;
     optional id, split ("train" if missing), supercategory, category, think. Masks are 0/255 or 0/1, of their
-    image's size; file names are relative to images/ and masks/."""
+    image's size; file names are relative to images/ and masks/. For DICOM and NIfTI, "scan": {"slice": 45} has keys of
+    tools.volumes.ScanConfig, and the mask may be NIfTI on the same grid."""
     file, rows, splits = path / "samples.jsonl" if path.is_dir() else path, [], set()
     for number, line in enumerate(read_text(file).splitlines(), 1):
         if not line.strip():
@@ -34,6 +35,10 @@ def read_folder(path: Path, split: str) -> tuple[list[dict], list[str]]:
         try:
             image = file_in(file.parent / "images", fields.get("image"))
             mask = file_in(file.parent / "masks", fields["mask"]) if fields.get("mask") else None
+            if "scan" in fields:
+                from tools.volumes import png_bytes
+                image = partial(png_bytes, image, fields["scan"])
+                mask = mask and partial(png_bytes, mask, fields["scan"], mask=True)
         except (ValueError, OSError) as error:
             problem = f"{'mask' if image else 'image'}: {error}"
         rows.append({"where": f"{file}, line {number}", "problem": problem, "image": image, "mask": mask,
@@ -53,7 +58,7 @@ def file_in(folder: Path, name) -> Path:
     file = folder / name
     if not file.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"{name} is outside {folder}; put the file there")
-    if not file.is_file():
+    if not file.exists():
         doubled = name.startswith(f"{folder.name}/")
         raise ValueError(f"no such file: {file}" + (f'; leave out "{folder.name}/"' if doubled else ""))
     return file
