@@ -31,14 +31,13 @@ import torch
 from tqdm import tqdm
 
 from asm import load_asm
-from crm import CRM, Group, load_crm
+from crm import Group
 from data import BadRow, Sample, fill_prompt, to_model
 from rewards import reward_formula, reward_terms, total_reward
 from runtime.cli import RunConfig, exit_on, flag, parse_args, parse_weights, print0
 from runtime.metrics import mask_rewards
-from runtime.optim import Optimizer
-from runtime.parallel import Ranks, equal_passes, shard, unsharded
-from runtime.run import Run, learning_rate, load_splits, sample_indices
+from runtime.parallel import Ranks, equal_passes, unsharded
+from runtime.run import Run, learning_rate, load_policy, load_splits, sample_indices
 from runtime.step import PANELS, add_up, check_first_step, completion_rows, step_row, total_stats
 from sampling import sample
 from scoring import all_logp, make_packs, score
@@ -179,7 +178,7 @@ def main(cfg: Config) -> None:
         train, tests = load_splits(cfg)
         run = Run(cfg, ranks)
         asm = load_asm(cfg.asm, ranks.device) if "mask_dice" in factors else None
-        crm, optimizer = build(cfg, ranks)
+        crm, optimizer = load_policy(cfg, ranks, reference=cfg.kl_coef > 0)
         first = run.begin(optimizer, cfg.steps)
     formula, maximum = reward_formula(cfg.mode, factors)
     print0(f"reward = {formula}, at most {maximum:g}")
@@ -285,20 +284,6 @@ def main(cfg: Config) -> None:
             break
     run.finish(compare=bool(tests) and not stopped)
     ranks.stop()
-
-
-def build(cfg: Config, ranks: Ranks) -> tuple[CRM, Optimizer]:
-    """The policy with its reference model, and the optimizer of what trains."""
-    torch.manual_seed(cfg.seed)                                 # LoRA's matrices: the same on every rank
-    crm = load_crm(cfg.crm, ranks.device, ranks.dtype(cfg.dtype), lora_rank=cfg.lora_rank,
-                   reference=cfg.kl_coef > 0, freeze_vision=cfg.freeze_vision, checkpointing=cfg.checkpointing,
-                   resize=cfg.resize, min_pixels=cfg.min_pixels, max_pixels=cfg.max_pixels, prompt=cfg.prompt,
-                   offload=cfg.offload)
-    crm.trainable(cfg.trainable)
-    if cfg.parallel == "fsdp":
-        shard(crm, ranks, cfg.offload)
-    return crm, Optimizer(crm.trainable(cfg.trainable), cfg.weight_decay, sharded=crm.root is not None,
-                          offload=cfg.offload)
 
 
 def needs(cfg: Config) -> list[str]:

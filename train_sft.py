@@ -13,15 +13,12 @@ default. Difference from the paper: the trace is learned, too (--no-think leaves
 """
 from dataclasses import dataclass
 
-import torch
 from tqdm import tqdm
 
-from crm import load_crm
 from data import BadRow, fill_prompt, target_text
 from runtime.cli import RunConfig, exit_on, flag, parse_args, print0
-from runtime.optim import Optimizer
-from runtime.parallel import Ranks, equal_passes, peak_memory, shard
-from runtime.run import Run, learning_rate, load_splits, sample_indices
+from runtime.parallel import Ranks, equal_passes, peak_memory
+from runtime.run import Run, learning_rate, load_policy, load_splits, sample_indices
 from scoring import group_of, score
 
 PANELS = {"cross-entropy (nats per token)": ["loss"], "held-out box IoU": ["sampled/iou", "greedy/iou"]}
@@ -49,14 +46,7 @@ def main(cfg: Config) -> None:
             raise ValueError(f"--batch {cfg.batch}: give a multiple of the {ranks.world} ranks")
         train, tests = load_splits(cfg)
         run = Run(cfg, ranks)
-        torch.manual_seed(cfg.seed)                 # LoRA's matrices: the same on every rank
-        crm = load_crm(cfg.crm, ranks.device, ranks.dtype(cfg.dtype), lora_rank=cfg.lora_rank,
-                       freeze_vision=cfg.freeze_vision, checkpointing=cfg.checkpointing, resize=cfg.resize,
-                       min_pixels=cfg.min_pixels, max_pixels=cfg.max_pixels, prompt=cfg.prompt)
-        crm.trainable(cfg.trainable)
-        if cfg.parallel == "fsdp":
-            shard(crm, ranks, cfg.offload)
-        optimizer = Optimizer(crm.trainable(), cfg.weight_decay, crm.root is not None, cfg.offload)
+        crm, optimizer = load_policy(cfg, ranks)
         steps = cfg.steps or max(1, round(cfg.epochs * len(train) / cfg.batch))
         first = run.begin(optimizer, steps)
     print0(f"{optimizer.size:,} trainable parameters on {ranks.world} x {ranks.device}, {len(train)} training "

@@ -18,12 +18,13 @@ import torch
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
+from crm import CRM, load_crm
 from data import BadRow, load_samples
 from runtime.cli import RunConfig, dashed, print0
 from runtime.files import parse_object, read_jsonl, read_text, read_torch, to_disk, write_whole
 from runtime.metrics import held_out, held_out_means
 from runtime.optim import Optimizer
-from runtime.parallel import Ranks, unsharded
+from runtime.parallel import Ranks, shard, unsharded
 from runtime.readers import read_rows
 from runtime.step import warnings_of
 
@@ -70,6 +71,19 @@ def load_splits(cfg: RunConfig):
         print0(f'{cfg.data}: no split "test" there, so nothing is held out; --test-data PATH names one')
         return train, []
     return train, load(cfg.test_data or cfg.data, "test")[:cfg.eval_limit or None]
+
+
+def load_policy(cfg: RunConfig, ranks: Ranks, reference: bool = False) -> tuple[CRM, Optimizer]:
+    """The model that trains, with its reference model where there is one, and the optimizer of what trains."""
+    torch.manual_seed(cfg.seed)                                 # LoRA's matrices: the same on every rank
+    crm = load_crm(cfg.crm, ranks.device, ranks.dtype(cfg.dtype), lora_rank=cfg.lora_rank, reference=reference,
+                   freeze_vision=cfg.freeze_vision, checkpointing=cfg.checkpointing, resize=cfg.resize,
+                   min_pixels=cfg.min_pixels, max_pixels=cfg.max_pixels, prompt=cfg.prompt, offload=cfg.offload)
+    crm.trainable(cfg.trainable)
+    if cfg.parallel == "fsdp":
+        shard(crm, ranks, cfg.offload)
+    return crm, Optimizer(crm.trainable(cfg.trainable), cfg.weight_decay, sharded=crm.root is not None,
+                          offload=cfg.offload)
 
 
 # ---------------------------------------------------------------- the run folder
@@ -279,39 +293,19 @@ class Run:
         cfg = self.config
         if step and not self.evaluation_due(step) and not (cfg.rollouts_every and step % cfg.rollouts_every == 0):
             return
-        from tools.rollouts import fixed_prompts, group_row
-        fixed = fixed_prompts(tests, need_mask="mask_dice" in cfg.weights)
-        places = list(range(len(fixed)))[self.ranks.rank::self.ranks.world]
-        with unsharded(crm):
-            groups = roll_out(places, fixed, 0, split=tests)
-        for group in groups:
-            group.advantages = advantages(group.rewards[None], cfg.norm)[0]
-        rows = [group_row(step, "test", p, group, cfg.official) for p, group in zip(places, groups)]
-        rows += [group_row(step, "train", p, group, cfg.official) for p, group in own if p < 2]
-        self.log("rollouts", *sorted(self.ranks.gather(rows), key=lambda row: (row["split"], row["index"])))
+        from tools.rollouts import group_rows
+        self.log("rollouts", *group_rows(step, cfg, self.ranks, crm, tests, roll_out, advantages, own))
 
     def finish(self, compare: bool) -> None:
         """Print where everything is. compare: also the first and the last held-out evaluation, compared."""
         if self.is_first and compare:
-            self.report()
+            from tools.compare import report
+            report(self.read("held_out"), self.read("metrics"))
         if self.tracker:
             self.tracker.finish()
         print0(f"weights {self.saved}, numbers {self.folder / 'metrics.jsonl'}, picture {self.folder / 'curves.png'}")
         if (self.folder / "rollouts.jsonl").exists():
             print0(f"to see groups of completions learn: python -m tools.rollouts {self.folder}")
-
-    def report(self) -> None:
-        from tools.compare import summary_lines
-        rows, metrics = self.read("held_out"), [row for row in self.read("metrics") if "seconds" in row]
-        steps = sorted({row["step"] for row in rows})
-        before, after = ({(row["kind"], row["index"]): row for row in rows if row["step"] == step}
-                         for step in (steps[0], steps[-1]))
-        both = [key for key in before if key in after]      # --eval-limit may have changed on --resume
-        print0(f"\nheld-out split, step {steps[0]} -> {steps[-1]}, mean over questions [95 % paired bootstrap interval]")
-        print0("\n".join(summary_lines([before[key] for key in both], [after[key] for key in both])))
-        seconds = [row["seconds"] for row in metrics]
-        print0(f"{np.median(seconds):.2f} s per step (median), {sum(seconds) / 60:.1f} min for all {len(seconds)}, "
-               f"peak memory {max(row['peak_memory_gb'] for row in metrics):.2f} GB")
 
     def curves(self, panels: dict[str, list[str]]) -> None:
         """curves.png: {title: keys of metrics.jsonl}."""

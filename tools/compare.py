@@ -20,6 +20,19 @@ def compare(one: str, two: str, metrics: dict) -> None:
             print(f"  {title:21} {text}")
 
 
+def report(held_out: list[dict], metrics: list[dict]) -> None:
+    """Print what a training run changed on the held-out split, from its first evaluation to its last, and its times."""
+    steps, metrics = sorted({row["step"] for row in held_out}), [row for row in metrics if "seconds" in row]
+    before, after = ({(row["kind"], row["index"]): row for row in held_out if row["step"] == step}
+                     for step in (steps[0], steps[-1]))
+    both = [key for key in before if key in after]      # --eval-limit may have changed on --resume
+    print(f"\nheld-out split, step {steps[0]} -> {steps[-1]}, mean over questions [95 % paired bootstrap interval]")
+    print("\n".join(summary_lines([before[key] for key in both], [after[key] for key in both])))
+    seconds = [row["seconds"] for row in metrics]
+    print(f"{np.median(seconds):.2f} s per step (median), {sum(seconds) / 60:.1f} min for all {len(seconds)}, "
+          f"peak memory {max(row['peak_memory_gb'] for row in metrics):.2f} GB", flush=True)
+
+
 def summary_lines(before: list[dict], after: list[dict]) -> list[str]:
     """Two held_out results for the same questions, compared: one line per kind and score over all questions; IoU and named
     right also over the wordings seen in training and over the unseen ones."""

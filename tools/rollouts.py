@@ -22,6 +22,7 @@ from rewards import MODES, reward_formula
 from runtime.cli import exit_on, parse_weights
 from runtime.files import parse_object, read_jsonl, read_text, write_whole
 from runtime.metrics import iou, prediction
+from runtime.parallel import Ranks, unsharded
 from runtime.step import spread
 
 PAGE = Path(__file__).with_suffix(".html")
@@ -35,6 +36,20 @@ def fixed_prompts(samples, need_mask: bool, most: int = 4) -> list[int]:
     usable = [i for i in range(len(samples)) if not need_mask or samples.rows[i]["mask"]]
     n = min(most, len(usable))
     return [usable[len(usable) * k // n] for k in range(n)]
+
+
+def group_rows(step: int, cfg, ranks: Ranks, crm, tests, roll_out, advantages, own) -> list[dict]:
+    """One row per group: of the fixed held-out prompts, with the same random numbers at every step, and of the step's
+    first two. Every rank takes part. roll_out, advantages: train_grpo's; own: this rank's (place, Rollout)."""
+    fixed = fixed_prompts(tests, need_mask="mask_dice" in cfg.weights)
+    places = list(range(len(fixed)))[ranks.rank::ranks.world]
+    with unsharded(crm):
+        groups = roll_out(places, fixed, 0, split=tests)
+    for group in groups:
+        group.advantages = advantages(group.rewards[None], cfg.norm)[0]
+    rows = [group_row(step, "test", p, group, cfg.official) for p, group in zip(places, groups)]
+    rows += [group_row(step, "train", p, group, cfg.official) for p, group in own if p < 2]
+    return sorted(ranks.gather(rows), key=lambda row: (row["split"], row["index"]))
 
 
 def group_row(step: int, split: str, place: int, rollout, official: bool) -> dict:
