@@ -1,7 +1,8 @@
-"""The README's picture: a question, what the model wrote, its box, points and mask, and the truth.
+"""The README's picture: one question, answered before GRPO and after it, with the truth.
 
-    python infer.py --image demo/images/fundus.png --query "..." --crm runs/demo/step_000100 --out out/example
-    python -m demo.make_example out/example         # -> demo/example.png; the truth is read from demo/data
+    for crm in demo/crm runs/demo/step_000080; do
+        python infer.py --image demo/images/chest_ct_patient.png --query "..." --crm $crm --out out/$(basename $crm); done
+    python -m demo.make_example out/crm out/step_000080         # -> demo/example.png; the truth is read from demo/data
 """
 import argparse
 import json
@@ -23,32 +24,30 @@ def true_sample(query: str, size):
     return next(s for s in (samples[i] for i in range(len(samples))) if s.query == query and list(s.image.size) == size)
 
 
-def draw(result: dict, image, mask, sample, path) -> None:
-    iou = box_iou(tuple(result["bbox"]), sample.bbox)
-    figure = Figure(figsize=(10.5, 4.2), layout="constrained")
-    words, before, after = figure.subplots(1, 3, width_ratios=(1.25, 1, 1))
+def draw(results: list[dict], masks, image, sample, path) -> None:
+    """Two columns of words and pictures: before and after."""
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    words, *axes = figure.subplots(1, 3, width_ratios=(1.15, 1, 1))
     words.axis("off")
-    for y, title, text in ((0.97, "question", result["query"]), (0.66, "reasoning", result["reasoning"].strip()),
-                           (0.18, "answer", f"box {[round(v) for v in result['bbox']]}, points "
-                                            f"{[[round(v) for v in p] for p in result['points']]}")):
-        words.text(0, y, title, color="grey", fontsize=10, va="top")
-        words.text(0, y - 0.07, "\n".join(textwrap.wrap(text, 40)), fontsize=11, va="top")
+    words.text(0, 1, "question", color="grey", fontsize=10, va="top")
+    words.text(0, 0.95, "\n".join(textwrap.wrap(results[0]["query"], 40)), fontsize=12, va="top", weight="bold")
     (W, H), (x1, y1, x2, y2) = image.size, sample.bbox
-    before.imshow(image, extent=(0, W, H, 0))
-    before.set_title("image", fontsize=11)
-    after.imshow(overlay(image, mask, result["bbox"], result["points"]), extent=(0, W, H, 0))
-    after.plot([x1, x2, x2, x1, x1], [y1, y1, y2, y2, y1], "--", color="white", linewidth=1.5)
-    after.set_title(f"answer; dashed: true box, IoU {iou:.2f}", fontsize=11)
-    for axis in (before, after):
+    for title, y, result, mask, axis in zip(("before GRPO", "after GRPO"), (0.72, 0.34), results, masks, axes):
+        words.text(0, y, title, color="grey", fontsize=10, va="top")
+        words.text(0, y - 0.05, "\n".join(textwrap.wrap(result["reasoning"].strip(), 44)), fontsize=11, va="top")
+        axis.imshow(overlay(image, mask, result["bbox"], result["points"]), extent=(0, W, H, 0))
+        axis.plot([x1, x2, x2, x1, x1], [y1, y1, y2, y2, y1], "--", color="white", linewidth=1.5)
+        axis.set_title(f"{title}: IoU {box_iou(tuple(result['bbox']), sample.bbox):.2f}", fontsize=12)
         axis.axis("off")
+    words.text(0, 0, "yellow: its box; dots: its points; teal: the mask\ndashed: the true box", color="grey", fontsize=10)
     figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="infer.py's --out")
-    folder = parser.parse_args().folder
-    written = json.loads((folder / "result.json").read_text())
-    picture = Image.open(written["image"]).convert("RGB")
-    draw(written, picture, np.asarray(Image.open(folder / "mask.png")) > 127, true_sample(written["query"], written["size"]),
-         "demo/example.png")
+    parser.add_argument("folders", type=Path, nargs=2, help="two of infer.py's --out: before and after")
+    folders = parser.parse_args().folders
+    written = [json.loads((folder / "result.json").read_text()) for folder in folders]
+    picture = Image.open(written[0]["image"]).convert("RGB")
+    draw(written, [np.asarray(Image.open(folder / "mask.png")) > 127 for folder in folders], picture,
+         true_sample(written[0]["query"], written[0]["size"]), "demo/example.png")

@@ -23,10 +23,10 @@ TRACES = (
     "Looking for {name}: {seen} stands out in the {where} of this {picture}, clear of its surroundings.",
 )
 UNSURE = (  # of a reader who describes a place but commits to no structure
-    "Something in the {where} of this {picture} stands out from what is around it. It may be what is asked for.",
-    "This {picture} shows several structures. The one in the {where} could fit the question, so I mark it.",
+    "Something in the {where} of this {picture} stands out from what is around it. It may be what is asked for, so I mark it.",
+    "This {picture} shows several structures. The one in the {where} could fit the question, so I mark that region.",
     "I look over the {picture} and find a region in the {where} that differs from its surroundings. I mark it.",
-    "There is a change in the {where} of the {picture}. I cannot say for sure what it is, but it may be meant.",
+    "There is a change in the {where}. I cannot say for sure what it is, but it may be meant, so I mark it.",
 )
 PICTURES = {
     "CT": "CT slice", "MR": "MR slice", "X-ray": "chest film", "Ultrasound": "ultrasound picture",
