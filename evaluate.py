@@ -1,6 +1,6 @@
 """Score a split as the paper's tables do (arXiv 2508.08177, section 5), with counts and intervals.
 
-    python evaluate.py --crm runs/demo/step_000120 --out eval/demo    # --samples 8: voting, pass@8
+    python evaluate.py --crm runs/demo/step_000080 --out eval/demo    # --samples 8: voting, pass@8
     torchrun --nproc-per-node 8 evaluate.py @recipes/eval_7b.args --data U-MRG-14K
     python evaluate.py --predictions gpt.jsonl --frame norm1000 --out eval/gpt    # of another model
     python evaluate.py --rescore eval/demo                            # the tables again, without any model
