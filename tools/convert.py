@@ -15,21 +15,18 @@ Sides in names are the patient's; side = {"patient": "left", "image": "right"} a
 What is unknown, missing or wrong is counted and named in OUT/report.json, and so is every question that is left out.
 """
 import argparse
-import io
-import json
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-from PIL import Image
 
 from data import box_from_mask
 from runtime.cli import Parser, exit_on
 from runtime.files import parse_object, read_text
-from runtime.images import load_image
-from tools.slake_words import mentions, split_side, target, where_is
+from tools.convert_folder import Folder, bytes_in, greys, json_list, parquet_rows
+from tools.convert_words import mentions, target, where_is
 
 SHOWN = 3                       # names of a fault that are printed; report.json has them all
 LEAST = 16                      # pixels of a label in SLAKE's masks: fewer are traces of resampling
@@ -40,91 +37,6 @@ FOLDS = {"fold1": "train", "fold2": "train", "fold3": "test", "train": "train", 
 NUCLEI = ("neoplastic", "inflammatory", "connective", "dead", "epithelial")
 TISSUES = ("adrenal gland", "bile duct", "bladder", "breast", "cervix", "colon", "esophagus", "head and neck", "kidney",
            "liver", "lung", "ovarian", "pancreatic", "prostate", "skin", "stomach", "testis", "thyroid", "uterus")
-
-
-class Folder:
-    """A data set being written: images/, masks/, rows of samples.jsonl, and faults {kind: [what]}."""
-
-    def __init__(self, root: Path):
-        self.root, self.rows, self.faults, self.sides = root, [], defaultdict(list), Counter()
-        self.files = {"images": 0, "masks": 0}
-        for kind in self.files:
-            (root / kind).mkdir(parents=True)
-
-    def fault(self, kind: str, what) -> None:
-        self.faults[kind].append(str(what))
-
-    def read(self, reader, source: Path | bytes, what: str, where):
-        """What a reader makes of a file or its bytes; None, and a fault, where it is missing or wrong."""
-        if isinstance(source, Path) and not source.is_file():
-            return self.fault(f"missing {what}", where)
-        try:
-            return reader(source)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            return self.fault(f"wrong {what}", f"{where}: {error}")
-
-    def path(self, kind: str, name: str, suffix: str) -> Path:
-        self.files[kind] += 1                       # the number keeps two names from becoming one
-        return self.root / kind / f"{self.files[kind]:06}-{re.sub(r'[^A-Za-z0-9_-]+', '_', name)[:100]}{suffix}"
-
-    def image(self, source: Path | bytes, name: str, where) -> dict | None:
-        """{"image": file, "size": (W, H)} of a copy; None, and a fault, where it cannot be read."""
-        image = self.read(load_image, source, "image", where)
-        if image is None:
-            return None
-        file = self.path("images", name, source.suffix if isinstance(source, Path) else ".png")
-        file.write_bytes(source.read_bytes() if isinstance(source, Path) else source)
-        return {"image": file.name, "size": image.size}
-
-    def target(self, mask: np.ndarray, image: dict, label: str, where, **fields) -> dict | None:
-        """The fields of a sample of that (H, W) bool mask, which is written; None, and a fault, for a wrong mask."""
-        W, H = image["size"]
-        if mask.shape != (H, W) or not mask.any():
-            wrong = f"is {mask.shape[1]}x{mask.shape[0]}, its image {W}x{H}" if mask.any() else "is empty"
-            return self.fault("wrong mask", f"{where}: {wrong}")
-        file = self.path("masks", f"{Path(image['image']).stem[7:]}-{label}", ".png")
-        Image.fromarray(np.uint8(mask) * 255).save(file)
-        if patient := split_side(label)[0]:
-            half = "left" if np.nonzero(mask)[1].mean() < (W - 1) / 2 else "right"
-            self.sides[f"patient's {patient}: {half} half of the image"] += 1
-            fields["side"] = {"patient": patient, "image": half}
-        return {"image": image["image"], "mask": file.name, "category": label, **fields}
-
-    def add(self, fields: dict, **more) -> None:
-        self.rows.append(fields | more)
-
-    def finish(self) -> dict:
-        """Write samples.jsonl and report.json."""
-        samples = defaultdict(Counter)
-        for row in self.rows:
-            samples[row["split"]][row["kind"]] += 1
-        report = {"samples": samples, **self.files, "sides": self.sides, "faults": {
-            kind: {"count": len(names), "names": names} for kind, names in sorted(self.faults.items())}}
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows]
-        (self.root / "samples.jsonl").write_text("".join(lines), encoding="utf-8")
-        text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
-        (self.root / "report.json").write_text(text, encoding="utf-8")
-        return report
-
-
-def greys(source: Path | bytes) -> np.ndarray:
-    """(H, W) the grey values of a mask, as they are stored. ValueError where it has none."""
-    load_image(source)                              # refuses what is broken or hostile
-    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-        if image.mode.startswith(("I", "F")):
-            raise ValueError(f"has more than 8 bits a pixel (mode {image.mode})")
-        rgb = np.asarray(image.convert("RGB"))
-    if (rgb != rgb[..., :1]).any():
-        raise ValueError("is coloured, not grey")
-    return rgb[..., 0]
-
-
-def json_list(file: Path) -> list[dict]:
-    """Objects in a JSON list; ValueError says where there is none."""
-    values = parse_object(f'{{"": {read_text(file)}}}', file)[""]
-    if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
-        raise ValueError(f"{file}: not a JSON list of objects")
-    return values
 
 
 # ---------------------------------------------------------------- SLAKE
@@ -178,8 +90,8 @@ def slake_image(file: Path, rows: list, split: str, labels: dict[int, str], find
         elif place := out.target(grey == value, image, label, f"{name}/mask.png", **facts):
             places[label], boxes[label] = place, box_from_mask(grey == value)
             for language in ("en", "zh"):
-                out.add(place, id=f"{name}-{label}-{language}", split=split + "_zh" * (language == "zh"), kind="explicit",
-                        query=where_is(label, language), language=language)
+                out.add(place, id=f"{name}-{label}-{language}", split=split + "_zh" * (language == "zh"),
+                        kind="explicit", query=where_is(label, language), language=language)
     compare_boxes(file.parent / "detection.json", boxes, set(labels.values()), out)
     for where, row in rows:
         language, content, answer = row.get("q_lang"), row.get("content_type"), str(row.get("answer") or "")
@@ -255,7 +167,8 @@ def biomedparse(source: Path, out: Folder) -> None:
 def biomedparse_sentences(file: Path, masks: Path, out: Folder) -> dict[str, list[str]]:
     """{mask file: what the set's json says of it}. File names are enough where there is none."""
     def read(file: Path) -> list:
-        return [(a["mask_file"], [s["raw"] for s in a["sentences"]]) for a in parse_object(read_text(file), file)["annotations"]]
+        annotations = parse_object(read_text(file), file)["annotations"]
+        return [(a["mask_file"], [sentence["raw"] for sentence in a["sentences"]]) for a in annotations]
 
     said = defaultdict(list)
     for name, sentences in out.read(read, file, "sentences", file.name) or ():
@@ -292,10 +205,11 @@ def pannuke(source: Path, out: Folder) -> None:
 def pannuke_image(nuclei: list, classes: list, image: dict, name: str, where: str, facts: dict, out: Folder) -> None:
     masks = defaultdict(list)
     for i, (nucleus, label) in enumerate(zip(nuclei, classes)):
-        grey = out.read(greys, bytes_in(nucleus), "mask", f"{where}, nucleus {i}")
+        this = f"{where}, nucleus {i}"
+        grey = out.read(greys, bytes_in(nucleus), "mask", this)
         if label not in range(len(NUCLEI)):
-            out.fault("unknown label", f"{where}, nucleus {i}: category {label}")
-        elif grey is not None and (place := out.target(grey > 0, image, NUCLEI[label], f"{where}, nucleus {i}", **facts)):
+            out.fault("unknown label", f"{this}: category {label}")
+        elif grey is not None and (place := out.target(grey > 0, image, NUCLEI[label], this, **facts)):
             masks[NUCLEI[label]].append((i, grey > 0, place))
     tissue = f" in this {facts['tissue']} tissue" if facts["tissue"] else ""
     for label, several in masks.items():
@@ -305,24 +219,6 @@ def pannuke_image(nuclei: list, classes: list, image: dict, name: str, where: st
         union = np.any([mask for _, mask, _ in several], axis=0)
         out.add(out.target(union, image, f"all {label}", where, **facts), id=f"{name}-{label}", kind="all",
                 alike=len(several), query=f"Where are all the {label} nuclei{tissue}?")
-
-
-def bytes_in(value) -> bytes:
-    return value.get("bytes") or b"" if isinstance(value, dict) else b""
-
-
-def parquet_rows(file: Path, columns: set[str]):
-    """Its rows, a few at a time in memory."""
-    import pyarrow
-    from pyarrow.parquet import ParquetFile
-    try:
-        opened = ParquetFile(file)
-        if missing := columns - set(opened.schema_arrow.names):
-            raise ValueError(f"{file}: column {', '.join(sorted(missing))} is missing")
-        for batch in opened.iter_batches(16, columns=sorted(columns)):
-            yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{file}: not a readable parquet file ({str(error).splitlines()[0]})") from None
 
 
 CONVERTERS = {function.__name__: function for function in (slake, biomedparse, pannuke)}
@@ -350,7 +246,8 @@ def main(argv: list[str] | None = None) -> None:
         out.root.rename(args.out)
     for split, kinds in report["samples"].items():
         print(f"{split}: {kinds.total()} samples ({', '.join(f'{n} {kind}' for kind, n in sorted(kinds.items()))})")
-    print("\n".join(f"{side}: {count}" for side, count in sorted(out.sides.items())))
+    for side, count in sorted(out.sides.items()):
+        print(f"{side}: {count}")
     for kind, names in sorted(out.faults.items()):
         print(f"{kind}: {len(names)}: {'; '.join(names[:SHOWN])}{' …' * (len(names) > SHOWN)}")
     print(f"{args.out}: {out.files['images']} images, {out.files['masks']} masks; all names are in report.json")
