@@ -48,7 +48,8 @@ def ask(question, answer, lang="en", image="xmlab1", content="Position", qid=1, 
 
 
 TEST = [ask("Which organ filters the blood of the gut?", "Liver", qid=1),
-        ask("Where is the liver?", "Lower left", qid=2), ask("哪个器官最大？", "右肺", "zh", qid=3), ask("Is the left lung healthy?", "Yes", qid=4)]
+        ask("Where is the liver?", "Lower left", qid=2),
+        ask("哪个器官最大？", "右肺", "zh", qid=3), ask("Is the left lung healthy?", "Yes", qid=4)]
 
 
 @pytest.fixture
