@@ -20,18 +20,18 @@ Interval = namedtuple("Interval", "mean low high")
 
 def prediction(sample, index: int, texts: list[str], frame, official: bool = False) -> dict:
     """One question with its completions, as JSON can hold it; boxes and points in the image frame. kept: see medoid.
-    names and wording come from the sample's extra: a list of names, and unseen_wording, true or false. image: a digest
-    of the pixels, by which add_siblings finds the questions about one image."""
+    names and wording come from the sample's extra: a list of names, and unseen_wording, true or false, else its kind.
+    image: a digest of the pixels, by which add_siblings finds the questions about one image."""
     answers = [parse_answer(text, official) for text in texts]
     completions = [{"text": text, "bbox": answer.bbox and to_image(answer.bbox, frame),
                     "points": answer.points and to_image(answer.points, frame), "problem": answer.problem}
                    for text, answer in zip(texts, answers)]
-    names, unseen = sample.extra.get("names"), sample.extra.get("unseen_wording")
+    names, unseen, kind = (sample.extra.get(key) for key in ("names", "unseen_wording", "kind"))
     return {"id": sample.id, "index": index, "size": sample.image.size, "query": sample.query,
             "image": hashlib.blake2b(sample.image.tobytes(), digest_size=8).hexdigest(),
             "supercategory": sample.supercategory, "category": sample.category,
             "names": [str(name).lower() for name in names] if isinstance(names, list) else [],
-            "wording": ("unseen" if unseen else "seen") if isinstance(unseen, bool) else None,
+            "wording": ("unseen" if unseen else "seen") if isinstance(unseen, bool) else str(kind or "") or None,
             "truth": {"bbox": sample.bbox, "points": sample.points}, "asked": ["bbox", "points"],
             "completions": completions, "kept": medoid(answers)[0]}
 

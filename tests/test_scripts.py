@@ -130,7 +130,8 @@ def test_help_lists_every_flag_and_an_unknown_flag_is_refused(module, capsys):
 
 @pytest.mark.parametrize("recipe", sorted(p.name for p in (ROOT / "recipes").glob("*.args")))
 def test_every_recipe_parses(recipe):
-    module = {"sft": train_sft, "eval": evaluate}.get(recipe.partition("_")[0], train_grpo)
+    module = dict.fromkeys(("eval", "slake", "biomedparse"), evaluate) | {"sft": train_sft}
+    module = module.get(recipe.partition("_")[0], train_grpo)
     config = parse_args(module.Config, "", argv=[f"@{ROOT / 'recipes' / recipe}"])
     assert config.out.startswith("eval/") if module is evaluate else config.out.startswith("runs/") and config.lr > 0
 
