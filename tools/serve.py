@@ -4,9 +4,9 @@
     python -m tools.serve --crm runs/demo/step_000120 --port 8001
 
 What the page (tools/serve.html) asks for, answered as JSON; boxes and points are in the image frame:
-    POST /image?name=NAME     any file that load_image reads -> id, name, size, picture (upright, at most SHOWN pixels)
-    POST /ask                 {"id", "query", "samples"} -> result (as infer.py's), completions, kept, mask, milliseconds
-    POST /segment             {"id", "bbox", "points"} -> mask, its score, size and milliseconds: the segmenter alone
+    POST /image?name=NAME   any file that load_image reads -> id, name, size, picture (upright, at most SHOWN pixels)
+    POST /ask               {"id", "query", "samples"} -> result (as infer.py's), completions, kept, mask, milliseconds
+    POST /segment           {"id", "bbox", "points"} -> mask, its score, size and milliseconds: the segmenter alone
 What goes wrong is {"error": one line}. It listens on 127.0.0.1 only, and refuses a Host that is not this machine (a
 foreign name made to resolve to it) and a POST from another site's page.
 """
@@ -54,7 +54,10 @@ class Config(ModelConfig):
 
 
 class Refused(ValueError):
-    """(status, one line): an error that is not the usual 400."""
+    """An error whose status is not the usual 400."""
+    def __init__(self, status: int, line: str):
+        super().__init__(line)
+        self.status = status
 
 
 class Service(ThreadingHTTPServer):
@@ -97,7 +100,7 @@ class Service(ThreadingHTTPServer):
         return found
 
     def ask(self, request: dict) -> dict:
-        (name, image, _), cfg, frame = self.find(request), self.cfg, None
+        (name, image, _), cfg = self.find(request), self.cfg
         query, samples = request.get("query"), request.get("samples", 1)
         if not isinstance(query, str) or not query.strip() or len(query) > LONGEST:
             raise ValueError(f"the question is empty or longer than {LONGEST} characters: ask about the image")
@@ -108,9 +111,11 @@ class Service(ThreadingHTTPServer):
             prompt = self.crm.encode(image, fill_prompt(self.crm.template, query))
             group, = sample(self.crm, [prompt], samples, cfg.max_new_tokens, float(samples > 1), cfg.seed)
             crm_ms = 1000 * (perf_counter() - start)
-        answers, frame = [parse_answer(text) for text in group.texts], prompt.frame
-        completions = [{"text": text, "problem": answer.problem, "reasoning": answer.think, "bbox": in_image_frame(
-            answer.bbox, frame), "points": in_image_frame(answer.points, frame)} for text, answer in zip(group.texts, answers)]
+        answers, completions = [parse_answer(text) for text in group.texts], []
+        for text, answer in zip(group.texts, answers):
+            bbox, points = (in_image_frame(xy, prompt.frame) for xy in (answer.bbox, answer.points))
+            completions.append({"text": text, "problem": answer.problem, "reasoning": answer.think, "bbox": bbox,
+                                "points": points})
         kept, agreement = medoid(answers)
         result = {"image": name, "size": image.size, "query": query, "crm": cfg.crm, "asm": cfg.asm, "samples": samples,
                   "agreement": agreement, "texts": group.texts, **completions[kept or 0]}
@@ -146,8 +151,8 @@ class Handler(BaseHTTPRequestHandler):
                 raise Refused(403, f"this page is at http://{HOST}:{self.server.server_port} only")
             status, (kind, body) = 200, method(urlsplit(self.path))
         except (ValueError, FloatingPointError, torch.OutOfMemoryError) as error:
-            status, line = error.args if isinstance(error, Refused) else (400 if isinstance(error, ValueError) else 500, error)
-            kind, body = "application/json", json.dumps({"error": " ".join(str(line).split())}).encode()
+            status = getattr(error, "status", 400 if isinstance(error, ValueError) else 500)
+            kind, body = "application/json", json.dumps({"error": " ".join(str(error).split())}).encode()
         with suppress(ConnectionError):                         # the page may have been closed
             self.send_response(status)
             for header in (("Content-Type", kind), ("Content-Length", len(body)), ("Cache-Control", "no-store"),
