@@ -61,15 +61,18 @@ class Refused(ValueError):
 
 
 class Service(ThreadingHTTPServer):
-    """The two models, used by one request at a time, and the latest images. ValueError, OSError: no model, no port."""
+    """The two models, used by one request at a time, and the latest images. ValueError: no port, no model."""
 
     def __init__(self, cfg: Config):
+        try:
+            super().__init__((HOST, cfg.port), Handler)
+        except OSError as error:
+            raise ValueError(f"--port {cfg.port}: {error.strerror}; take another") from None
         ranks = Ranks.start()
         self.cfg, self.lock, self.images = cfg, Lock(), {}      # id: (name, PIL image, its pixels)
         self.crm = load_crm(cfg.crm, ranks.device, ranks.dtype(cfg.dtype), resize=cfg.resize, min_pixels=cfg.min_pixels,
                             max_pixels=cfg.max_pixels, prompt=cfg.prompt)
         self.asm = load_asm(cfg.asm, ranks.device, multimask=cfg.multimask)
-        super().__init__((HOST, cfg.port), Handler)
 
     def page(self) -> str:
         data = {"examples": re.findall(r"^\| (\w+\.png) \| (.+?) \|", read_text(EXAMPLES / "README.md"), re.MULTILINE),
