@@ -16,7 +16,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 
 class Browser:
-    """with Browser() as page: page.open(file); page.run("document.title"); page.move(x, y); page.picture(png)
+    """with Browser() as page: page.open(file or address); page.run("document.title"); page.move(x, y); page.picture(png)
     requests: every address that the page asked for; errors: uncaught exceptions and refused loads."""
 
     def __init__(self, width=1280, height=900):
@@ -84,8 +84,9 @@ class Browser:
                   mobile=width < 600)
 
     def open(self, file):
+        """A Path, or an address as text."""
         self.loaded = False
-        self.call("Page.navigate", url=file.resolve().as_uri())
+        self.call("Page.navigate", url=file if isinstance(file, str) else file.resolve().as_uri())
         while not self.loaded:
             self._event(self._read())
 
