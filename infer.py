@@ -5,7 +5,7 @@
     python infer.py --image x.png --query "…" --crm zzzyzh/MedReasoner-Soft-7B \\
                     --asm MedSAM2_latest.pt --resize square:840
 
-Writes mask.png (0 and 255, the image's own size), overlay.png and result.json into --out; for DICOM and NIfTI also the mask
+Writes mask.png (0 and 255, the image's own size), overlay.png and result.json into --out; for DICOM and NIfTI also a mask
 on the scan's own grid, and millimetres (tools/volumes.py). All other coordinates printed and written are in the image
 frame: pixels of the image as given. Exit status: 0 done, 2 bad input (one line says what is wrong, nothing is written),
 3 no usable completion (result.json says why).

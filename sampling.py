@@ -229,7 +229,7 @@ class Batch:
             tokens, logp = tokens[:, :width].clone(), logp[:, :width].clone()
             if not logp.isfinite().all():
                 said = tokenizer.decode(prompt.ids, skip_special_tokens=True)[:200]
-                raise FloatingPointError(f"the model's logits are not finite, its weights or its image are broken: {said!r}")
+                raise FloatingPointError(f"logits are not finite, the weights or the image are broken: {said!r}")
             # without the token that ends it; a special token anywhere else stays visible, and costs the format
             texts = [tokenizer.decode(row[:n - ended]) for row, n, ended in zip(tokens, lengths, done.long())]
             groups.append(Group(prompt, tokens, lengths, logp, done, texts))

@@ -116,7 +116,7 @@ class Run:
             there = [path.name for path in (config, *(self.folder / f"{name}.jsonl" for name in LOGS)) if path.exists()]
             raise ValueError(f"--out {self.folder}: {', '.join(there)}: not a training run's; give another --out")
         if self.config.resume == "no" and rows:
-            raise ValueError(f"--out {self.folder}: there is a run; --resume continues it, another --out starts a new one")
+            raise ValueError(f"--out {self.folder}: there is a run; --resume continues it, another --out starts one")
 
     def _check_flags(self) -> None:
         """--resume trains as before: ValueError names each flag that would change that."""
@@ -193,7 +193,7 @@ class Run:
     def give_up_after(self, steps: int) -> None:
         """RuntimeError after so many steps in a row with a skipped update."""
         if self.skipped >= steps:
-            raise RuntimeError(f"{self.skipped} steps in a row without a finite gradient: start a run with a lower --lr, "
+            raise RuntimeError(f"{self.skipped} steps in a row without a finite gradient: start one with a lower --lr, "
                                f"perhaps with a checkpoint of {self.folder} as --crm")
 
     @contextmanager

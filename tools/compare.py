@@ -34,7 +34,7 @@ def report(held_out: list[dict], metrics: list[dict]) -> None:
 
 
 def summary_lines(before: list[dict], after: list[dict]) -> list[str]:
-    """Two held_out results for the same questions, compared: one line per kind and score over all questions; IoU and named
+    """Two held_out results for the same questions: one line per kind and score over all questions; IoU and named
     right also over the wordings seen in training and over the unseen ones."""
     lines = []
     for kind, wording in product(dict.fromkeys(row["kind"] for row in before), (None, "seen", "unseen")):
