@@ -335,12 +335,12 @@ def test_a_browser_uploads_asks_and_drags(service, tmp_path):
         assert "segmenter" in page.run("document.querySelector('#time').textContent")
         assert "moved by hand" in page.run("document.querySelector('#numbers').textContent")
 
+        page.run("bbox = [30, 40, 70, 90], sketch()")                           # whatever the model said
         corner = page.place("#view .grip", 0)                                   # the top left one
         drag(page, corner, (corner[0] - 5, corner[1] - 5), (corner[0] - 30, corner[1] - 20))
         until(page, SETTLED)
         box = page.run("bbox")
-        wanted = [before[0][0] - 30 / scale, before[0][1] - 20 / scale, *before[0][2:]]
-        assert np.array(box) == pytest.approx(np.array(wanted), abs=0.06)
+        assert np.array(box) == pytest.approx(np.array([30 - 30 / scale, 40 - 20 / scale, 70, 90]), abs=0.06)
         reply = page.run(f"post('/segment', {{ id: image.id, bbox: {box}, points }})")
         assert page.run("drawn.mask") == reply["mask"]                          # the mask of what is shown
         saved = page.run("""(a => { a.onclick(); return JSON.parse(decodeURIComponent(a.href.split("utf-8,")[1])) })(
@@ -356,6 +356,7 @@ def test_a_browser_uploads_asks_and_drags(service, tmp_path):
         until(page, SETTLED)
         assert page.run("[bbox, points, drawn.mask]") == before
 
+        page.run("bbox = [60, 60, 90, 90], points = [[70, 70], [80, 80]], sketch()")
         x, y = page.run("(b => [b.left, b.top])(document.querySelector('#view').getBoundingClientRect())")
         drag(page, (x + 12, y + 12), (x + 40, y + 40), (x + 10 * scale, y + 12 * scale))    # beside: a new box
         until(page, SETTLED)
