@@ -3,17 +3,18 @@
     python train_grpo.py                      # the embedded default: a tiny model, a small data set, one CPU
     torchrun --nproc-per-node 8 train_grpo.py @recipes/lora_7b.args
 
-For each prompt, sample a group of completions and reward each for its format and for where it points. How far
-its reward lies above its own group's mean, in standard deviations, is a completion's advantage. Raise the
-probability of completions with a positive advantage, lower that of the others, within a trust region and near
-the model that training started from:
+For each prompt, sample a group of completions and reward each for its format and for where it points. A completion's
+advantage is the number of standard deviations by which its reward exceeds its group's mean. Raise the probability of
+completions with a positive advantage, lower that of the others, within a trust region and near the model that training
+started from:
 
     A_i  = (r_i - mean(r)) / (std(r) + eps)                                          group_advantages
     rho  = pi(token) / pi_old(token)                                                 one ratio per token
-    L    = - sum_t w_t min(rho A, clip(rho, 1-c, 1+c) A)  +  beta sum_t w_t KL_t     grpo_loss
+    L    = - sum_t w_t min(rho A, clip(rho, 1-c, 1+c') A)  +  beta sum_t w_t KL_t     grpo_loss
     KL_t = pi_ref/pi - log(pi_ref/pi) - 1                                            "k3"
 
-Defaults are the paper's; the sizes (prompts per step, group, tokens, steps) are the embedded default's.
+Defaults are the paper's but for the sizes (prompts per step, group, tokens, steps); the embedded default's own flags are
+in recipes/demo.args.
   Dr. GRPO  --norm none --agg constant --kl-coef 0                             arXiv 2503.20783
   DAPO      --agg token --clip-high 0.28 --resample 3 --kl-coef 0              arXiv 2503.14476
   GSPO      --ratio sequence --clip-low 3e-4 --clip-high 4e-4 --kl-coef 0      arXiv 2507.18071
@@ -21,7 +22,7 @@ Defaults are the paper's; the sizes (prompts per step, group, tokens, steps) are
 Differences from the paper, each a flag:
   1. Rewards follow the formulas, not the released code's quirks (--official gives those).
   2. Images keep their aspect ratio (--resize square:840 gives the release's canvas).
-  3. k3's value is unbiased, but its gradient is not that of the reverse KL; --kl k2 has that gradient.
+Note that k3's value is unbiased, but its gradient is not that of the reverse KL; --kl k2 has that gradient.
 """
 import math
 from dataclasses import dataclass
@@ -54,22 +55,22 @@ class Config(RunConfig):                        # model, data, optimizer, evalua
     resample: int = flag(0, "how often groups of equal rewards are replaced by other prompts", low=0)
     cuda_graphs: bool = flag(True, "on a GPU, replay the sampler's step as a CUDA graph")
     # advantages and loss
-    norm: str = flag("group", "whose std divides the advantages", ("group", "none", "batch"))
+    norm: str = flag("group", "the std to divide by: the group's, none, or that of all rewards", ("group", "none", "batch"))
     agg: str = flag("sequence", "how token losses are averaged: see token_weights", ("sequence", "token", "constant"))
     ratio: str = flag("token", "pi/pi_old per token, or its geometric mean per completion", ("token", "sequence"))
     clip_low: float = flag(0.2, "the ratio's lower bound is 1 - this", low=0)
     clip_high: float = flag(0.2, "the ratio's upper bound is 1 + this", low=0)
-    dual_clip: float = flag(3.0, "bound on the loss of a bad completion's token (0: none)", low=0)
+    dual_clip: float = flag(3.0, "where A < 0, a token gains at least this x A (0: no bound)", low=0)
     kl: str = flag("k3", "estimator of the KL to the reference model", ("k1", "k2", "k3"))
     kl_coef: float = flag(0.01, "beta (0: no reference model is kept)", low=0)
     entropy_coef: float = flag(0.0, "bonus for entropy, decays linearly to 0 over the run", low=0)
-    mask_truncated: bool = flag(False, "completions cut at the limit do not train")
+    mask_truncated: bool = flag(False, "completions truncated at the limit do not train")
     # updates
     minibatches: int = flag(2, "optimizer updates per rollout and epoch", low=1)
     inner_epochs: int = flag(1, "passes over a rollout", low=1)
     warmup: int = flag(0, "steps of linear warm-up", low=0)
     schedule: str = flag("constant", "learning rate after warm-up", ("constant", "linear", "cosine"))
-    pack_tokens: int = flag(8192, "most tokens scored at once; longer groups are cut", low=1)
+    pack_tokens: int = flag(8192, "most tokens scored at once; longer groups are split", low=1)
     max_skipped: int = flag(3, "steps in a row without a finite gradient after which the run ends", low=1)
     rollouts_every: int = flag(0, "steps between whole groups in rollouts.jsonl (0: at evaluations only)", low=0)
 
@@ -131,7 +132,7 @@ def grpo_loss(logp, old_logp, ref_logp, advantages, weights, clip_low=0.2, clip_
 
 @dataclass
 class Rollout(Group):
-    """A group, what its completions earned, and what the loss needs of them."""
+    """A group, what its completions earned, and what the loss needs from them."""
     sample: Sample
     terms: list[dict[str, float]]               # one dict per completion
     rewards: torch.Tensor                       # (G,)
@@ -184,10 +185,9 @@ def main(cfg: Config) -> None:
     print0(f"reward = {formula}, at most {maximum:g}")
     print0(f"{optimizer.size:,} trainable parameters on {ranks.world} x {ranks.device}, {len(train)} training "
            f"samples, {cfg.prompts} prompts x {cfg.group} completions per step -> {run.folder}")
-    # a mini-batch is the same prompts on any number of ranks: each takes an equal part of every one
+    # which of a step's prompts are this rank's: an equal part of every mini-batch, which is the same on any number of ranks
     places = np.arange(cfg.prompts).reshape(cfg.minibatches, ranks.world, -1)[:, ranks.rank].ravel().tolist()
-    share = len(places) // cfg.minibatches
-    updates = cfg.inner_epochs * cfg.minibatches
+    per_update, updates = len(places) // cfg.minibatches, cfg.inner_epochs * cfg.minibatches
 
     def roll_out(places: list[int], indices: list[int], step: int, attempt: int = 0, split=train) -> list[Rollout]:
         samples = [split[indices[p]] for p in places]
@@ -204,32 +204,34 @@ def main(cfg: Config) -> None:
         clock = [ranks.clock()]
 
         # 1. this rank's prompts, a pure function of seed and step; a group of completions of each, rewarded
+        #    (unsharded: under FSDP every rank holds the whole model meanwhile)
         indices = sample_indices(len(train), cfg.prompts, cfg.seed, step)
         with run.checkpoint_on_bad_row(step, crm, optimizer), unsharded(crm):
             batch = roll_out(places, indices, step)
-            for attempt in range(1, cfg.resample + 1):              # replace groups that teach nothing
-                equal = [i for i, r in enumerate(batch) if r.rewards.min() == r.rewards.max()]
+            for attempt in range(1, cfg.resample + 1):              # replace groups of equal rewards
+                equal = [i for i, group in enumerate(batch) if group.rewards.min() == group.rewards.max()]
                 others = sample_indices(len(train), cfg.prompts, cfg.seed + 7919 * attempt, step)
-                for i, r in zip(equal, roll_out([places[i] for i in equal], others, step, attempt)):
-                    batch[i] = r
+                for i, group in zip(equal, roll_out([places[i] for i in equal], others, step, attempt)):
+                    batch[i] = group
         clock.append(ranks.clock())
 
         # 2. advantages, over the groups of all ranks
-        rewards = torch.stack(ranks.gather([r.rewards for r in batch]))             # (P, G), rank after rank
+        rewards = torch.stack(ranks.gather([group.rewards for group in batch]))     # (P, G), rank after rank
         advantages = group_advantages(rewards, cfg.norm).to(ranks.device)
-        for r, A in zip(batch, advantages[ranks.rank * len(batch):]):
-            r.advantages = A
+        for group, A in zip(batch, advantages[ranks.rank * len(batch):]):
+            group.advantages = A
 
-        # 3. log-probabilities under the reference model, and, where a rollout makes several updates, under
-        #    the policy that sampled (with one update, its own forward pass has them)
+        # 3. log-probabilities under the reference model and, where a step makes several updates, under the policy
+        #    that sampled: computed as the update will, because the sampler's kernels round differently. With one
+        #    update pi_old is the policy itself, and logp.detach() serves
         if cfg.kl_coef:
             with crm.reference(), unsharded(crm):
-                for r, logp in zip(batch, all_logp(crm, batch, cfg.pack_tokens, cfg.temperature)):
-                    r.ref_logp = logp
+                for group, logp in zip(batch, all_logp(crm, batch, cfg.pack_tokens, cfg.temperature)):
+                    group.ref_logp = logp
         if updates > 1:
             with unsharded(crm):
-                for r, logp in zip(batch, all_logp(crm, batch, cfg.pack_tokens, cfg.temperature)):
-                    r.old_logp = logp
+                for group, logp in zip(batch, all_logp(crm, batch, cfg.pack_tokens, cfg.temperature)):
+                    group.old_logp = logp
         clock.append(ranks.clock())
 
         # 4. updates: the loss of each is one weighted sum over the tokens of all ranks
@@ -237,33 +239,36 @@ def main(cfg: Config) -> None:
         lr = learning_rate(step, cfg.steps, cfg.lr, cfg.warmup, cfg.schedule)
         entropy_coef = cfg.entropy_coef * (1 - step / cfg.steps)
         for update in range(updates):
-            part = batch[update % cfg.minibatches * share:][:share]
-            for r, weights in zip(part, step_weights(part, cfg, ranks)):
-                r.weights = weights
-            # a group of equal rewards has no gradient, unless the KL or the entropy moves it
-            live = [r for r in part if cfg.kl_coef or entropy_coef or r.advantages.any()] or part[:1]
-            for pack, counts in equal_passes(crm, ranks, make_packs(live, cfg.pack_tokens)):
-                losses, scores = [], score(crm, pack, cfg.temperature, entropy_coef > 0)
-                for (r, rows), (logp, entropy) in zip(pack, scores):
-                    weights = counts * r.weights[rows]
-                    old_logp = logp.detach() if r.old_logp is None else r.old_logp[rows]
-                    ref_logp = None if r.ref_logp is None else r.ref_logp[rows]
-                    loss, s = grpo_loss(logp, old_logp, ref_logp, r.advantages[rows], weights, cfg.clip_low,
-                                        cfg.clip_high, cfg.dual_clip, cfg.kl_coef, cfg.kl, cfg.ratio)
-                    bonus = (weights * entropy).sum()
-                    losses.append(loss - entropy_coef * bonus)
-                    add_up(stats, s | {"loss": losses[-1], "entropy": bonus, "scored": weights.sum()})
+            start = (update % cfg.minibatches) * per_update
+            minibatch = batch[start:start + per_update]
+            for group, weights in zip(minibatch, step_weights(minibatch, cfg, ranks)):
+                group.weights = weights
+            # a group of equal rewards has no gradient, unless KL or entropy moves it; one is kept, for a backward pass
+            live = [g for g in minibatch if cfg.kl_coef or entropy_coef or g.advantages.any()] or minibatch[:1]
+            for pack, real in equal_passes(crm, ranks, make_packs(live, cfg.pack_tokens)):      # real: 1, or 0 to wait
+                losses = []
+                scored = score(crm, pack, cfg.temperature, entropy_coef > 0)                    # the forward pass
+                for (group, rows), (logp, entropy) in zip(pack, scored):
+                    weights = real * group.weights[rows]
+                    old_logp = logp.detach() if group.old_logp is None else group.old_logp[rows]
+                    ref_logp = None if group.ref_logp is None else group.ref_logp[rows]
+                    loss, new = grpo_loss(logp, old_logp, ref_logp, group.advantages[rows], weights, cfg.clip_low,
+                                          cfg.clip_high, cfg.dual_clip, cfg.kl_coef, cfg.kl, cfg.ratio)
+                    mean_entropy = (weights * entropy).sum()
+                    losses.append(loss - entropy_coef * mean_entropy)
+                    add_up(stats, new | {"loss": losses[-1], "entropy": mean_entropy, "scored": weights.sum()})
                     if update == 0:                     # how far the sampler is from the scorer
-                        gap = (logp.detach() - r.logp[rows]).abs()
+                        gap = (logp.detach() - group.logp[rows]).abs()
                         add_up(stats, {"logp_gap": gap.max(), "gap_sum": (weights * gap).sum()})
                 sum(losses).backward()
             if update == 0:
                 at_start = dict(stats)
-            grad_norms.append(optimizer.step(lr, cfg.max_grad_norm))
+            grad_norms.append(optimizer.step(lr, cfg.max_grad_norm))    # sums over ranks, clips, updates
         clock.append(ranks.clock())
 
         # 5. numbers over all ranks, warnings, the held-out split, checkpoints
-        done, completions = step + 1, ranks.gather([row for r in batch for row in completion_rows(r)])
+        done = step + 1
+        completions = ranks.gather([row for group in batch for row in completion_rows(group)])
         row = {"step": done, **step_row(completions, total_stats(stats, ranks), grad_norms, lr, clock, ranks.device)}
         if step == 0:
             check_first_step(total_stats(at_start, ranks), completions, crm.model.dtype)

@@ -137,7 +137,7 @@ def read_rows(path: Path, split: str | None) -> tuple[list[dict], list[str]]:
             rows, splits = reader(path, split or "")
             if split is not None and not rows:
                 raise ValueError(f"{path}: no sample in split {split!r}; the splits there: "
-                                 f"{', '.join(splits) or 'none'} (a row's own is "split": …; evaluate.py has --split)")
+                                 f"{', '.join(splits) or 'none'} (training wants train and test; evaluate.py has --split)")
             return rows, splits
     names = " nor ".join(pattern.removeprefix("**/") for pattern in READERS)
     raise ValueError(f"{path}: neither {names}{' in it' if path.is_dir() else ''}; see runtime/readers.py")
