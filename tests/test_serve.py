@@ -324,18 +324,19 @@ def test_a_browser_uploads_asks_and_drags(service, tmp_path):
             .some((v, i) => i % 4 === 3 && v === 255))(document.querySelector("#mask"))""")     # an outline is drawn
 
         before, asked = page.run("[bbox, points, drawn.mask]"), len(page.requests)
+        page.run("points = [[50, 60], [70, 80]], sketch()")                     # whatever the model said
         (px, py), scale = page.place("#view .dot", 0), page.run("scale")
         drag(page, (px, py), (px + 10, py + 5), (px + 40, py + 30))
         until(page, SETTLED)
         after = page.run("[bbox, points, drawn.mask]")
-        assert after[0] == before[0] and after[1][1] == before[1][1]
-        assert np.array(after[1][0]) == pytest.approx(np.array(before[1][0]) + np.array([40, 30]) / scale, abs=0.06)
+        assert after[0] == before[0] and after[1][1] == [70, 80]
+        assert np.array(after[1][0]) == pytest.approx(np.array([50 + 40 / scale, 60 + 30 / scale]), abs=0.06)
         new = [url for url in page.requests[asked:] if not url.startswith("data:")]
         assert new and set(new) == {address + "segment"}                        # only the segmenter ran
         assert "segmenter" in page.run("document.querySelector('#time').textContent")
         assert "moved by hand" in page.run("document.querySelector('#numbers').textContent")
 
-        page.run("bbox = [30, 40, 70, 90], sketch()")                           # whatever the model said
+        page.run("bbox = [30, 40, 70, 90], sketch()")
         corner = page.place("#view .grip", 0)                                   # the top left one
         drag(page, corner, (corner[0] - 5, corner[1] - 5), (corner[0] - 30, corner[1] - 20))
         until(page, SETTLED)
