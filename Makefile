@@ -89,7 +89,7 @@ memory: setup
 paper: setup
 	$(RUN) -m paper
 
-# what made demo/: the data (needs the nilearn wheel), the two tiny models; about an hour on two cores
+# what made demo/: the data (needs the nilearn wheel), the two tiny models; about two hours on two cores
 .PHONY: embedded
 embedded: setup
 	$(RUN) -m pip download --quiet --no-deps --dest build nilearn==0.14.1

@@ -266,10 +266,11 @@ def report_dense(crm, heads, pool, cache):
 
 
 def report(stage, crm, pool, limit=HELD_BACK):
-    """Stage b's and c's check: greedy answers about pictures held back, asked as the stage asks."""
+    """The check of stages b to f: greedy completions about pictures held back, asked as the stage asks; after e and f, whose
+    completions are vague on purpose, as stage b asks."""
     held = pool[len(pool) - HELD_BACK:][:limit]
-    template = SHORT if stage == "b" else PROMPTS["reasoning"]
-    print(f"check {stage}: " + check(crm, held, template, "name" if stage == "b" else "named"), flush=True)
+    how = (SHORT, "name") if stage in "bef" else (PROMPTS["reasoning"], "named")
+    print(f"check {stage}: " + check(crm, held, *how), flush=True)
 
 
 # ---------------------------------------------------------------- main
