@@ -5,6 +5,9 @@
 #   python -m tools.engines --data U-MRG-14K --split train --out train.parquet --resize square:840
 #   python -m tools.engines --data U-MRG-14K --split test --out test.parquet --resize square:840
 #   sh recipes/verl_soft_7b.sh                      # flags given here win, as in: ... trainer.nnodes=1
+# and back:
+#   python -m verl.model_merger merge --backend fsdp --local_dir runs/verl_soft_7b/global_step_480/actor --target_dir merged
+#   python evaluate.py --crm merged --data U-MRG-14K --resize square:840
 # `# --lr` names our flag. `make test-verl` checks all names against verl's own configuration; it has not run on GPUs.
 set -e
 set -- \
