@@ -29,8 +29,8 @@ from PIL import Image
 from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from data import MAX_PIXELS, MIN_PIXELS, Frame, load_prompt, model_size
-from runtime.files import read_pretrained, read_text
+from data import MAX_PIXELS, MIN_PIXELS, PROMPTS, Frame, load_prompt, model_size
+from runtime.files import parse_object, read_pretrained, read_text
 
 # the chat format that the checkpoints were trained on, around the image and the user's text
 CHAT = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>",
@@ -39,6 +39,7 @@ END = ("<|im_end|>", "<|endoftext|>")       # either one ends a completion
 # never sampled, never scored: an image token in a completion would crash the next forward pass
 BANNED = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+FRAME_TYPES = {"resize": str, "min_pixels": int, "max_pixels": int, "prompt": str}
 FRAME_FILE = "frame.json"                   # what a checkpoint remembers: how its images were resized, its prompt
 
 
@@ -71,18 +72,24 @@ def load_crm(path: str | Path, device="cpu", dtype=torch.float32, **options) -> 
     if str(path).startswith((".", "/", "~")) or str(path).count("/") > 1 or Path(path).exists():
         if not (Path(path) / "config.json").is_file():      # not a hub name: do not ask the hub
             raise ValueError(f"--crm {path}: no folder with a config.json there")
-    load = partial(read_pretrained, path)
+    load_prompt(options.get("prompt") or "reasoning")       # a wrong --prompt is an error now, not after minutes
+    load, remembered = partial(read_pretrained, path), remembered_frame(path)
     if (kind := load(AutoConfig).model_type) != "qwen2_5_vl":
         raise ValueError(f"--crm {path}: its config.json says {kind!r}, not 'qwen2_5_vl'")
     model = load(Qwen2_5_VLForConditionalGeneration, dtype=dtype, attn_implementation="sdpa")
-    options |= {key: value for key, value in remembered_frame(path).items() if options.get(key) is None}
+    options |= {key: value for key, value in remembered.items() if options.get(key) is None}
     return CRM(model.to(device), load(AutoTokenizer), load(Qwen2VLImageProcessorPil), **options)
 
 
 def remembered_frame(path: str | Path) -> dict:
-    """The resize, min_pixels, max_pixels and prompt that a checkpoint was trained with; {} where it does not say."""
+    """The resize, min_pixels, max_pixels and prompt that a checkpoint was trained with; {} where it does not say.
+    ValueError where its frame.json says something else."""
     file = Path(path) / FRAME_FILE
-    return json.loads(read_text(file)) if file.is_file() else {}
+    saved = parse_object(read_text(file), file) if file.is_file() else {}
+    for key, value in saved.items():
+        if type(value) is not FRAME_TYPES.get(key) or (key == "prompt" and value not in PROMPTS and "{query}" not in value):
+            raise ValueError(f"{file}: {key}: {value!r} is not what save writes there; mend or remove the file")
+    return saved
 
 
 class CRM:
@@ -249,6 +256,6 @@ class CRM:
         self.image_processor.size = {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels}
         for part in (self.tokenizer, self.image_processor):
             part.save_pretrained(path)
+        prompt = next((name for name, template in PROMPTS.items() if template == self.template), self.template)
         (Path(path) / FRAME_FILE).write_text(json.dumps({
-            "resize": self.resize, "min_pixels": self.min_pixels, "max_pixels": self.max_pixels,
-            "prompt": self.template}) + "\n")
+            "resize": self.resize, "min_pixels": self.min_pixels, "max_pixels": self.max_pixels, "prompt": prompt}) + "\n")

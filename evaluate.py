@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from asm import load_asm
 from crm import load_crm
-from data import BadRow, clip_to, load_samples
+from data import BadRow, clip_to, load_prompt, load_samples
 from runtime.cli import EMBEDDED, ModelConfig, exit_on, flag, parse_args, print0
 from runtime.files import write_whole
 from runtime.metrics import QUESTION_METRICS, add_siblings, ask, interval, iou, mask_dice, mean, parsed, pdice
@@ -194,6 +194,7 @@ def main(cfg: Config) -> None:
         if cfg.rescore:
             return report(read_predictions(cfg.rescore), Path(cfg.rescore))
         ranks, out, start = Ranks.start(), Path(cfg.out), time.perf_counter()
+        load_prompt(cfg.prompt or "reasoning")      # a wrong one is an error before anything is written
         if cfg.predictions and ranks.world > 1:
             raise ValueError("--predictions needs no model: run it in one process, without torchrun")
         samples = load_samples(cfg.data, cfg.split, cfg.skip_bad_rows)[:cfg.limit or None]

@@ -91,7 +91,7 @@ def read_pretrained(path: str | Path, kind, **settings):
     try:
         return kind.from_pretrained(path, **settings)
     except UNLOADABLE as error:
-        problem = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        problem = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
         raise ValueError(f"--crm {path}: cannot be loaded ({problem})") from None
 
 

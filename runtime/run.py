@@ -67,10 +67,14 @@ def load_splits(cfg: RunConfig):
     train = train.only(cfg.only) if cfg.only else train
     if cfg.eval_every < 0:
         return train, []
-    if not cfg.test_data and (Path(cfg.data).suffix == ".parquet" or "test" not in read_rows(Path(cfg.data), None)[1]):
+    names = read_rows(Path(cfg.test_data or cfg.data), None)[1]
+    held_out = next((name for split in ("test", "val") for name in names if name.startswith(split)), None)
+    if not cfg.test_data and (Path(cfg.data).suffix == ".parquet" or not held_out):
         print0(f'{cfg.data}: no split "test" there, so nothing is held out; --test-data PATH names one')
         return train, []
-    return train, load(cfg.test_data or cfg.data, "test")[:cfg.eval_limit or None]
+    if not held_out and len(names) == 1:                    # --test-data may call its own split as it likes
+        held_out = names[0]
+    return train, load(cfg.test_data or cfg.data, held_out or "test")[:cfg.eval_limit or None]
 
 
 def load_policy(cfg: RunConfig, ranks: Ranks, reference: bool = False) -> tuple[CRM, Optimizer]:
@@ -116,7 +120,8 @@ class Run:
             there = [path.name for path in (config, *(self.folder / f"{name}.jsonl" for name in LOGS)) if path.exists()]
             raise ValueError(f"--out {self.folder}: {', '.join(there)}: not a training run's; give another --out")
         if self.config.resume == "no" and rows:
-            raise ValueError(f"--out {self.folder}: there is a run; --resume continues it, another --out starts one")
+            raise ValueError(f"--out {self.folder}: there is a run; --resume continues it, another --out starts "
+                             "a new one")
 
     def _check_flags(self) -> None:
         """--resume trains as before: ValueError names each flag that would change that."""

@@ -82,9 +82,9 @@ def reward_terms(''')], '''
         body = json.dumps({key: [float(v) for v in text.split(",")] for key, text in zip(KEYS, numbers)})
     fields = _load_object(body) or'''), ("import math\n", "import math\nimport re\n")], '''
         from crm import load_crm
-        from data import PROMPTS, load_samples, target_text
+        from data import load_samples, target_text
         from rewards import parse_answer
-        assert "<box>x1,y1,x2,y2</box>" in PROMPTS["reasoning"]
+        assert "<box>x1,y1,x2,y2</box>" in load_crm("demo/crm").template
         sample = load_samples("demo/data")[0]
         frame = load_crm("demo/crm").encode(sample.image, "x").frame
         text = target_text(sample, frame)
@@ -92,11 +92,13 @@ def reward_terms(''')], '''
         '''),
     Change("three key points", "rewards.py", [("KEY_POINTS = 2 ", "KEY_POINTS = 3 ")], '''
         import numpy as np
+        from crm import load_crm
         from data import PROMPTS, keypoints_from_mask
         from rewards import parse_answer, reward_terms, write_answer
         points = keypoints_from_mask(np.ones((20, 30), bool))
         text = "<think>x</think>" + write_answer((0, 0, 30, 20), points)
         assert len(points) == 3 and "points_3" in text and "points_3" in PROMPTS["direct"]
+        assert "points_3" in load_crm("demo/crm").template
         assert len(parse_answer(text).points) == 3
         terms = reward_terms(text, (0, 0, 30, 20), points, frame=(30, 20))
         assert terms["point_dice"] == terms["point_align"] == terms["box_iou"] == 1

@@ -59,7 +59,9 @@ def test_a_question_of_its_own_and_a_single_file(tmp_path):
 
 
 @pytest.mark.parametrize("changes, says", [
-    ({"image_id": 8}, "image: no file ''"), ({"segmentation": [], "bbox": [1, 2]}, "annotation: no size"),
+    ({"image_id": 8}, "image: no file ''"), ({"segmentation": [], "bbox": [1, 2]}, "annotation: not as COCO"),
+    ({"segmentation": [[10, 5, float("inf"), 5, 30, 25]]}, "mask: has coordinates far"), ({"image_id": [7]}, "annotation: not"),
+    ({"segmentation": {"size": [40, 60], "counts": [10 ** 40]}}, "mask: RLE of 1000"),
     ({"segmentation": {"size": [40, 60], "counts": [3]}}, "mask: RLE of 3 pixels"), ({"segmentation": [["x"]]}, "mask: "),
     ({"segmentation": {"counts": "abc"}}, "mask: "), ({"segmentation": []}, "bbox: is missing, or points are")])
 def test_what_is_wrong_is_named(tmp_path, changes, says):
@@ -73,8 +75,20 @@ def test_what_is_wrong_is_named(tmp_path, changes, says):
 
 def test_a_json_file_that_is_not_coco_s_is_named(tmp_path):
     (tmp_path / "train.json").write_text('{"images": []}')
-    with pytest.raises(ValueError, match="train.json: annotations, categories: missing"):
+    with pytest.raises(ValueError, match="train.json: annotations, categories: missing, or no list"):
         load_samples(tmp_path)
+    write(tmp_path / "more", "annotations/instances_train2017.json", "train2017")      # captions beside instances
+    (tmp_path / "more/annotations/captions_train2017.json").write_text('{"images": [], "annotations": []}')
+    assert len(load_samples(tmp_path / "more")) == len(load_samples(
+        tmp_path / "more/annotations/instances_train2017.json")) == 1
+    write(tmp_path / "rob", "test/_annotations.coco.json", "test")
+    assert load_samples(tmp_path / "rob/test", "test")[0].category == "liver"
+    huge = coco() | {"images": [{"id": 7, "file_name": "a.png", "width": 300_000, "height": 300_000}], "annotations": [
+        5, {"id": 3, "image_id": 7, "category_id": 1, "segmentation": POLYGON}]}
+    (write(tmp_path / "huge", "train.json", "images") / "train.json").write_text(json.dumps(huge))
+    for i, says in enumerate(("annotation 0, annotation: not as COCO", "annotation 3, mask: of 300000x300000 pixels")):
+        with pytest.raises(BadRow, match=says):
+            load_samples(tmp_path / "huge")[i]
     (tmp_path / "train.json").write_text("[")
     with pytest.raises(ValueError, match="train.json: not JSON"):
         load_samples(tmp_path)

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 from conftest import noise_image, random_crm
-from crm import load_crm
+from crm import load_crm, remembered_frame
 from data import PROMPTS
 from runtime.optim import Optimizer
 from sampling import sample
@@ -125,6 +125,24 @@ def test_a_checkpoint_remembers_its_prompt_and_an_explicit_one_wins(tmp_path):
     assert load_crm(tmp_path, prompt="direct").template == PROMPTS["direct"]
     with pytest.raises(ValueError, match="--prompt nothing"):
         load_crm(tmp_path, prompt="nothing")
+
+
+@pytest.mark.parametrize("text, says", [
+    ("[1]", "not a JSON object"), ("{", "not JSON"), ('{"prompt": 5}', "prompt: 5"), ('{"prompt": "Where?"}', "prompt: 'Where"),
+    ('{"min_pixels": "a"}', "min_pixels: 'a'"), ('{"max_pixels": 1.5}', "max_pixels: 1.5"), ('{"lora_rank": 4}', "lora_rank: 4"),
+    ('{"resize": null}', "resize: None")])
+def test_a_frame_json_that_save_did_not_write_is_named(tmp_path, text, says):
+    (tmp_path / "frame.json").write_text(text)
+    with pytest.raises(ValueError, match="frame.json") as error:
+        remembered_frame(tmp_path)
+    assert says in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
+def test_a_named_prompt_is_remembered_by_name_so_that_a_changed_one_reaches_the_model(tmp_path, monkeypatch):
+    assert remembered_frame("demo/crm")["prompt"] == "reasoning"
+    load_crm("demo/crm", prompt="direct").save(tmp_path)
+    monkeypatch.setitem(PROMPTS, "direct", "Point: {query}")
+    assert load_crm(tmp_path).template == "Point: {query}"
 
 
 @pytest.mark.parametrize("rank", [0, 4])

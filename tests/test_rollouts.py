@@ -4,6 +4,7 @@ import math
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from sampling import sample
 from tools import rollouts
 from train_grpo import group_advantages
 
-FLAGS = ("--prompts 2 --group 4 --minibatches 1 --max-new-tokens 110 --eval-every 2 --eval-answers 1 --eval-limit 4 "
+FLAGS = ("--weights box_iou=3 --prompts 2 --group 4 --minibatches 1 --max-new-tokens 110 --eval-every 2 --eval-answers 1 --eval-limit 4 "
          "--lr 1e-5 --schedule constant --warmup 0 --trainable '' --rollouts-every 1 --save-every 2 --out")
 HOSTILE = '<think>a</think></script><script>window.bad = 1</script><img src=x onerror="window.bad = 1"> & "quoted"'
 
@@ -141,12 +142,8 @@ def test_two_sharded_ranks_log_what_one_does(rows, tmp_path):
 
 
 def test_fixed_prompts_are_spread_over_what_can_be_rewarded():
-    class Rows:
-        def __init__(self, *masks):
-            self.rows = [{"mask": mask} for mask in masks]
-
-        def __len__(self):
-            return len(self.rows)
+    def Rows(*masks):
+        return [SimpleNamespace(mask=mask) for mask in masks]
 
     assert rollouts.fixed_prompts(Rows(*"abcdefgh"), need_mask=True) == [0, 2, 4, 6]
     assert rollouts.fixed_prompts(Rows(None, "a", None, "b"), need_mask=True) == [1, 3]

@@ -33,7 +33,7 @@ SIDE = {"test": 640, "train": 400}      # pixels of the longer side of a picture
 
 def fixed_prompts(samples, need_mask: bool, most: int = 4) -> list[int]:
     """Indexes of up to `most` samples, spread evenly; need_mask: only of those that have one."""
-    usable = [i for i in range(len(samples)) if not need_mask or samples.rows[i]["mask"]]
+    usable = [i for i in range(len(samples)) if not need_mask or samples[i].mask is not None]
     n = min(most, len(usable))
     return [usable[len(usable) * k // n] for k in range(n)]
 
