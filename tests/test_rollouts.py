@@ -14,7 +14,6 @@ from conftest import Script, ranks
 from crm import load_crm
 from data import PROMPTS, Frame, fill_prompt, load_samples, model_size, to_image, to_model
 from rewards import box_iou, parse_answer, reward_terms, total_reward
-from runtime.cli import ROOT
 from runtime.files import read_jsonl
 from runtime.run import sample_indices
 from sampling import sample
