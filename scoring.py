@@ -13,7 +13,7 @@ are computed once for all of its completions. Who attends to whom:
 The completions of one prompt are one call of the attention kernel: their keys are [prompt | own tokens] without
 padding in between, so the causal mask, aligned at the lower right, is all it takes. Everything else in a
 transformer acts on each token by itself. Only the positions that predict a completion's token go through the
-vocabulary projection, in chunks: logp = logit - logsumexp, in float32. Nothing of shape (N, T, V) ever exists.
+vocabulary projection and log_softmax, in float32, in chunks. Nothing of shape (N, T, V) ever exists.
 
 Read next: train_grpo.py.
 
@@ -142,13 +142,10 @@ def token_logp(crm: CRM, hidden, targets, temperature: float, entropy_gradient: 
     """hidden (n, D), targets (n,) -> log-probability of each target and entropy of its distribution, (n,) each.
     In chunks, which are recomputed in the backward pass where n x V float32 logits are too many to keep."""
     def chunk(h, target):
-        logits = crm.logits(h, temperature)                                         # (c, V)
-        total = logits.logsumexp(-1)
-        logp = logits.gather(1, target[:, None])[:, 0] - total
+        logp = crm.logits(h, temperature).log_softmax(-1)                           # (c, V) float32
         with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
-            p = (logits - total[:, None]).exp()
-            entropy = total - torch.einsum("nv,nv->n", p, logits)                   # sum of -p log p
-        return logp, entropy
+            entropy = -torch.einsum("nv,nv->n", logp.exp(), logp)
+        return logp.gather(1, target[:, None])[:, 0], entropy
 
     V = crm.model.config.text_config.vocab_size
     size = max(1, LOGITS_CHUNK[crm.device.type] // V)
