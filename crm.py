@@ -256,6 +256,9 @@ class CRM:
         self.image_processor.size = {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels}
         for part in (self.tokenizer, self.image_processor):
             part.save_pretrained(path)
+        (Path(path) / FRAME_FILE).write_text(json.dumps(self.frame()) + "\n")
+
+    def frame(self) -> dict:
+        """What a checkpoint remembers (see remembered_frame); the prompt by its name where it has one."""
         prompt = next((name for name, template in PROMPTS.items() if template == self.template), self.template)
-        (Path(path) / FRAME_FILE).write_text(json.dumps({
-            "resize": self.resize, "min_pixels": self.min_pixels, "max_pixels": self.max_pixels, "prompt": prompt}) + "\n")
+        return {"resize": self.resize, "min_pixels": self.min_pixels, "max_pixels": self.max_pixels, "prompt": prompt}

@@ -180,7 +180,7 @@ def main(cfg: Config) -> None:
         run = Run(cfg, ranks)
         asm = load_asm(cfg.asm, ranks.device) if "mask_dice" in factors else None
         crm, optimizer = load_policy(cfg, ranks, reference=cfg.kl_coef > 0)
-        first = run.begin(optimizer, cfg.steps)
+        first = run.begin(crm, optimizer, cfg.steps)
     formula, maximum = reward_formula(cfg.mode, factors)
     print0(f"reward = {formula}, at most {maximum:g}")
     print0(f"{optimizer.size:,} trainable parameters on {ranks.world} x {ranks.device}, {len(train)} training "

@@ -48,7 +48,7 @@ def main(cfg: Config) -> None:
         run = Run(cfg, ranks)
         crm, optimizer = load_policy(cfg, ranks)
         steps = cfg.steps or max(1, round(cfg.epochs * len(train) / cfg.batch))
-        first = run.begin(optimizer, steps)
+        first = run.begin(crm, optimizer, steps)
     print0(f"{optimizer.size:,} trainable parameters on {ranks.world} x {ranks.device}, {len(train)} training "
            f"samples, {steps} steps of {cfg.batch} -> {run.folder}")
 

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
-from crm import CRM, load_crm
+from crm import CRM, load_crm, remembered_frame
 from data import BadRow, load_samples
 from runtime.cli import RunConfig, dashed, print0
 from runtime.files import parse_object, read_jsonl, read_text, read_torch, to_disk, write_whole
@@ -132,14 +132,18 @@ class Run:
         if changed:
             raise ValueError(f"--resume: {'; '.join(changed)}: give what {path} says, or another --out")
 
-    def begin(self, optimizer: Optimizer, steps: int) -> int:
+    def begin(self, crm: CRM, optimizer: Optimizer, steps: int) -> int:
         """Make or resume the folder -> the number of steps already done. Rows logged after the checkpoint are dropped.
         From here on SIGINT and SIGTERM let a step finish, save and leave."""
         state, self.state = self.state, None
         self.start, self.steps = state["step"] if state else 0, steps
         if self.start >= steps:
             raise ValueError(f"--steps {steps}: {self.folder} has {self.start} steps already; give more")
-        if state:
+        if state:                                       # files that --prompt or --crm name may have changed meanwhile
+            changed = [f"{key} was {value!r}, is {crm.frame()[key]!r}"
+                       for key, value in remembered_frame(self.checkpoint).items() if crm.frame()[key] != value]
+            if changed:
+                raise ValueError(f"--resume: {'; '.join(changed)}: restore what {self.checkpoint} was trained with")
             optimizer.load(self.checkpoint, state)
         logs = {name: [row for row in self.read(name) if state and row["step"] <= self.start] for name in LOGS}
         for row in logs["metrics"]:

@@ -3,6 +3,8 @@ import json
 import signal
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -51,7 +53,7 @@ def cfg(tmp_path):
 
 def begun(cfg, steps=12, ranks=Ranks(), **changes):
     run = Run(replace(cfg, steps=steps, **changes), ranks)
-    run.begin(StubOptimizer(), steps)
+    run.begin(None, StubOptimizer(), steps)
     return run
 
 
@@ -151,9 +153,17 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_it_used(cfg, capsys):
 def test_a_resumed_run_starts_from_the_newest_checkpoint_with_its_state(cfg):
     train(begun(cfg), 5, save=(2, 4))
     run, optimizer = Run(replace(cfg, resume="auto"), Ranks()), StubOptimizer()
-    assert run.begin(optimizer, 12) == 4 and optimizer.loaded == ("step_000004", 4) and run.state is None
+    assert run.begin(None, optimizer, 12) == 4 and optimizer.loaded == ("step_000004", 4) and run.state is None
     with pytest.raises(ValueError, match="has 4 steps already"):
-        Run(replace(cfg, resume="auto"), Ranks()).begin(optimizer, 4)
+        Run(replace(cfg, resume="auto"), Ranks()).begin(None, optimizer, 4)
+
+
+def test_resume_refuses_another_prompt_behind_the_same_flag(cfg):
+    train(begun(cfg), 4, save=(4,))
+    (Path(cfg.out) / "step_000004/frame.json").write_text(json.dumps({"resize": "aspect", "prompt": "Old: {query}"}))
+    crm = SimpleNamespace(frame=lambda: {"resize": "aspect", "prompt": "New: {query}", "max_pixels": 784})
+    with pytest.raises(ValueError, match="--resume: prompt was 'Old: {query}', is 'New: {query}': restore"):
+        Run(replace(cfg, resume="yes"), Ranks()).begin(crm, StubOptimizer(), 12)
 
 
 def test_resume_needs_a_checkpoint_unless_it_is_auto(cfg):
