@@ -5,6 +5,7 @@ Nifti and Dicom have
   affine        (4, 4) from (i, j, k, 1) to millimetres in LPS: x to the patient's left, y to the back, z to the head
   placed        whether the file says so; else the affine is a guess and only what is shown depends on it
   read          (axis, n) -> the slice there; write(grid, folder) -> the file of a mask
+  frames        how many there are to choose one from
   modality, inverted, own_window(k)         how its grey values are shown
 Their packages are imported here and only here (requirements-tools.txt); Refused names the one that is missing.
 """
@@ -33,6 +34,10 @@ class Refused(ValueError):
     """One line: what is wrong with a scan, and what to give instead."""
 
 
+class SeveralFrames(Refused):
+    """A frame must be chosen."""
+
+
 class Nifti:
     """One volume of a NIfTI file; frame: which, where there are several."""
     modality, inverted = "", False
@@ -52,8 +57,8 @@ class Nifti:
             unit = {"meter": 1000, "micron": 0.001}.get(header.get_xyzt_units()[0], 1)
             self.affine = np.diag([-unit, -unit, unit, 1]) @ self.file.affine                  # RAS -> LPS, mm
             self.placed = bool(header["qform_code"] > 0 or header["sform_code"] > 0)
-        self.shape = shape[:3]
-        self.volume = np.unravel_index(one_of(frame, math.prod(shape[3:]), "volumes"), shape[3:], order="F")
+        self.shape, self.frames = shape[:3], math.prod(shape[3:])
+        self.volume = np.unravel_index(one_of(frame, self.frames, "volumes"), shape[3:], order="F")
 
     def read(self, axis: int, n: int) -> np.ndarray:
         """Float64, the other two axes in order."""
@@ -90,18 +95,21 @@ class Dicom:
         self.errors = errors.InvalidDicomError, errors.BytesLengthException
         headers = self.series(files, series)
         with refusing("has a broken header", *self.errors):
-            frames = int(headers[0].get("NumberOfFrames") or 1)
+            first, frames = headers[0], int(headers[0].get("NumberOfFrames") or 1)
             if len(headers) > 1:
                 if frame is not None or any(int(h.get("NumberOfFrames") or 1) > 1 for h in headers):
                     raise Refused("is a series of files: give one of them to choose a --frame in it")
-                self.images, advice = [(header, 0) for header in headers], "give one of its files"
+                self.images = [(header, 0) for header in headers]
             else:
                 numbers = range(frames) if frame is None else [one_of(frame, frames, "frames")]
-                self.images, advice = [(headers[0], f) for f in numbers], f"give --frame, 0 to {frames - 1}"
+                self.images = [(first, f) for f in numbers]
+            self.frames = frames if frame is not None else 1        # else all of them are the volume
             self.affine, self.placed = place(*self.images[0])
-            if len(self.images) > 1:
-                self.stack(advice)
-            first = headers[0]
+            problem = self.stack() if len(self.images) > 1 else ""
+            if problem and len(headers) > 1:
+                raise Refused(f"has {len(headers)} images {problem}: give one of its files")
+            if problem:
+                raise SeveralFrames(f"has {frames} images {problem}: give --frame, 0 to {frames - 1}")
             self.shape, self.modality = (int(first.Columns), int(first.Rows), len(self.images)), first.get("Modality")
             self.kind = first.get("PhotometricInterpretation")
         self.inverted = self.kind == "MONOCHROME1"
@@ -125,23 +133,23 @@ class Dicom:
             raise Refused(f"has {count}: give --series with one of {shorten(names, 400)}")
         return found[chosen[0]]
 
-    def stack(self, advice: str) -> None:
-        """Sort the images along their normal, and let their positions make the affine."""
+    def stack(self) -> str:
+        """Sort the images along their normal, and let their positions make the affine. -> why they are no volume."""
         places = [place(*image) for image in self.images]
         turned = [np.abs(p[:3, :3] - self.affine[:3, :3]).max() for p, _ in places]
         if (not all(placed for _, placed in places) or len({(h.Rows, h.Columns) for h, _ in self.images}) > 1
                 or max(turned) > 1e-3 * np.abs(self.affine[:3, :3]).max()):
-            raise Refused(f"has {len(places)} images without positions, or of several sizes or directions: {advice}")
+            return "without positions, or of several sizes or directions"
         normal = self.affine[:3, 2] / np.linalg.norm(self.affine[:3, 2])
         depth = [p[:3, 3] @ normal for p, _ in places]
         order = np.argsort(depth)
         gaps = np.diff(np.sort(depth))
         if not gaps.min() > 1e-3 or np.ptp(gaps) > UNEVEN * gaps.mean():
-            apart = f"{gaps.min():.2f} to {gaps.max():.2f} mm apart"
-            raise Refused(f"has {len(places)} images {apart}, which are no volume: {advice}")
+            return f"{gaps.min():.2f} to {gaps.max():.2f} mm apart, which are no volume"
         first, last = places[order[0]][0], places[order[-1]][0]
         self.images, self.affine = [self.images[i] for i in order], first.copy()
         self.affine[:3, 2] = (last - first)[:3, 3] / gaps.size
+        return ""
 
     def read(self, axis: int, n: int) -> np.ndarray:
         """Float64, the other two axes in order; uint8 with RGB as a third."""
@@ -234,9 +242,10 @@ def place(header, frame: int) -> tuple[np.ndarray, bool]:
 
 def one_of(frame: int | None, count: int, what: str) -> int:
     """--frame where there are so many; it must be given where there are several."""
-    frame = 0 if frame is None and count == 1 else frame
+    if frame is None and count == 1:
+        return 0
     if not isinstance(frame, int) or not 0 <= frame < count:
-        raise Refused(f"has {count} {what}: give --frame, 0 to {count - 1}")
+        raise (SeveralFrames if frame is None else Refused)(f"has {count} {what}: give --frame, 0 to {count - 1}")
     return frame
 
 
