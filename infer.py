@@ -56,14 +56,16 @@ def load_models(cfg):
 
 
 def answer(crm, prompt, samples: int, max_new_tokens: int, temperature: float, seed: int):
-    """Sample completions of one prompt -> what is read of each, box and points in the image frame; the index of the
-    kept one, or None if none is usable; its agreement, see medoid."""
+    """Sample completions of one prompt, box and points in the image frame -> keys of result.json, the completions, and
+    the index of the kept one, or None if none is usable."""
     group, = sample(crm, [prompt], samples, max_new_tokens, temperature, seed)
     answers = [parse_answer(text) for text in group.texts]
     completions = [{"problem": one.problem, "text": text, "reasoning": one.think,
                     "bbox": in_image_frame(one.bbox, prompt.frame), "points": in_image_frame(one.points, prompt.frame)}
                    for text, one in zip(group.texts, answers)]
-    return completions, *medoid(answers)
+    kept, agreement = medoid(answers)
+    return {"samples": samples, "agreement": agreement, "texts": group.texts,
+            "problem": answers[kept or 0].problem}, completions, kept
 
 
 def rounded(xy) -> list[float] | None:
@@ -93,19 +95,17 @@ def main(cfg: Config) -> int:
     # 2. the clinical reasoning module answers
     temperature = float(cfg.samples > 1) if cfg.temperature is None else cfg.temperature
     with exit_on(FloatingPointError):
-        completions, kept, agreement = answer(crm, prompt, cfg.samples, cfg.max_new_tokens, temperature, cfg.seed)
-    one = completions[kept or 0]
-    result = {"image": cfg.image, "size": image.size, "query": cfg.query, "crm": cfg.crm, "asm": cfg.asm,
-              "samples": cfg.samples, "agreement": agreement, "texts": [c["text"] for c in completions],
-              "problem": one["problem"]}
+        result, completions, kept = answer(crm, prompt, cfg.samples, cfg.max_new_tokens, temperature, cfg.seed)
+    result = {"image": cfg.image, "size": image.size, "query": cfg.query, "crm": cfg.crm, "asm": cfg.asm} | result
     for earlier in ("mask.png", "overlay.png", "mask.nii.gz", "mask.dcm"):          # of another question
         (out / earlier).unlink(missing_ok=True)
     if kept is None:
         (out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-        print(f"no usable completion of {cfg.samples}: {one['problem']}; see {out}", file=sys.stderr)
+        print(f"no usable completion of {cfg.samples}: {result['problem']}; see {out}", file=sys.stderr)
         return 3
 
     # 3. the anatomical segmentation module draws, in the image frame
+    one = completions[kept]
     bbox, points = one["bbox"], one["points"]
     masks, scores = asm.segment(np.asarray(image), None if bbox is None else [bbox],
                                 None if points is None else [points])
@@ -118,8 +118,8 @@ def main(cfg: Config) -> int:
     print(f"box        {rounded(bbox)}" + (f"  ({one['problem']})" if one["problem"] else ""))
     print(f"points     {rounded(points)}")
     print(f"mask       {100 * masks[0].mean():.1f} % of the image, predicted quality {scores[0]:.2f}")
-    if agreement is not None:
-        print(f"agreement  {agreement:.2f} mean IoU with the other boxes of {cfg.samples} completions")
+    if result["agreement"] is not None:
+        print(f"agreement  {result['agreement']:.2f} mean IoU with the other boxes of {cfg.samples} completions")
     if view:
         print(f"scan's mask {result['scan']['mask']}")
     print(f"pictures   {out / 'overlay.png'}  {out / 'mask.png'}  numbers {out / 'result.json'}")

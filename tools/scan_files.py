@@ -20,10 +20,6 @@ from textwrap import shorten
 import numpy as np
 
 UNEVEN = 0.05                   # images are a volume if their distances differ by less than this share
-HEADER = ("Rows Columns NumberOfFrames SeriesInstanceUID Modality PhotometricInterpretation ImageOrientationPatient "
-          "ImagePositionPatient PixelSpacing ImagerPixelSpacing PixelAspectRatio SliceThickness RescaleSlope "
-          "RescaleIntercept WindowCenter WindowWidth SharedFunctionalGroupsSequence "
-          "PerFrameFunctionalGroupsSequence").split()
 GEOMETRY = ("pixdim qform_code sform_code quatern_b quatern_c quatern_d qoffset_x qoffset_y qoffset_z srow_x srow_y "
             "srow_z xyzt_units").split()
 UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError, RuntimeError,
@@ -71,13 +67,12 @@ class Nifti:
 
     def write(self, grid: np.ndarray, out: Path) -> str:
         """mask.nii.gz: grid (uint8) with the input's geometry."""
-        two = isinstance(self.file, self.nib.Nifti2Image)
-        header = (self.nib.Nifti2Header if two else self.nib.Nifti1Header)()
+        kind = self.nib.Nifti2Image if isinstance(self.file, self.nib.Nifti2Image) else self.nib.Nifti1Image
+        header = kind.header_class()
         for key in GEOMETRY:                    # and nothing else: other fields may name the patient
             header[key] = self.file.header[key]
         header.set_data_dtype(np.uint8)
-        made = (self.nib.Nifti2Image if two else self.nib.Nifti1Image)(grid, self.file.affine, header)
-        self.nib.save(made, out / "mask.nii.gz")
+        self.nib.save(kind(grid, self.file.affine, header), out / "mask.nii.gz")
         return "mask.nii.gz"
 
 
@@ -121,7 +116,7 @@ class Dicom:
             if not is_dicom(file):
                 raise Refused(f"is not DICOM, or holds what is not: {file.name} does not begin as DICOM files do")
             with refusing(f"{file.name} is not DICOM", *self.errors):
-                header = self.dicom.dcmread(file, stop_before_pixels=True, specific_tags=HEADER)
+                header = self.dicom.dcmread(file, stop_before_pixels=True)
                 if header.get("Rows") and header.get("Columns"):
                     found.setdefault(str(header.get("SeriesInstanceUID", "")), []).append(header)
         if not found:
@@ -162,15 +157,14 @@ class Dicom:
         header, frame = self.images[k]
         file = Path(header.filename)
         with refusing(f"cannot be decoded, in {file.name}", *self.errors):
-            full = self.dicom.dcmread(file, stop_before_pixels=True)
-            values, bits = self.pixels.pixel_array(file, index=frame), full.get("BitsStored", 8)
+            values, bits = self.pixels.pixel_array(file, index=frame), header.get("BitsStored", 8)
             if self.kind == "PALETTE COLOR":
-                values = self.pixels.apply_color_lut(values, full)
+                values = self.pixels.apply_color_lut(values, header)
                 bits = 8 * values.itemsize
             if values.ndim == 3:
                 return np.uint8(values[..., :3] / (2 ** bits - 1) * 255 + 0.5).swapaxes(0, 1)
-            if "ModalityLUTSequence" in full:
-                return np.float64(self.pixels.apply_modality_lut(values, full)).T
+            if "ModalityLUTSequence" in header:
+                return np.float64(self.pixels.apply_modality_lut(values, header)).T
             slope, intercept = tag(header, frame, "RescaleSlope", 1), tag(header, frame, "RescaleIntercept", 0)
             return (values * float(slope) + float(intercept)).T
 
@@ -187,20 +181,18 @@ class Dicom:
             from pydicom.sr.codedict import codes
         except ImportError:
             return "none: a DICOM SEG needs the package highdicom: pip install -r requirements-tools.txt"
-        masks = grid.transpose(2, 1, 0)
+        masks, (headers, frames) = grid.transpose(2, 1, 0), zip(*self.images)
         try:
-            full = [self.dicom.dcmread(h.filename, stop_before_pixels=True) for h, _ in self.images[:1]]
-            if full[0].get("NumberOfFrames", 1) > 1:                                            # all its frames
-                pixels = np.zeros((int(full[0].NumberOfFrames), *masks.shape[1:]), np.uint8)
-                pixels[[frame for _, frame in self.images]] = masks
+            if headers[0].get("NumberOfFrames", 1) > 1:                     # a SEG refers to all of a file's frames
+                marked, pixels = headers[:1], np.zeros((int(headers[0].NumberOfFrames), *masks.shape[1:]), np.uint8)
+                pixels[list(frames)] = masks
             else:
                 kept = np.flatnonzero(masks.any(axis=(1, 2))) if masks.any() else [0]
-                full = [self.dicom.dcmread(self.images[k][0].filename, stop_before_pixels=True) for k in kept]
-                pixels = masks[kept]
+                marked, pixels = [headers[k] for k in kept], masks[kept]
             how = hd.AlgorithmIdentificationSequence("MedReasoner", codes.DCM.ArtificialIntelligence, "1")
             what = codes.SCT.AnatomicalStructure
             part = hd.seg.SegmentDescription(1, "answer", what, what, hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC, how)
-            made = hd.seg.Segmentation(full, pixels, hd.seg.SegmentationTypeValues.BINARY, [part], hd.UID(), 1,
+            made = hd.seg.Segmentation(marked, pixels, hd.seg.SegmentationTypeValues.BINARY, [part], hd.UID(), 1,
                                        hd.UID(), 1, "MedReasoner", "reference implementation", "1", "0")
         except (*UNREADABLE, *self.errors) as error:
             return f"none: no DICOM SEG can refer to this file ({shorten(str(error), 200)})"

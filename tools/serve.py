@@ -101,7 +101,7 @@ class Service(ThreadingHTTPServer):
         read(name, content, astuple(ScanConfig()))              # one that is broken is not kept
         key = hashlib.blake2b(content + name.encode(), digest_size=8).hexdigest()
         with self.lock:
-            self.files = dict([*self.files.items(), (key, (name, content))][-KEPT:])
+            self.files = dict([*(self.files | {key: (name, content)}).items()][-KEPT:])
         return self.view({"id": key})
 
     def find(self, request: dict):
@@ -129,12 +129,11 @@ class Service(ThreadingHTTPServer):
         with self.lock:
             start = perf_counter()
             prompt = self.crm.encode(image, fill_prompt(self.crm.template, query))
-            completions, kept, agreement = answer(self.crm, prompt, samples, cfg.max_new_tokens, float(samples > 1),
-                                                  cfg.seed)
+            result, completions, kept = answer(self.crm, prompt, samples, cfg.max_new_tokens, float(samples > 1),
+                                               cfg.seed)
             crm_ms = 1000 * (perf_counter() - start)
-        result = {"image": name, "size": image.size, "query": query, "crm": cfg.crm, "asm": cfg.asm, "samples": samples,
-                  "agreement": agreement, "texts": [one["text"] for one in completions], **completions[kept or 0],
-                  **({"scan": {"shown": str(view)}} if view else {})}
+        result |= {"image": name, "size": image.size, "query": query, "crm": cfg.crm, "asm": cfg.asm,
+                   **({"scan": {"shown": str(view)}} if view else {}), **completions[kept or 0]}
         mask = {} if kept is None else self.segment(request | completions[kept])
         return {"result": result, "completions": completions, "kept": kept, "crm_ms": crm_ms, **mask}
 

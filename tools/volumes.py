@@ -157,11 +157,10 @@ class View:
         return (self.scan.affine @ [*index, 1])[:3].round(3).tolist()
 
     def __str__(self):
-        text = f"slice {self.n} of {self.slices}"
-        if self.scan.placed:
-            text = f"{self.plane} {text}" + (f", from 0, {COUNTED[self.plane]}" if self.slices > 1 else "")
-        return text + ("" if self.scan.placed else ", of unknown orientation") + (
-            "; window {:g},{:g}".format(*self.window) if self.window else "")
+        counted = f", from 0, {COUNTED[self.plane]}" if self.slices > 1 else ""
+        plane, where = (f"{self.plane} ", counted) if self.scan.placed else ("", ", of unknown orientation")
+        window = "; window {:g},{:g}".format(*self.window) if self.window else ""
+        return f"{plane}slice {self.n} of {self.slices}{where}{window}"
 
     def write(self, mask: np.ndarray, bbox, points, out: Path) -> dict:
         """Write the mask on the scan's grid into out. -> "scan" of result.json, with two corners of the box and
@@ -229,10 +228,9 @@ def number(text: str) -> float:
 def quiet():
     """Without what the readers print and log: a line of ours says what matters."""
     before = logging.root.manager.disable
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logging.disable(logging.CRITICAL)
-        try:
+    logging.disable()
+    try:
+        with warnings.catch_warnings(action="ignore"):
             yield
-        finally:
-            logging.disable(before)
+    finally:
+        logging.disable(before)
