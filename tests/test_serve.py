@@ -496,18 +496,18 @@ def test_a_browser_moves_through_a_scan_and_asks_about_a_slice(service, scan_fil
         page.open(f"http://127.0.0.1:{service.server_port}/")
         page.run(drop(scan_file.read_bytes(), "ct.nii.gz"))
         until(page, "!document.querySelector('#scan').hidden")
-        assert page.run("document.querySelector('#slice').value") == "10"
-        assert page.run("document.querySelector('#frame').parentNode.hidden")
+        assert page.run("document.querySelector('#scan-slice').value") == "10"
+        assert page.run("document.querySelector('#scan-frame').parentNode.hidden")
         assert "axial slice 10 of 20" in page.run("document.querySelector('#name').textContent")
 
         asked = len(page.requests)
-        page.run("document.querySelector('#slice').focus()")
+        page.run("document.querySelector('#scan-slice').focus()")
         for _ in range(4):
             for kind in ("rawKeyDown", "keyUp"):
                 page.call("Input.dispatchKeyEvent", type=kind, key="ArrowRight", code="ArrowRight",
                           windowsVirtualKeyCode=39)
         until(page, "!running && image.scan.choice.slice === '14'")
-        assert page.run("document.querySelector('#slice').value") == "14"
+        assert page.run("document.querySelector('#scan-slice').value") == "14"
         assert page.run("document.querySelector('#slice-of').textContent") == "14 of 20"
         assert np.array_equal(decoded(page.run("image.picture")), view(slice="14"))
         new = {url.rsplit("/", 1)[1] for url in page.requests[asked:] if not url.startswith("data:")}
@@ -517,16 +517,16 @@ def test_a_browser_moves_through_a_scan_and_asks_about_a_slice(service, scan_fil
                                        ("window", "bone", dict(slice="25", plane="coronal", window="bone")),
                                        ("levels", "500,400", dict(slice="25", plane="coronal", window="500,400"))):
             if element == "levels":
-                page.run("(w => { w.value = 'own'; w.onchange() })(document.querySelector('#window'))")
-            page.run(f"(e => {{ e.value = '{value}'; e.onchange() }})(document.querySelector('#{element}'))")
+                page.run("(w => { w.value = 'own'; w.onchange() })(document.querySelector('#scan-window'))")
+            page.run(f"(e => {{ e.value = '{value}'; e.onchange() }})(document.querySelector('#scan-{element}'))")
             until(page, f"!running && Object.values(image.scan.choice).includes('{value}')")
             assert np.array_equal(decoded(page.run("image.picture")), view(**choice)), element
-        page.run("(e => { e.value = 'x'; e.onchange() })(document.querySelector('#levels'))")
+        page.run("(e => { e.value = 'x'; e.onchange() })(document.querySelector('#scan-levels'))")
         until(page, "!document.querySelector('#error').hidden")
         assert "LEVEL,WIDTH" in page.run("document.querySelector('#error').textContent")
 
-        page.run("(e => { e.value = 'axial'; e.onchange() })(document.querySelector('#plane'))")
-        page.run("(e => { e.value = 'auto'; e.onchange() })(document.querySelector('#window'))")
+        page.run("(e => { e.value = 'axial'; e.onchange() })(document.querySelector('#scan-plane'))")
+        page.run("(e => { e.value = 'auto'; e.onchange() })(document.querySelector('#scan-window'))")
         until(page, "!running && image.scan.choice.plane === 'axial' && image.scan.choice.window === 'auto'")
         page.run(f"document.querySelector('#query').value = {json.dumps(QUESTION)}")
         page.click(*page.place("#go"))
@@ -539,7 +539,7 @@ def test_a_browser_moves_through_a_scan_and_asks_about_a_slice(service, scan_fil
         assert page.run("document.documentElement.scrollWidth") == 390
         page.picture(tmp_path / "narrow.png", whole=True)
 
-        page.run("(e => { e.value = 3; e.oninput() })(document.querySelector('#slice'))")
+        page.run("(e => { e.value = 3; e.oninput({ target: e }) })(document.querySelector('#scan-slice'))")
         until(page, "!running && image.scan.choice.slice === '3'")
         assert page.run("answer || drawn || bbox") is None                      # of another slice
         page.run(drop(PICTURE.read_bytes(), "chest.png"))
