@@ -90,21 +90,19 @@ class Dicom:
         self.errors = errors.InvalidDicomError, errors.BytesLengthException
         headers = self.series(files, series)
         with refusing("has a broken header", *self.errors):
-            first, frames = headers[0], int(headers[0].get("NumberOfFrames") or 1)
-            if len(headers) > 1:
-                if frame is not None or any(int(h.get("NumberOfFrames") or 1) > 1 for h in headers):
-                    raise Refused("is a series of files: give one of them to choose a --frame in it")
-                self.images = [(header, 0) for header in headers]
-            else:
-                numbers = range(frames) if frame is None else [one_of(frame, frames, "frames")]
-                self.images = [(first, f) for f in numbers]
-            self.frames = frames if frame is not None else 1        # else all of them are the volume
+            self.images = [(header, f) for header in headers for f in range(int(header.get("NumberOfFrames") or 1))]
+            count, self.frames = len(self.images), 1                # without --frame all frames are one volume
+            if len(headers) > 1 and (frame is not None or count > len(headers)):
+                raise Refused("is a series of files: give one of them to choose a --frame in it")
+            if frame is not None:
+                self.frames, self.images = count, [self.images[one_of(frame, count, "frames")]]
             self.affine, self.placed = place(*self.images[0])
             problem = self.stack() if len(self.images) > 1 else ""
             if problem and len(headers) > 1:
-                raise Refused(f"has {len(headers)} images {problem}: give one of its files")
+                raise Refused(f"has {count} images {problem}: give one of its files")
             if problem:
-                raise SeveralFrames(f"has {frames} images {problem}: give --frame, 0 to {frames - 1}")
+                raise SeveralFrames(f"has {count} images {problem}: give --frame, 0 to {count - 1}")
+            first = headers[0]
             self.shape, self.modality = (int(first.Columns), int(first.Rows), len(self.images)), first.get("Modality")
             self.kind = first.get("PhotometricInterpretation")
         self.inverted = self.kind == "MONOCHROME1"

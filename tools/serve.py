@@ -159,7 +159,7 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
-    def answer(self, method):
+    def reply(self, method):
         """What `get` or `post` returns, a type and bytes, or what went wrong, in one line."""
         try:
             if urlsplit(f"//{self.headers['Host']}").hostname not in NAMES:
@@ -177,10 +177,10 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def do_GET(self):
-        self.answer(self.get)
+        self.reply(self.get)
 
     def do_POST(self):
-        self.answer(self.post)
+        self.reply(self.post)
 
     def get(self, url):
         if url.path == "/":
