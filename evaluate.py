@@ -188,6 +188,8 @@ def from_model(cfg: Config, samples, asm, ranks: Ranks) -> list[dict]:
 
 def main(cfg: Config) -> None:
     with exit_on(ValueError, OSError):
+        if cfg.frame != "pixels" and not cfg.predictions:
+            raise ValueError(f"--frame {cfg.frame} is the frame of a file of --predictions: give that, or no --frame")
         if cfg.compare:
             from tools.compare import compare
             return compare(*cfg.compare, METRICS)
@@ -226,7 +228,7 @@ def main(cfg: Config) -> None:
 
 def needs(cfg: Config) -> list[str]:
     """Which embedded defaults a command line may fall back on."""
-    model = not (cfg.predictions or cfg.oracle) or cfg.frame == "model"
+    model = cfg.frame == "model" if cfg.predictions else not cfg.oracle
     return [] if cfg.rescore or cfg.compare else [name for name in EMBEDDED if name != "crm" or model]
 
 

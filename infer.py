@@ -47,6 +47,27 @@ def in_image_frame(xy, frame):
     return None if xy is None else clip_to(frame.image, to_image(xy, frame))
 
 
+def load_models(cfg):
+    """The CRM and the ASM of a Config."""
+    ranks = Ranks.start()
+    crm = load_crm(cfg.crm, ranks.device, ranks.dtype(cfg.dtype), resize=cfg.resize, min_pixels=cfg.min_pixels,
+                   max_pixels=cfg.max_pixels, prompt=cfg.prompt)
+    return crm, load_asm(cfg.asm, ranks.device, multimask=cfg.multimask)
+
+
+def answer(crm, prompt, samples: int, max_new_tokens: int, temperature: float, seed: int):
+    """Sample completions of one prompt, box and points in the image frame -> keys of result.json, the completions, and
+    the index of the kept one, or None if none is usable."""
+    group, = sample(crm, [prompt], samples, max_new_tokens, temperature, seed)
+    answers = [parse_answer(text) for text in group.texts]
+    completions = [{"problem": one.problem, "text": text, "reasoning": one.think,
+                    "bbox": in_image_frame(one.bbox, prompt.frame), "points": in_image_frame(one.points, prompt.frame)}
+                   for text, one in zip(group.texts, answers)]
+    kept, agreement = medoid(answers)
+    return {"samples": samples, "agreement": agreement, "texts": group.texts,
+            "problem": answers[kept or 0].problem}, completions, kept
+
+
 def rounded(xy) -> list[float] | None:
     """Coordinates for printing: flat, one decimal."""
     return None if xy is None else [round(v, 1) for v in np.ravel(xy).tolist()]
@@ -63,50 +84,42 @@ def main(cfg: Config) -> int:
             image = view.image if view else load_image(cfg.image)
         except ValueError as error:
             raise ValueError(f"--image {cfg.image} {error}") from None
-        ranks = Ranks.start()
-        crm = load_crm(cfg.crm, ranks.device, ranks.dtype(cfg.dtype), resize=cfg.resize,
-                       min_pixels=cfg.min_pixels, max_pixels=cfg.max_pixels, prompt=cfg.prompt)
-        asm = load_asm(cfg.asm, ranks.device, multimask=cfg.multimask)
+        crm, asm = load_models(cfg)
         prompt = crm.encode(image, fill_prompt(crm.template, cfg.query))
         out = Path(cfg.out)
         out.mkdir(parents=True, exist_ok=True)
     print(f"image      {cfg.image}, {image.width}x{image.height} pixels; model frame {prompt.frame.model}",
           f"; {view}" if view else "", sep="")
-    print(f"models     CRM {cfg.crm}, ASM {cfg.asm}, on {ranks.device}", flush=True)
+    print(f"models     CRM {cfg.crm}, ASM {cfg.asm}, on {crm.device}", flush=True)
 
     # 2. the clinical reasoning module answers
     temperature = float(cfg.samples > 1) if cfg.temperature is None else cfg.temperature
     with exit_on(FloatingPointError):
-        group, = sample(crm, [prompt], cfg.samples, cfg.max_new_tokens, temperature, cfg.seed)
-    answers = [parse_answer(text) for text in group.texts]
-    kept, agreement = medoid(answers)
-    result = {"image": cfg.image, "size": image.size, "query": cfg.query, "crm": cfg.crm, "asm": cfg.asm,
-              "samples": cfg.samples, "agreement": agreement, "texts": group.texts,
-              "problem": answers[kept or 0].problem}
+        result, completions, kept = answer(crm, prompt, cfg.samples, cfg.max_new_tokens, temperature, cfg.seed)
+    result = {"image": cfg.image, "size": image.size, "query": cfg.query, "crm": cfg.crm, "asm": cfg.asm} | result
     for earlier in ("mask.png", "overlay.png", "mask.nii.gz", "mask.dcm"):          # of another question
         (out / earlier).unlink(missing_ok=True)
     if kept is None:
         (out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-        print(f"no usable completion of {cfg.samples}: {answers[0].problem}; see {out}", file=sys.stderr)
+        print(f"no usable completion of {cfg.samples}: {result['problem']}; see {out}", file=sys.stderr)
         return 3
 
     # 3. the anatomical segmentation module draws, in the image frame
-    answer = answers[kept]
-    bbox, points = (in_image_frame(xy, prompt.frame) for xy in (answer.bbox, answer.points))
+    one = completions[kept]
+    bbox, points = one["bbox"], one["points"]
     masks, scores = asm.segment(np.asarray(image), None if bbox is None else [bbox],
                                 None if points is None else [points])
     Image.fromarray(np.uint8(masks[0]) * 255).save(out / "mask.png")
     overlay(image, masks[0], bbox, points).save(out / "overlay.png")
-    result |= {"text": group.texts[kept], "reasoning": answer.think, "bbox": bbox, "points": points,
-               "mask_score": float(scores[0]), "mask_pixels": int(masks[0].sum())}
+    result |= one | {"mask_score": float(scores[0]), "mask_pixels": int(masks[0].sum())}
     result |= view.write(masks[0], bbox, points, out) if view else {}
     (out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-    print(f"reasoning  {(answer.think or '(none)').strip()}")
-    print(f"box        {rounded(bbox)}" + (f"  ({answer.problem})" if answer.problem else ""))
+    print(f"reasoning  {(one['reasoning'] or '(none)').strip()}")
+    print(f"box        {rounded(bbox)}" + (f"  ({one['problem']})" if one["problem"] else ""))
     print(f"points     {rounded(points)}")
     print(f"mask       {100 * masks[0].mean():.1f} % of the image, predicted quality {scores[0]:.2f}")
-    if agreement is not None:
-        print(f"agreement  {agreement:.2f} mean IoU with the other boxes of {cfg.samples} completions")
+    if result["agreement"] is not None:
+        print(f"agreement  {result['agreement']:.2f} mean IoU with the other boxes of {cfg.samples} completions")
     if view:
         print(f"scan's mask {result['scan']['mask']}")
     print(f"pictures   {out / 'overlay.png'}  {out / 'mask.png'}  numbers {out / 'result.json'}")

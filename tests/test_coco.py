@@ -44,7 +44,7 @@ def test_the_layouts_that_people_have(tmp_path, file, images, split):
 @pytest.mark.parametrize("form", ["polygon", "counts", "compressed"])
 def test_a_mask_is_the_same_in_every_form(form):
     if form == "compressed":
-        mask = pytest.importorskip("pycocotools.mask", reason="compressed RLE needs pycocotools")
+        mask = pytest.importorskip("pycocotools.mask", reason="pip install -r requirements-tools.txt")
         segmentation = mask.encode(np.asfortranarray(SQUARE.astype(np.uint8)))
     else:
         segmentation = {"polygon": POLYGON, "counts": RLE}[form]

@@ -344,6 +344,7 @@ def test_oracle_beside_perfect_predictions_finds_no_fault_in_them(tmp_path, perf
 
 @pytest.mark.parametrize("flags, says", [
     ("--oracle {eval} --limit 7", "1 of 7 questions"), ("--oracle nowhere", "no predictions.jsonl"),
+    ("--oracle {eval} --frame model", "--frame model is the frame of a file of --predictions: give that, or no --frame"),
     ("--oracle --asm none", "--asm none"), ("--oracle --crm demo/crm", "--crm"),
     ("--oracle --predictions {file}", "--predictions"), ("--oracle {eval} --split train --limit 3", "3 of 3 questions"),
     ("--oracle --data nowhere", "nowhere"), ("--oracle --split none", "no sample in split 'none'")])

@@ -223,6 +223,48 @@ def test_a_folder_without_groups_is_one_line_and_status_2(tmp_path, capsys, make
     assert said.count("\n") == 1 and "rollouts.jsonl" in said and not list(tmp_path.iterdir())
 
 
+def foreign(rows, change):
+    rows = json.loads(json.dumps(rows))
+    change(rows[1])
+    return rows
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda row: [row.clear(), row.update(input="?", output="x", gts="", score=1.0, step=1)], "'completions'"),    # verl's
+    (lambda row: row.pop("step"), "KeyError: 'step'"), (lambda row: row.update(step="last"), "'last'"),
+    (lambda row: row.update(completions=5), "TypeError"), (lambda row: row.update(completions=[]), "ValueError"),
+    (lambda row: row["completions"][0].pop("reward"), "KeyError: 'reward'"),
+    (lambda row: row["completions"][0].pop("terms"), "KeyError: 'terms'"),
+    (lambda row: row["completions"][0].update(reward=None), "NoneType")])
+def test_a_line_of_another_program_is_one_line_and_status_2(copy, rows, capsys, change, says):
+    (copy / "rollouts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in foreign(rows, change)))
+    with pytest.raises(SystemExit, match="2"):
+        rollouts.main([str(copy)])
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "rollouts.jsonl, line 2: not as train_grpo.py writes it" in said and says in said
+    assert "give the folder" in said and not (copy / "rollouts.html").exists()
+
+
+@pytest.mark.parametrize("config, says", [({}, "KeyError: 'weights'"), ({"weights": "", "norm": "group"}, "'mode'"),
+                                          ({"weights": 3, "norm": "group", "mode": "soft"}, "AttributeError")])
+def test_a_configuration_of_another_program_is_one_line_and_status_2(copy, capsys, config, says):
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit, match="2"):
+        rollouts.main([str(copy)])
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "config.json: not as train_grpo.py writes it" in said and says in said
+
+
+@pytest.mark.parametrize("flags, says", [("--most-steps 0", "--most-steps 0: must be at least 1"),
+                                         ("--most-steps -3", "--most-steps"), ("--most-steps x", "invalid int value"),
+                                         ("--steps 3", "--steps")])
+def test_a_wrong_flag_is_one_line_and_status_2(copy, capsys, flags, says):
+    with pytest.raises(SystemExit, match="2"):
+        rollouts.main([str(copy), *flags.split()])
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and says in said and not (copy / "rollouts.html").exists()
+
+
 # ---------------------------------------------------------------- in a browser
 
 

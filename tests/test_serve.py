@@ -1,5 +1,6 @@
 """tools/serve.py: its answers are infer.py's and the segmenter's, what it refuses, and the page in a browser."""
 import base64
+import gzip
 import io
 import json
 import threading
@@ -18,6 +19,7 @@ from rewards import box_iou
 from runtime.cli import EMBEDDED, ROOT, parse_args
 from runtime.images import load_image
 from tools import serve
+from tools.volumes import PLANES, ScanConfig, read_view
 
 PICTURE = ROOT / "demo/images/chest_ct_patient.png"
 QUESTION = "What could the dark air-filled field on the left of the chest represent?"
@@ -132,7 +134,7 @@ def test_only_the_latest_images_are_kept(call, service):
     for i, file in enumerate(files):
         Image.new("RGB", (20, 20 + i)).save(file, "PNG")
     keys = [call("/image?name=a", file.getvalue())[1]["id"] for file in files]
-    assert list(service.images) == keys[1:]
+    assert list(service.files) == keys[1:]
     status, answer = call("/segment", {"id": keys[0], "bbox": [1, 1, 9, 9]})
     assert status == 404 and "choose it again" in answer["error"]
 
@@ -158,6 +160,109 @@ def test_an_image_that_is_too_thin_to_ask_about_is_one_line(call):
     assert status == 200
     status, answer = call("/ask", {"id": answer["id"], "query": QUESTION})
     assert status == 400 and "\n" not in answer["error"] and answer["error"]
+
+
+# ---------------------------------------------------------------- scans
+
+
+def nifti(volumes: int = 1) -> bytes:
+    """A disc in each of 20 slices, larger from foot to head, and noise; of several volumes each is brighter."""
+    nib = pytest.importorskip("nibabel", reason="pip install -r requirements-tools.txt")
+    x, y, z, v = np.mgrid[:60, :50, :20, :volumes]
+    values = 900 * ((x - 20) ** 2 + (y - 25) ** 2 < (z + 3) ** 2) + np.random.default_rng(0).integers(0, 90, x.shape)
+    values = np.int16(values + 100 * v)
+    image = nib.Nifti1Image(values if volumes > 1 else values[..., 0], np.diag([-2, -2, 4, 1]))
+    return gzip.compress(image.to_bytes(), 1)
+
+
+@pytest.fixture
+def scan(call):
+    status, answer = call("/image?name=ct.nii.gz", nifti())
+    assert status == 200 and answer["name"] == "ct.nii.gz"
+    return answer
+
+
+@pytest.fixture
+def scan_file(tmp_path):
+    (tmp_path / "ct.nii.gz").write_bytes(nifti())
+    return tmp_path / "ct.nii.gz"
+
+
+def test_a_scan_opens_at_its_middle_slice_and_says_what_there_is_to_choose(scan, scan_file):
+    assert np.array_equal(decoded(scan["picture"]), np.asarray(read_view(scan_file).image)) and scan["size"] == [60, 50]
+    assert scan["scan"] == {
+        "shown": str(read_view(scan_file)), "slices": 20, "frames": 1, "one_plane": False,
+        "levels": list(read_view(scan_file).window), "choice": {"slice": "10", "plane": "axial", "window": "auto"}}
+
+
+@pytest.mark.parametrize("plane", PLANES)
+@pytest.mark.parametrize("window", ["auto", "bone", "300,50"])
+def test_every_slice_is_shown_as_infer_sees_it(call, scan, scan_file, plane, window):
+    for n in (0, 7, 19):
+        status, answer = call("/view", {"id": scan["id"], "scan": {"slice": n, "plane": plane, "window": window}})
+        wanted = read_view(scan_file, ScanConfig(str(n), plane, window=window))
+        assert status == 200 and np.array_equal(decoded(answer["picture"]), np.asarray(wanted.image))
+        assert answer["scan"]["choice"] == {"slice": str(n), "plane": plane, "window": window}
+        assert answer["size"] == list(wanted.image.size) and answer["scan"]["shown"] == str(wanted)
+        assert call("/view", {"id": scan["id"], "scan": answer["scan"]["choice"]})[1] == answer
+
+
+def test_a_question_is_asked_about_the_slice_that_is_shown(call, scan, scan_file, tmp_path):
+    infer.main(parse_args(infer.Config, "", argv=[
+        "--image", str(scan_file), "--query", QUESTION, "--out", str(tmp_path / "out"), "--max-new-tokens", "96",
+        "--slice", "17", "--plane", "coronal", "--window", "500,900", "--samples", "4"]))
+    wanted = json.loads((tmp_path / "out/result.json").read_text())
+    shown = {"slice": 17, "plane": "coronal", "window": "500,900"}
+    status, answer = call("/ask", {"id": scan["id"], "scan": shown, "query": QUESTION, "samples": 4})
+    assert status == 200 and answer["result"]["texts"] == wanted["texts"]
+    assert answer["result"]["scan"] == {"shown": wanted["scan"]["shown"]}
+    if "bbox" in wanted:
+        assert [answer["result"][key] for key in ("bbox", "points")] == [wanted[key] for key in ("bbox", "points")]
+        assert np.array_equal(decoded(answer["mask"]), np.asarray(Image.open(tmp_path / "out/mask.png")))
+
+
+def test_the_segmenter_sees_the_slice_that_is_shown(call, scan, scan_file):
+    asm = load_asm(EMBEDDED["asm"], "cpu")
+    for n in (4, 18):
+        status, answer = call("/segment", {"id": scan["id"], "scan": {"slice": n}, "bbox": [5, 10, 40, 45]})
+        masks, _ = asm.segment(np.asarray(read_view(scan_file, ScanConfig(str(n))).image), [[5, 10, 40, 45]])
+        assert status == 200 and np.array_equal(decoded(answer["mask"]) > 127, masks[0])
+
+
+def test_of_several_volumes_or_frames_the_first_is_shown_first(call):
+    status, four = call("/image?name=4d.nii.gz", nifti(volumes=3))
+    assert status == 200 and four["scan"]["frames"] == 3 and four["scan"]["choice"]["frame"] == 0
+    later = call("/view", {"id": four["id"], "scan": four["scan"]["choice"] | {"frame": 2}})[1]
+    assert later["scan"]["levels"][0] == pytest.approx(four["scan"]["levels"][0] + 200, abs=9)
+    data = pytest.importorskip("pydicom.data", reason="pip install -r requirements-tools.txt")
+    heart, ct = (open(data.get_testdata_file(name, download=False), "rb").read() for name in (
+        "examples_ybr_color.dcm", "CT_small.dcm"))
+    heart = call("/image?name=heart.dcm", heart)[1]                     # a colour film
+    assert heart["scan"] | {"shown": ""} == {"shown": "", "slices": 1, "frames": 30, "levels": None, "one_plane": True,
+                                             "choice": {"slice": "0", "plane": "axial", "frame": 0, "window": "auto"}}
+    status, last = call("/view", {"id": heart["id"], "scan": {"frame": 29}})
+    assert status == 200 and last["picture"] != heart["picture"]
+    ct = call("/image?name=IM0001", ct)[1]                              # DICOM files often have no ending
+    assert ct["size"] == [128, 128] and (ct["scan"]["slices"], ct["scan"]["frames"]) == (1, 1)
+
+
+@pytest.mark.parametrize("path", ["/view", "/ask", "/segment"])
+@pytest.mark.parametrize("choice, told", [
+    ({"slice": 20}, "has 20 slices: give --slice 0 to 19"), ({"slice": -1}, "0 to 19"), ({"slice": "x"}, "not x"),
+    ({"slice": [3]}, "is not an object of text and numbers"), ({"slcie": 3}, "slcie"), (5, "is not an object"),
+    ({"plane": "oblique"}, "--plane is one of"), ({"frame": 1}, "has 1 volumes"), ({"frame": True}, "is not an object"),
+    ({"window": "40"}, "LEVEL,WIDTH"), ({"window": "40,-1"}, "LEVEL,WIDTH"), ({"window": "liver"}, "auto, soft, lung"),
+    ({"series": "1"}, "no series"), ({"slice": float("nan")}, "not nan"), ({"slice": 10 ** 400}, "0 to 19")])
+def test_a_slice_that_is_not_there_is_one_line(call, scan, path, choice, told):
+    status, answer = call(path, {"id": scan["id"], "scan": choice, "query": QUESTION, "bbox": BOX})
+    assert status == 400 and told in answer["error"] and "\n" not in answer["error"]
+    assert "upload" not in answer["error"] and "/tmp" not in answer["error"]
+
+
+def test_a_picture_has_no_slices(call, kept):
+    status, answer = call("/view", {"id": kept, "scan": {"slice": 3}})
+    assert status == 400 and "chest.png is neither DICOM nor NIfTI: leave out --slice" in answer["error"]
+    assert call("/view", {"id": kept})[1]["scan"] is None
 
 
 # ---------------------------------------------------------------- what is refused
@@ -193,7 +298,8 @@ def test_too_large_a_body_is_refused_unread(service):
         connection.putheader("Content-Length", str(size))
         connection.endheaders()                                         # and no body: none is waited for
         reply = connection.getresponse()
-        assert reply.status == 413 and f"{size:,}" in json.loads(reply.read())["error"]
+        said = json.loads(reply.read())["error"]
+        assert reply.status == 413 and f"{size:,}" in said and "scale an image down" in said and "infer.py" in said
 
 
 @pytest.mark.parametrize("length", [None, "", "-1", "ten", "1e3", "9" * 5000])
@@ -228,14 +334,14 @@ def test_a_box_that_is_none_is_one_line(call, kept, bbox, points):
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 60_000, b'{"id": }'])
-@pytest.mark.parametrize("path", ["/ask", "/segment"])
+@pytest.mark.parametrize("path", ["/view", "/ask", "/segment"])
 def test_bad_json_is_one_line(call, path, body):
     status, answer = call(path, body)
     assert status == 400 and "not" in answer["error"] and "\n" not in answer["error"]
 
 
 @pytest.mark.parametrize("body", [{}, {"id": "0"}, {"id": None}, {"id": ["x"]}, {"id": {}}])
-@pytest.mark.parametrize("path", ["/ask", "/segment"])
+@pytest.mark.parametrize("path", ["/view", "/ask", "/segment"])
 def test_an_image_that_is_not_there_is_one_line(call, path, body):
     status, answer = call(path, body)
     assert status == 404 and "choose it again" in answer["error"]
@@ -256,7 +362,7 @@ def test_the_page_and_its_pictures(call):
 def test_a_model_whose_logits_are_not_finite_is_one_line(call, kept, monkeypatch):
     def fail(*_):
         raise FloatingPointError("the model's logits\nare not finite")
-    monkeypatch.setattr(serve, "sample", fail)
+    monkeypatch.setattr(infer, "sample", fail)
     assert call("/ask", {"id": kept, "query": QUESTION}) == (500, {"error": "the model's logits are not finite"})
 
 
@@ -289,10 +395,16 @@ def drag(page, start, *way):
 
 
 DROP = """(async () => {
-  const file = new File([Uint8Array.from(atob("%s"), c => c.charCodeAt(0))], "chest.png"), data = new DataTransfer();
+  const file = new File([Uint8Array.from(atob("%s"), c => c.charCodeAt(0))], "%s"), data = new DataTransfer();
   data.items.add(file);
   document.dispatchEvent(new DragEvent("drop", { dataTransfer: data, cancelable: true }));
 })()"""
+
+
+def drop(content: bytes, name: str) -> str:
+    return DROP % (base64.b64encode(content).decode(), name)
+
+
 SETTLED = "!running && drawn && document.querySelector('#go').textContent === 'Ask'"
 
 
@@ -302,10 +414,10 @@ def test_a_browser_uploads_asks_and_drags(service, tmp_path):
     with Browser(1280, 900) as page:
         page.open(address)
         assert page.run("document.querySelector('#go').disabled")
-        page.run(DROP % base64.b64encode(b"no image").decode())
+        page.run(drop(b"no image", "chest.png"))
         until(page, "!document.querySelector('#error').hidden")
         assert "chest.png is not an image" in page.run("document.querySelector('#error').textContent")
-        page.run(DROP % base64.b64encode(PICTURE.read_bytes()).decode())
+        page.run(drop(PICTURE.read_bytes(), "chest.png"))
         until(page, "!document.querySelector('#stage').hidden")
         assert page.run("document.querySelector('#error').hidden")
         assert "131 × 131" in page.run("document.querySelector('#name').textContent")
@@ -373,3 +485,65 @@ def test_a_browser_uploads_asks_and_drags(service, tmp_path):
         refused = [e for e in page.errors if "400" not in str(e)]               # the broken image above
         assert not refused, refused
     assert all((tmp_path / name).stat().st_size > 20_000 for name in ("wide.png", "narrow.png"))
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium is installed (Debian: apt-get install chromium)")
+def test_a_browser_moves_through_a_scan_and_asks_about_a_slice(service, scan_file, tmp_path):
+    def view(**choice):
+        return np.asarray(read_view(scan_file, ScanConfig(**choice)).image)
+
+    with Browser(1280, 900) as page:
+        page.open(f"http://127.0.0.1:{service.server_port}/")
+        page.run(drop(scan_file.read_bytes(), "ct.nii.gz"))
+        until(page, "!document.querySelector('#scan').hidden")
+        assert page.run("document.querySelector('#scan-slice').value") == "10"
+        assert page.run("document.querySelector('#scan-frame').parentNode.hidden")
+        assert "axial slice 10 of 20" in page.run("document.querySelector('#name').textContent")
+
+        asked = len(page.requests)
+        page.run("document.querySelector('#scan-slice').focus()")
+        for _ in range(4):
+            for kind in ("rawKeyDown", "keyUp"):
+                page.call("Input.dispatchKeyEvent", type=kind, key="ArrowRight", code="ArrowRight",
+                          windowsVirtualKeyCode=39)
+        until(page, "!running && image.scan.choice.slice === '14'")
+        assert page.run("document.querySelector('#scan-slice').value") == "14"
+        assert page.run("document.querySelector('#slice-of').textContent") == "14 of 20"
+        assert np.array_equal(decoded(page.run("image.picture")), view(slice="14"))
+        new = {url.rsplit("/", 1)[1] for url in page.requests[asked:] if not url.startswith("data:")}
+        assert new == {"view"}                                                  # no model ran
+
+        for element, value, choice in (("plane", "coronal", dict(slice="25", plane="coronal")),
+                                       ("window", "bone", dict(slice="25", plane="coronal", window="bone")),
+                                       ("levels", "500,400", dict(slice="25", plane="coronal", window="500,400"))):
+            if element == "levels":
+                page.run("(w => { w.value = 'own'; w.onchange() })(document.querySelector('#scan-window'))")
+            page.run(f"(e => {{ e.value = '{value}'; e.onchange() }})(document.querySelector('#scan-{element}'))")
+            until(page, f"!running && Object.values(image.scan.choice).includes('{value}')")
+            assert np.array_equal(decoded(page.run("image.picture")), view(**choice)), element
+        page.run("(e => { e.value = 'x'; e.onchange() })(document.querySelector('#scan-levels'))")
+        until(page, "!document.querySelector('#error').hidden")
+        assert "LEVEL,WIDTH" in page.run("document.querySelector('#error').textContent")
+
+        page.run("(e => { e.value = 'axial'; e.onchange() })(document.querySelector('#scan-plane'))")
+        page.run("(e => { e.value = 'auto'; e.onchange() })(document.querySelector('#scan-window'))")
+        until(page, "!running && image.scan.choice.plane === 'axial' && image.scan.choice.window === 'auto'")
+        page.run(f"document.querySelector('#query').value = {json.dumps(QUESTION)}")
+        page.click(*page.place("#go"))
+        until(page, "answer && document.querySelector('#go').textContent === 'Ask'")
+        assert page.run("answer.result.scan.shown === image.scan.shown")
+        page.run("bbox = [5, 10, 40, 45], points = null, segment()")
+        until(page, SETTLED)
+        page.picture(tmp_path / "wide.png")
+        page.resize(390, 844)
+        assert page.run("document.documentElement.scrollWidth") == 390
+        page.picture(tmp_path / "narrow.png", whole=True)
+
+        page.run("(e => { e.value = 3; e.oninput({ target: e }) })(document.querySelector('#scan-slice'))")
+        until(page, "!running && image.scan.choice.slice === '3'")
+        assert page.run("answer || drawn || bbox") is None                      # of another slice
+        page.run(drop(PICTURE.read_bytes(), "chest.png"))
+        until(page, "image.name === 'chest.png'")
+        assert page.run("document.querySelector('#scan').hidden")
+        refused = [e for e in page.errors if "400" not in str(e)]               # the window above
+        assert not refused, refused

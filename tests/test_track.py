@@ -133,16 +133,21 @@ def test_a_replay_that_fails_says_so(cfg, fake, monkeypatch, capsys):
 
 
 def test_what_is_no_run_is_one_line(tmp_path, fake, monkeypatch, capsys):
-    fake("wandb")
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "empty/config.json").write_text("{}")
+    calls = fake("wandb")
+    for name, text in (("empty", ""), ("foreign", '{"step": 1}\n{"epoch": 2}\n'), ("words", '{"step": "last"}\n')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / "metrics.jsonl").write_text(text)
     for argv, problem in ((["--track", "wandb", tmp_path / "none"], "config.json"), (["x"], "--track"),
                           (["--track", "mlflow", tmp_path], "mlflow"),
+                          (["--track", "wandb", tmp_path / "foreign"], "metrics.jsonl, line 2: step is no whole number"),
+                          (["--track", "wandb", tmp_path / "words"], "metrics.jsonl, line 1: step is no whole number"),
                           (["--track", "wandb", tmp_path / "empty"], "no row there")):
         with pytest.raises(SystemExit) as stopped:
             replay(monkeypatch, *argv)
         err = capsys.readouterr().err
         assert stopped.value.code == 2 and problem in err and err.count("\n") == 1
+    assert calls() == []
 
 
 # ---------------------------------------------------------------- the real one

@@ -15,6 +15,7 @@ from data import BadRow, load_image, load_samples
 from test_hostile import FEW, SEEDS, bent
 from test_infer import ask, completion          # noqa: F401 (ask is a fixture)
 from test_scripts import refusal
+from tools.scan_files import SeveralFrames
 from tools.volumes import PLANES, ScanConfig, View, find_window, read_view, slice_number
 
 nib = pytest.importorskip("nibabel")
@@ -218,6 +219,24 @@ def test_the_frames_of_an_enhanced_file_are_a_volume(tmp_path):
         assert np.array_equal(one.image, two.image) and one.to_mm(4, 5) == two.to_mm(4, 5)
     single = view_of(tmp_path / "enhanced.dcm", frame=2)
     assert np.array_equal(single.values, values[:, :, order[2]].T)
+
+
+def test_a_view_says_what_shows_the_same_again():
+    path = NIFTI / "example4d.nii.gz"
+    view = view_of(path, frame=1, plane="coronal", slice="0.3", window="400,800")
+    again = read_view(path, view.choice)
+    assert view.choice == again.choice == ScanConfig("28", "coronal", 1, window="400,800") and view.slices == 96
+    assert np.array_equal(view.image, again.image) and not np.array_equal(view.image, view_of(path, frame=0).image)
+
+
+@pytest.mark.parametrize("path, count", [(NIFTI / "example4d.nii.gz", 2), (DICOM / "examples_ybr_color.dcm", 30)])
+def test_that_a_frame_must_be_chosen_is_an_error_of_its_own(path, count):
+    with pytest.raises(SeveralFrames, match=f"give --frame, 0 to {count - 1}"):
+        read_view(path)
+    assert view_of(path, frame=0).scan.frames == count
+    with pytest.raises(ValueError) as error:
+        view_of(path, frame=count)
+    assert not isinstance(error.value, SeveralFrames)
 
 
 def test_every_file_in_the_packages_is_read_or_refused_in_one_line(capfd):

@@ -7,11 +7,12 @@ is one group of one step: what metrics.prediction returns (boxes and points in t
 also its reward, advantage, terms, length and whether it finished. Groups of the split "test" are of the same prompts,
 drawn with the same random numbers, at each step, so that only the weights differ; those of "train" are the step's own.
 """
-import argparse
 import base64
 import io
 import json
 import math
+from argparse import RawDescriptionHelpFormatter
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ import torch
 
 from data import clip_to, load_samples
 from rewards import MODES, reward_formula
-from runtime.cli import exit_on, parse_weights
+from runtime.cli import Parser, exit_on, parse_weights
 from runtime.files import parse_object, read_jsonl, read_text, write_whole
 from runtime.metrics import iou, prediction
 from runtime.parallel import Ranks, unsharded
@@ -66,22 +67,38 @@ def group_row(step: int, split: str, place: int, rollout, official: bool) -> dic
 
 def page(folder: Path, most_steps: int = 60) -> str:
     """rollouts.html of a run folder. ValueError, one line, where there is nothing to show."""
-    rows, config = read_jsonl(folder / "rollouts.jsonl"), folder / "config.json"
+    file, config = folder / "rollouts.jsonl", folder / "config.json"
+    rows, groups = read_jsonl(file), []
     if not rows:
         raise ValueError(f"{folder}: no rollouts.jsonl with a line in it; train_grpo.py writes it at each evaluation")
-    config = parse_object(read_text(config), config)
-    steps = sorted({row["step"] for row in rows})
+    flags = parse_object(read_text(config), config)
+    with written_by_training(config):
+        weights, norm = parse_weights(flags["weights"]), flags["norm"]
+        formula, _ = reward_formula(flags["mode"], weights)
+        factors = dict.fromkeys(MODES[flags["mode"]], 1.0) | weights
+        sources = {"test": flags["test_data"] or flags["data"], "train": flags["data"]}
+    for number, row in enumerate(rows, 1):
+        with written_by_training(f"{file}, line {number}"):
+            groups.append(group(row, factors))
+    steps = sorted({group["step"] for group in groups})
     kept = {steps[i] for i in np.linspace(0, len(steps) - 1, min(most_steps, len(steps))).round().astype(int)}
-    rows = [row for row in rows if row["step"] in kept]
-    weights = parse_weights(config["weights"])
-    formula, _ = reward_formula(config["mode"], weights)
-    factors = dict.fromkeys(MODES[config["mode"]], 1.0) | weights
-    data = {"run": folder.name, "formula": formula, "norm": config["norm"], "steps": sorted(kept),
+    groups = [group for group in groups if group["step"] in kept]
+    data = {"run": folder.name, "formula": formula, "norm": norm, "steps": sorted(kept),
             "weights": {name: factor for name, factor in factors.items() if factor},
-            "pictures": pictures(rows, config), "groups": [group(row, factors) for row in rows]}
+            "pictures": pictures(groups, sources), "groups": groups}
     text = json.dumps(data, separators=(",", ":"), ensure_ascii=False)
     # inside <script>, "<" could end the script; as "\u003c" it is the same JSON, whatever a completion says
     return read_text(PAGE).replace("{{DATA}}", text.replace("<", "\\u003c"))
+
+
+@contextmanager
+def written_by_training(where):
+    """A key that is missing or not what it should be, in a file of another program, becomes one line."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{where}: not as train_grpo.py writes it ({type(error).__name__}: {error}); give the folder "
+                         "of one of its runs") from None
 
 
 def group(row: dict, factors: dict[str, float]) -> dict:
@@ -93,8 +110,8 @@ def group(row: dict, factors: dict[str, float]) -> dict:
     kept = [{key: c[key] for key in ("text", "problem", "reward", "advantage", "length", "finished")}
             | {key: c[key] and clip_to(row["size"], c[key]) for key in ("bbox", "points")} | {"iou": iou(row, c)}
             | {"terms": {name: c["terms"][name] for name, factor in factors.items() if factor}} for c in completions]
-    shown = {key: row[key] for key in ("step", "split", "index", "id", "size", "query", "category", "truth")}
-    return rounded(shown | {"summary": summary, "completions": kept})
+    shown = {key: row[key] for key in ("split", "index", "size", "query", "category", "truth")}
+    return rounded(shown | {"step": int(row["step"]), "id": str(row["id"]), "summary": summary, "completions": kept})
 
 
 def rounded(value):
@@ -106,13 +123,14 @@ def rounded(value):
     return [rounded(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def pictures(rows: list[dict], config: dict) -> dict[str, str]:
-    """{"split/id": JPEG as a data URI} of every group's image; one whose data is gone is left out and counted."""
+def pictures(groups: list[dict], sources: dict[str, str]) -> dict[str, str]:
+    """{"split/id": JPEG as a data URI} of every group's image; without its data there is none, and a line says so.
+    sources: {split: its data set}."""
     found, missing = {}, ""
     for split, side in SIDE.items():
-        wanted = {row["id"] for row in rows if row["split"] == split}
+        wanted = {group["id"] for group in groups if group["split"] == split}
         try:
-            samples = load_samples((split == "test" and config["test_data"]) or config["data"], split) if wanted else []
+            samples = load_samples(sources[split], split) if wanted else []
             for i, name in enumerate(samples.ids() if wanted else []):
                 if name in wanted:
                     found[f"{split}/{name}"] = data_uri(samples[i].image, side)
@@ -131,10 +149,12 @@ def data_uri(image, side: int) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="of a run of train_grpo.py")
     parser.add_argument("--most-steps", type=int, default=60, help="of a longer run, as many steps, evenly spread (60)")
     args = parser.parse_args(argv)
+    if args.most_steps < 1:
+        parser.error(f"--most-steps {args.most_steps}: must be at least 1")
     with exit_on(ValueError, OSError):
         out = args.folder / "rollouts.html"
         write_whole(out, page(args.folder, args.most_steps))

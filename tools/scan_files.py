@@ -5,6 +5,7 @@ Nifti and Dicom have
   affine        (4, 4) from (i, j, k, 1) to millimetres in LPS: x to the patient's left, y to the back, z to the head
   placed        whether the file says so; else the affine is a guess and only what is shown depends on it
   read          (axis, n) -> the slice there; write(grid, folder) -> the file of a mask
+  frames        how many there are to choose one from
   modality, inverted, own_window(k)         how its grey values are shown
 Their packages are imported here and only here (requirements-tools.txt); Refused names the one that is missing.
 """
@@ -19,10 +20,6 @@ from textwrap import shorten
 import numpy as np
 
 UNEVEN = 0.05                   # images are a volume if their distances differ by less than this share
-HEADER = ("Rows Columns NumberOfFrames SeriesInstanceUID Modality PhotometricInterpretation ImageOrientationPatient "
-          "ImagePositionPatient PixelSpacing ImagerPixelSpacing PixelAspectRatio SliceThickness RescaleSlope "
-          "RescaleIntercept WindowCenter WindowWidth SharedFunctionalGroupsSequence "
-          "PerFrameFunctionalGroupsSequence").split()
 GEOMETRY = ("pixdim qform_code sform_code quatern_b quatern_c quatern_d qoffset_x qoffset_y qoffset_z srow_x srow_y "
             "srow_z xyzt_units").split()
 UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError, RuntimeError,
@@ -31,6 +28,10 @@ UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, AssertionError
 
 class Refused(ValueError):
     """One line: what is wrong with a scan, and what to give instead."""
+
+
+class SeveralFrames(Refused):
+    """A frame must be chosen."""
 
 
 class Nifti:
@@ -52,8 +53,8 @@ class Nifti:
             unit = {"meter": 1000, "micron": 0.001}.get(header.get_xyzt_units()[0], 1)
             self.affine = np.diag([-unit, -unit, unit, 1]) @ self.file.affine                  # RAS -> LPS, mm
             self.placed = bool(header["qform_code"] > 0 or header["sform_code"] > 0)
-        self.shape = shape[:3]
-        self.volume = np.unravel_index(one_of(frame, math.prod(shape[3:]), "volumes"), shape[3:], order="F")
+        self.shape, self.frames = shape[:3], math.prod(shape[3:])
+        self.volume = np.unravel_index(one_of(frame, self.frames, "volumes"), shape[3:], order="F")
 
     def read(self, axis: int, n: int) -> np.ndarray:
         """Float64, the other two axes in order."""
@@ -66,13 +67,12 @@ class Nifti:
 
     def write(self, grid: np.ndarray, out: Path) -> str:
         """mask.nii.gz: grid (uint8) with the input's geometry."""
-        two = isinstance(self.file, self.nib.Nifti2Image)
-        header = (self.nib.Nifti2Header if two else self.nib.Nifti1Header)()
+        kind = self.nib.Nifti2Image if isinstance(self.file, self.nib.Nifti2Image) else self.nib.Nifti1Image
+        header = kind.header_class()
         for key in GEOMETRY:                    # and nothing else: other fields may name the patient
             header[key] = self.file.header[key]
         header.set_data_dtype(np.uint8)
-        made = (self.nib.Nifti2Image if two else self.nib.Nifti1Image)(grid, self.file.affine, header)
-        self.nib.save(made, out / "mask.nii.gz")
+        self.nib.save(kind(grid, self.file.affine, header), out / "mask.nii.gz")
         return "mask.nii.gz"
 
 
@@ -90,17 +90,18 @@ class Dicom:
         self.errors = errors.InvalidDicomError, errors.BytesLengthException
         headers = self.series(files, series)
         with refusing("has a broken header", *self.errors):
-            frames = int(headers[0].get("NumberOfFrames") or 1)
-            if len(headers) > 1:
-                if frame is not None or any(int(h.get("NumberOfFrames") or 1) > 1 for h in headers):
-                    raise Refused("is a series of files: give one of them to choose a --frame in it")
-                self.images, advice = [(header, 0) for header in headers], "give one of its files"
-            else:
-                numbers = range(frames) if frame is None else [one_of(frame, frames, "frames")]
-                self.images, advice = [(headers[0], f) for f in numbers], f"give --frame, 0 to {frames - 1}"
+            self.images = [(header, f) for header in headers for f in range(int(header.get("NumberOfFrames") or 1))]
+            count, self.frames = len(self.images), 1                # without --frame all frames are one volume
+            if len(headers) > 1 and (frame is not None or count > len(headers)):
+                raise Refused("is a series of files: give one of them to choose a --frame in it")
+            if frame is not None:
+                self.frames, self.images = count, [self.images[one_of(frame, count, "frames")]]
             self.affine, self.placed = place(*self.images[0])
-            if len(self.images) > 1:
-                self.stack(advice)
+            problem = self.stack() if len(self.images) > 1 else ""
+            if problem and len(headers) > 1:
+                raise Refused(f"has {count} images {problem}: give one of its files")
+            if problem:
+                raise SeveralFrames(f"has {count} images {problem}: give --frame, 0 to {count - 1}")
             first = headers[0]
             self.shape, self.modality = (int(first.Columns), int(first.Rows), len(self.images)), first.get("Modality")
             self.kind = first.get("PhotometricInterpretation")
@@ -113,7 +114,7 @@ class Dicom:
             if not is_dicom(file):
                 raise Refused(f"is not DICOM, or holds what is not: {file.name} does not begin as DICOM files do")
             with refusing(f"{file.name} is not DICOM", *self.errors):
-                header = self.dicom.dcmread(file, stop_before_pixels=True, specific_tags=HEADER)
+                header = self.dicom.dcmread(file, stop_before_pixels=True)
                 if header.get("Rows") and header.get("Columns"):
                     found.setdefault(str(header.get("SeriesInstanceUID", "")), []).append(header)
         if not found:
@@ -125,23 +126,23 @@ class Dicom:
             raise Refused(f"has {count}: give --series with one of {shorten(names, 400)}")
         return found[chosen[0]]
 
-    def stack(self, advice: str) -> None:
-        """Sort the images along their normal, and let their positions make the affine."""
+    def stack(self) -> str:
+        """Sort the images along their normal, and let their positions make the affine. -> why they are no volume."""
         places = [place(*image) for image in self.images]
         turned = [np.abs(p[:3, :3] - self.affine[:3, :3]).max() for p, _ in places]
         if (not all(placed for _, placed in places) or len({(h.Rows, h.Columns) for h, _ in self.images}) > 1
                 or max(turned) > 1e-3 * np.abs(self.affine[:3, :3]).max()):
-            raise Refused(f"has {len(places)} images without positions, or of several sizes or directions: {advice}")
+            return "without positions, or of several sizes or directions"
         normal = self.affine[:3, 2] / np.linalg.norm(self.affine[:3, 2])
         depth = [p[:3, 3] @ normal for p, _ in places]
         order = np.argsort(depth)
         gaps = np.diff(np.sort(depth))
         if not gaps.min() > 1e-3 or np.ptp(gaps) > UNEVEN * gaps.mean():
-            apart = f"{gaps.min():.2f} to {gaps.max():.2f} mm apart"
-            raise Refused(f"has {len(places)} images {apart}, which are no volume: {advice}")
+            return f"{gaps.min():.2f} to {gaps.max():.2f} mm apart, which are no volume"
         first, last = places[order[0]][0], places[order[-1]][0]
         self.images, self.affine = [self.images[i] for i in order], first.copy()
         self.affine[:3, 2] = (last - first)[:3, 3] / gaps.size
+        return ""
 
     def read(self, axis: int, n: int) -> np.ndarray:
         """Float64, the other two axes in order; uint8 with RGB as a third."""
@@ -154,15 +155,14 @@ class Dicom:
         header, frame = self.images[k]
         file = Path(header.filename)
         with refusing(f"cannot be decoded, in {file.name}", *self.errors):
-            full = self.dicom.dcmread(file, stop_before_pixels=True)
-            values, bits = self.pixels.pixel_array(file, index=frame), full.get("BitsStored", 8)
+            values, bits = self.pixels.pixel_array(file, index=frame), header.get("BitsStored", 8)
             if self.kind == "PALETTE COLOR":
-                values = self.pixels.apply_color_lut(values, full)
+                values = self.pixels.apply_color_lut(values, header)
                 bits = 8 * values.itemsize
             if values.ndim == 3:
                 return np.uint8(values[..., :3] / (2 ** bits - 1) * 255 + 0.5).swapaxes(0, 1)
-            if "ModalityLUTSequence" in full:
-                return np.float64(self.pixels.apply_modality_lut(values, full)).T
+            if "ModalityLUTSequence" in header:
+                return np.float64(self.pixels.apply_modality_lut(values, header)).T
             slope, intercept = tag(header, frame, "RescaleSlope", 1), tag(header, frame, "RescaleIntercept", 0)
             return (values * float(slope) + float(intercept)).T
 
@@ -179,20 +179,18 @@ class Dicom:
             from pydicom.sr.codedict import codes
         except ImportError:
             return "none: a DICOM SEG needs the package highdicom: pip install -r requirements-tools.txt"
-        masks = grid.transpose(2, 1, 0)
+        masks, (headers, frames) = grid.transpose(2, 1, 0), zip(*self.images)
         try:
-            full = [self.dicom.dcmread(h.filename, stop_before_pixels=True) for h, _ in self.images[:1]]
-            if full[0].get("NumberOfFrames", 1) > 1:                                            # all its frames
-                pixels = np.zeros((int(full[0].NumberOfFrames), *masks.shape[1:]), np.uint8)
-                pixels[[frame for _, frame in self.images]] = masks
+            if headers[0].get("NumberOfFrames", 1) > 1:                     # a SEG refers to all of a file's frames
+                marked, pixels = headers[:1], np.zeros((int(headers[0].NumberOfFrames), *masks.shape[1:]), np.uint8)
+                pixels[list(frames)] = masks
             else:
                 kept = np.flatnonzero(masks.any(axis=(1, 2))) if masks.any() else [0]
-                full = [self.dicom.dcmread(self.images[k][0].filename, stop_before_pixels=True) for k in kept]
-                pixels = masks[kept]
+                marked, pixels = [headers[k] for k in kept], masks[kept]
             how = hd.AlgorithmIdentificationSequence("MedReasoner", codes.DCM.ArtificialIntelligence, "1")
             what = codes.SCT.AnatomicalStructure
             part = hd.seg.SegmentDescription(1, "answer", what, what, hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC, how)
-            made = hd.seg.Segmentation(full, pixels, hd.seg.SegmentationTypeValues.BINARY, [part], hd.UID(), 1,
+            made = hd.seg.Segmentation(marked, pixels, hd.seg.SegmentationTypeValues.BINARY, [part], hd.UID(), 1,
                                        hd.UID(), 1, "MedReasoner", "reference implementation", "1", "0")
         except (*UNREADABLE, *self.errors) as error:
             return f"none: no DICOM SEG can refer to this file ({shorten(str(error), 200)})"
@@ -234,9 +232,10 @@ def place(header, frame: int) -> tuple[np.ndarray, bool]:
 
 def one_of(frame: int | None, count: int, what: str) -> int:
     """--frame where there are so many; it must be given where there are several."""
-    frame = 0 if frame is None and count == 1 else frame
+    if frame is None and count == 1:
+        return 0
     if not isinstance(frame, int) or not 0 <= frame < count:
-        raise Refused(f"has {count} {what}: give --frame, 0 to {count - 1}")
+        raise (SeveralFrames if frame is None else Refused)(f"has {count} {what}: give --frame, 0 to {count - 1}")
     return frame
 
 

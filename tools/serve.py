@@ -1,12 +1,16 @@
-"""A page on this machine: drop an image, ask, see reasoning, box, key points and mask; drag them, and the mask follows.
+"""A page on this machine: drop an image or a scan, ask, see reasoning, box, points and mask; drag them, and the mask follows.
 
     python -m tools.serve                                           # the embedded models, http://127.0.0.1:8000
     python -m tools.serve --crm runs/demo/step_000080 --port 8001
 
 What the page (tools/serve.html) asks for, answered as JSON; boxes and points are in the image frame:
-    POST /image?name=NAME   any file that load_image reads -> id, name, size, picture (upright, at most SHOWN pixels)
-    POST /ask               {"id", "query", "samples"} -> result (as infer.py's), completions, kept, mask, milliseconds
-    POST /segment           {"id", "bbox", "points"} -> mask, its score, size and milliseconds: the segmenter alone
+    POST /image?name=NAME   a picture, DICOM or NIfTI file -> its id, and what /view says of it
+    POST /view              {"id", "scan"} -> name, size, picture (upright, at most SHOWN pixels), scan: null, or what
+                            there is to choose from
+    POST /ask               {"id", "scan", "query", "samples"} -> result (as infer.py's), completions, kept, mask,
+                            milliseconds
+    POST /segment           {"id", "scan", "bbox", "points"} -> mask, its score, size, milliseconds: the segmenter alone
+"scan" is the slice and window, as in samples.jsonl: {"slice": 45, "window": "lung"}; without it, the middle slice.
 What goes wrong is {"error": one line}. It listens on 127.0.0.1 only, and refuses a Host that is not this machine (a
 foreign name made to resolve to it) and a POST from another site's page.
 """
@@ -17,7 +21,8 @@ import json
 import re
 import tempfile
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, astuple, dataclass, replace
+from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Lock
@@ -28,21 +33,17 @@ import numpy as np
 import torch
 from PIL import Image
 
-from asm import load_asm
-from crm import load_crm
 from data import fill_prompt, load_image
-from infer import in_image_frame
-from rewards import parse_answer
+from infer import answer, load_models
 from runtime.cli import ROOT, ModelConfig, exit_on, flag, parse_args
 from runtime.files import parse_object, read_text
-from runtime.metrics import medoid
-from runtime.parallel import Ranks
-from sampling import sample
+from tools.scan_files import SeveralFrames
+from tools.volumes import PLANES, WINDOWS, ScanConfig, read_view, scan_config
 
 HOST, NAMES = "127.0.0.1", ("127.0.0.1", "localhost")
 EXAMPLES, PAGE = ROOT / "demo/images", Path(__file__).with_suffix(".html")
-LARGEST = {"/image": 20 * 2 ** 20, "/ask": 2 ** 16, "/segment": 2 ** 16}    # bytes of a body
-KEPT, SHOWN, LONGEST = 4, 1280, 2000        # images kept; pixels of a picture's side; characters of a question
+LARGEST = {"/image": 20 * 2 ** 20, "/view": 2 ** 16, "/ask": 2 ** 16, "/segment": 2 ** 16}      # bytes of a body
+KEPT, SHOWN, LONGEST = 4, 1280, 2000        # files kept; pixels of a picture's side; characters of a question
 
 
 @dataclass
@@ -60,50 +61,66 @@ class Refused(ValueError):
         self.status = status
 
 
+@lru_cache(KEPT)
+def read(name: str, content: bytes, choice: tuple):
+    """A file's (PIL image, pixels, View or None). choice: the values of a ScanConfig. ValueError, one line."""
+    ending = re.search(r"(\.nii)?\.[a-z0-9]{1,8}$", name.lower())
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "upload" + (ending[0] if ending else ""))
+        file.write_bytes(content)
+        choice = ScanConfig(*choice)
+        try:
+            try:
+                view = read_view(file, choice)
+            except SeveralFrames:
+                view = read_view(file, replace(choice, frame=0))
+            image = view.image if view else load_image(file)
+        except ValueError as error:
+            raise ValueError(f"{name} {error}".replace(str(file), name).replace(file.name, name)) from None
+    return image, np.asarray(image), view
+
+
 class Service(ThreadingHTTPServer):
-    """The two models, used by one request at a time, and the latest images. ValueError: no port, no model."""
+    """The two models, used by one request at a time, and the latest files. ValueError: no port, no model."""
 
     def __init__(self, cfg: Config):
         try:
             super().__init__((HOST, cfg.port), Handler)
         except OSError as error:
             raise ValueError(f"--port {cfg.port}: {error.strerror}; take another") from None
-        ranks = Ranks.start()
-        self.cfg, self.lock, self.images = cfg, Lock(), {}      # id: (name, PIL image, its pixels)
-        self.crm = load_crm(cfg.crm, ranks.device, ranks.dtype(cfg.dtype), resize=cfg.resize, min_pixels=cfg.min_pixels,
-                            max_pixels=cfg.max_pixels, prompt=cfg.prompt)
-        self.asm = load_asm(cfg.asm, ranks.device, multimask=cfg.multimask)
+        self.cfg, self.lock, self.files = cfg, Lock(), {}       # id: (name, content)
+        self.crm, self.asm = load_models(cfg)
 
     def page(self) -> str:
         data = {"examples": re.findall(r"^\| (\w+\.png) \| (.+?) \|", read_text(EXAMPLES / "README.md"), re.MULTILINE),
                 "models": [str(path).removeprefix(f"{ROOT}/") for path in (self.cfg.crm, self.cfg.asm)],
-                "largest": LARGEST["/image"], "longest": LONGEST}
+                "largest": LARGEST["/image"], "longest": LONGEST, "planes": list(PLANES), "windows": list(WINDOWS)}
         return read_text(PAGE).replace("{{DATA}}", json.dumps(data).replace("<", "\\u003c"))    # "<" ends a script
 
-    def image(self, body: bytes, name: str) -> dict:
-        """Whatever load_image reads by a file's name and content; a slice and window of a scan would be chosen here."""
-        ending = re.search(r"(\.nii)?\.[a-z0-9]{1,8}$", name.lower())
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder, "image" + (ending[0] if ending else ""))
-            file.write_bytes(body)
-            try:
-                image = load_image(file)
-            except ValueError as error:
-                raise ValueError(f"{name} {error}".replace(str(file), name)) from None
-        key = hashlib.blake2b(body + name.encode(), digest_size=8).hexdigest()
+    def image(self, content: bytes, name: str) -> dict:
+        read(name, content, astuple(ScanConfig()))              # one that is broken is not kept
+        key = hashlib.blake2b(content + name.encode(), digest_size=8).hexdigest()
         with self.lock:
-            self.images = dict([*self.images.items(), (key, (name, image, np.asarray(image)))][-KEPT:])
-        small = image.copy()
-        small.thumbnail((SHOWN, SHOWN))
-        return {"id": key, "name": name, "size": image.size, "picture": png(small)}
+            self.files = dict([*(self.files | {key: (name, content)}).items()][-KEPT:])
+        return self.view({"id": key})
 
     def find(self, request: dict):
-        if not (found := self.images.get(str(request.get("id")))):
+        """name, PIL image, pixels, View or None"""
+        if not (found := self.files.get(str(request.get("id")))):
             raise Refused(404, "this image is no longer kept here: choose it again")
-        return found
+        return found[0], *read(*found, astuple(scan_config(request.get("scan", {}))))
+
+    def view(self, request: dict) -> dict:
+        name, image, _, view = self.find(request)
+        small = image.copy()
+        small.thumbnail((SHOWN, SHOWN))
+        scan = view and {"shown": str(view), "slices": view.slices, "frames": view.scan.frames, "levels": view.window,
+                         "one_plane": view.scan.shape[2] == 1,
+                         "choice": {key: value for key, value in asdict(view.choice).items() if value is not None}}
+        return {"id": request["id"], "name": name, "size": image.size, "picture": png(small), "scan": scan}
 
     def ask(self, request: dict) -> dict:
-        (name, image, _), cfg = self.find(request), self.cfg
+        (name, image, _, view), cfg = self.find(request), self.cfg
         query, samples = request.get("query"), request.get("samples", 1)
         if not isinstance(query, str) or not query.strip() or len(query) > LONGEST:
             raise ValueError(f"the question is empty or longer than {LONGEST} characters: ask about the image")
@@ -112,21 +129,16 @@ class Service(ThreadingHTTPServer):
         with self.lock:
             start = perf_counter()
             prompt = self.crm.encode(image, fill_prompt(self.crm.template, query))
-            group, = sample(self.crm, [prompt], samples, cfg.max_new_tokens, float(samples > 1), cfg.seed)
+            result, completions, kept = answer(self.crm, prompt, samples, cfg.max_new_tokens, float(samples > 1),
+                                               cfg.seed)
             crm_ms = 1000 * (perf_counter() - start)
-        answers, completions = [parse_answer(text) for text in group.texts], []
-        for text, answer in zip(group.texts, answers):
-            bbox, points = (in_image_frame(xy, prompt.frame) for xy in (answer.bbox, answer.points))
-            completions.append({"text": text, "problem": answer.problem, "reasoning": answer.think, "bbox": bbox,
-                                "points": points})
-        kept, agreement = medoid(answers)
-        result = {"image": name, "size": image.size, "query": query, "crm": cfg.crm, "asm": cfg.asm, "samples": samples,
-                  "agreement": agreement, "texts": group.texts, **completions[kept or 0]}
-        mask = {} if kept is None else self.segment({"id": request["id"], **completions[kept]})
+        result |= {"image": name, "size": image.size, "query": query, "crm": cfg.crm, "asm": cfg.asm,
+                   **({"scan": {"shown": str(view)}} if view else {}), **completions[kept or 0]}
+        mask = {} if kept is None else self.segment(request | completions[kept])
         return {"result": result, "completions": completions, "kept": kept, "crm_ms": crm_ms, **mask}
 
     def segment(self, request: dict) -> dict:
-        _, _, pixels = self.find(request)
+        _, _, pixels, _ = self.find(request)
         boxes, points = ([xy] if (xy := request.get(key)) is not None else None for key in ("bbox", "points"))
         with self.lock:
             start = perf_counter()
@@ -147,7 +159,7 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
-    def answer(self, method):
+    def reply(self, method):
         """What `get` or `post` returns, a type and bytes, or what went wrong, in one line."""
         try:
             if urlsplit(f"//{self.headers['Host']}").hostname not in NAMES:
@@ -165,10 +177,10 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def do_GET(self):
-        self.answer(self.get)
+        self.reply(self.get)
 
     def do_POST(self):
-        self.answer(self.post)
+        self.reply(self.post)
 
     def get(self, url):
         if url.path == "/":
@@ -185,13 +197,14 @@ class Handler(BaseHTTPRequestHandler):
         if not re.fullmatch("[0-9]{1,12}", length := self.headers.get("Content-Length", "")):
             raise Refused(411, "Content-Length: the number of bytes is needed")
         if int(length) > largest:
-            raise Refused(413, f"{int(length):,} bytes are over {largest:,}, the limit: scale the image down first")
+            raise Refused(413, f"{int(length):,} bytes are over {largest:,}, the limit: scale an image down first; ask "
+                               "about a larger scan with infer.py")
         body = self.rfile.read(int(length))
         if url.path == "/image":
             value = self.server.image(body, parse_qs(url.query).get("name", ["image"])[0])
         else:
             request = parse_object(body.decode("utf-8", "replace"), "the request")
-            value = self.server.ask(request) if url.path == "/ask" else self.server.segment(request)
+            value = getattr(self.server, url.path[1:])(request)                 # view, ask or segment
         return "application/json", json.dumps(value).encode()
 
 

@@ -90,6 +90,10 @@ def main() -> None:
         rows = read_jsonl(args.folder / "metrics.jsonl")
         if not rows:
             raise ValueError(f"{args.folder / 'metrics.jsonl'}: no row there")
+        for number, row in enumerate(rows, 1):
+            if type(row.get("step")) is not int:
+                raise ValueError(f"{args.folder / 'metrics.jsonl'}, line {number}: step is no whole number; give the "
+                                 "folder of a run of train_grpo.py or train_sft.py")
     tracker = Tracker(args.track, args.folder, config, rows)
     tracker.finish()
     if not tracker.end:                                 # it was dropped

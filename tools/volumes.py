@@ -15,7 +15,7 @@ import logging
 import math
 import warnings
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import permutations
 from pathlib import Path
 
@@ -66,13 +66,18 @@ def read_view(path: str | Path, choice: ScanConfig = ScanConfig()) -> "View | No
         return View(kind(path, choice.frame, choice.series), choice)
 
 
-def png_bytes(path: Path, scan: dict, mask: bool = False) -> bytes:
-    """The image or the mask of a row with "scan": {"slice": 45, ...}, as data.py wants it. A mask is NIfTI on the grid
-    of its image, or a picture, which stays as it is."""
+def scan_config(scan: dict) -> ScanConfig:
+    """The choice that "scan": {"slice": 45, ...} makes, in samples.jsonl or a request of the page."""
     names = {f.name for f in fields(ScanConfig)}
     if not isinstance(scan, dict) or not scan.keys() <= names or not {*map(type, scan.values())} <= {str, int, float}:
         raise Refused(f'"scan": {scan!r} is not an object of text and numbers with keys among {sorted(names)}')
-    view = None if mask and not is_scan(path) else read_view(path, ScanConfig(**scan))
+    return ScanConfig(**scan)
+
+
+def png_bytes(path: Path, scan: dict, mask: bool = False) -> bytes:
+    """The image or the mask of a row with "scan", as data.py wants it. A mask is NIfTI on the grid of its image, or a
+    picture, which stays as it is."""
+    view = None if mask and not is_scan(path) else read_view(path, scan_config(scan))
     if view is None:
         return path.read_bytes()
     (view.labels() if mask else view.image).save(buffer := io.BytesIO(), format="PNG")
@@ -81,15 +86,17 @@ def png_bytes(path: Path, scan: dict, mask: bool = False) -> bytes:
 
 class View:
     """One slice of a scan: image (PIL RGB, the image frame), and the way from there to grid and patient.
+    choice: what shows the same again; slices: how many there are in this plane.
     axes, steps: of the grid, and in which direction, for x, y and the number n of the slice."""
 
     def __init__(self, scan: Nifti | Dicom, choice: ScanConfig):
         self.scan = scan
         self.orient(choice.plane)
-        columns, rows, slices = (scan.shape[axis] for axis in self.axes)
-        self.n = slice_number(str(choice.slice), slices)
+        columns, rows, self.slices = (scan.shape[axis] for axis in self.axes)
+        self.n = slice_number(str(choice.slice), self.slices)
+        self.choice = replace(choice, slice=str(self.n), plane=self.plane)
         self.size = square_pixels((columns, rows), np.linalg.norm(scan.affine[:3, self.axes[:2]], axis=0))
-        at = self.n if self.steps[2] > 0 else slices - 1 - self.n
+        at = self.n if self.steps[2] > 0 else self.slices - 1 - self.n
         values = scan.read(self.axes[2], at)
         values = values.swapaxes(0, 1) if self.axes[0] < self.axes[1] else values
         self.values = values[::self.steps[1], ::self.steps[0]]                              # (rows, columns)
@@ -150,12 +157,10 @@ class View:
         return (self.scan.affine @ [*index, 1])[:3].round(3).tolist()
 
     def __str__(self):
-        slices = self.scan.shape[self.axes[2]]
-        text = f"slice {self.n} of {slices}"
-        if self.scan.placed:
-            text = f"{self.plane} {text}" + (f", from 0, {COUNTED[self.plane]}" if slices > 1 else "")
-        return text + ("" if self.scan.placed else ", of unknown orientation") + (
-            "; window {:g},{:g}".format(*self.window) if self.window else "")
+        counted = f", from 0, {COUNTED[self.plane]}" if self.slices > 1 else ""
+        plane, where = (f"{self.plane} ", counted) if self.scan.placed else ("", ", of unknown orientation")
+        window = "; window {:g},{:g}".format(*self.window) if self.window else ""
+        return f"{plane}slice {self.n} of {self.slices}{where}{window}"
 
     def write(self, mask: np.ndarray, bbox, points, out: Path) -> dict:
         """Write the mask on the scan's grid into out. -> "scan" of result.json, with two corners of the box and
@@ -223,10 +228,9 @@ def number(text: str) -> float:
 def quiet():
     """Without what the readers print and log: a line of ours says what matters."""
     before = logging.root.manager.disable
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logging.disable(logging.CRITICAL)
-        try:
+    logging.disable()
+    try:
+        with warnings.catch_warnings(action="ignore"):
             yield
-        finally:
-            logging.disable(before)
+    finally:
+        logging.disable(before)
