@@ -17,6 +17,7 @@ taken as the mask. Beside a model that was asked for boxes alone, "box" stands f
 import inspect
 import json
 from dataclasses import asdict
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,6 +37,7 @@ COUNTS = (1, 2, 4, 8)                       # of points, and of pieces that get 
 WRITTEN = "box, 2 points"                   # what a CRM writes
 PIECES = {"1 piece": 1, "2-3 pieces": 3, "4-8 pieces": 8, "9-16 pieces": 16, "17 pieces or more": np.inf}
 PARTS = {"loss": "1 - Dice", "segmenter": "segmenter", "geometry": "geometry", "crm": "CRM"}
+GROUPS = ("supercategory", "category", "pieces")        # of rows in a table
 IOUS = ("iou", "iou_several", "iou_any", "iou_luck")
 AT_ONCE = 64                                # masks of one forward pass
 ENOUGH = 10                                 # other questions that may choose a group's best geometry
@@ -127,16 +129,16 @@ def written(p: dict, size: tuple[int, int]) -> Prompt | None:
 
 
 def measure(asm, sample, p: dict | None = None) -> dict:
-    """One sample with a mask -> id, supercategory, pieces, fill (share of its box that the mask fills), area (share of
-    the image), dice {geometry: Dice}, filled {geometry of boxes alone: Dice}, written (the geometry of a CRM), and of a
-    prediction p: crm, its Dice, and QUESTION_METRICS of its IoU. ValueError if p is of another target."""
+    """One sample with a mask -> id, supercategory, category, pieces, fill (share of its box that the mask fills), area
+    (share of the image), dice {geometry: Dice}, filled {geometry of boxes alone: Dice}, written (the geometry of a CRM),
+    and of a prediction p: crm, its Dice, and QUESTION_METRICS of its IoU. ValueError if p is of another target."""
     mask, prompts = sample.mask, true_prompts(sample, "negative" in inspect.signature(asm.segment).parameters)
     answer = written(p, sample.image.size) if p else None
     everything = [prompt for several in prompts.values() for prompt in several] + [answer] * bool(answer)
     masks = segment_all(asm, np.asarray(sample.image), everything)
     x1, y1, x2, y2 = box_from_mask(mask)
-    row = {"id": sample.id, "supercategory": sample.supercategory, "pieces": len(pieces(mask)),
-           "fill": float(mask.sum() / ((x2 - x1) * (y2 - y1))), "area": float(mask.mean()),
+    row = {"id": sample.id, "supercategory": sample.supercategory, "category": sample.category,
+           "pieces": len(pieces(mask)), "fill": float(mask.sum() / ((x2 - x1) * (y2 - y1))), "area": float(mask.mean()),
            "dice": {name: mask_dice(np.any([masks[prompt] for prompt in several], axis=0), mask)
                     for name, several in prompts.items()},
            "filled": {name: mask_dice(filled(mask.shape, [prompt.box for prompt in several]), mask)
@@ -172,7 +174,7 @@ def split_loss(row: dict, best: str) -> dict[str, float]:
 
 
 def summarise(rows: list[dict], others: list[dict]) -> dict:
-    """{"all": part, "supercategory": {name: part}, "pieces": {name: part}}, part: {"n", "pieces", "fill", "area",
+    """{"all": part, "supercategory": {name: part}, "category": …, "pieces": …}, part: {"n", "pieces", "fill", "area",
     "dice": {geometry: interval}, "filled", "against": paired difference to the box and 2 points, "best": geometry or
     None, "chosen_on": questions, "split": {part of PARTS: interval}, "iou": …}. others: rows that choose the best."""
     def ends(values) -> dict | None:
@@ -196,7 +198,7 @@ def summarise(rows: list[dict], others: list[dict]) -> dict:
     def parts(kind) -> dict:
         return {name: part(lambda row: kind(row) == name) for name in sorted({kind(row) for row in rows} - {""})}
 
-    return {"all": part(lambda row: True), "supercategory": parts(lambda row: row["supercategory"]),
+    return {"all": part(lambda row: True), **{key: parts(itemgetter(key)) for key in ("supercategory", "category")},
             "pieces": dict(sorted(parts(some_pieces).items(), key=lambda item: list(PIECES).index(item[0])))}
 
 
@@ -217,7 +219,7 @@ def markdown(head: list[str], lines: list[list[str]]) -> list[str]:
 def table(summary: dict, left_out: int) -> str:
     """The summary as Markdown, in percent."""
     whole = summary["all"]
-    parts = [("all", whole), *summary["supercategory"].items(), *summary["pieces"].items()]
+    parts = [("all", whole), *(item for key in GROUPS for item in summary[key].items())]
     described = [([name, str(g["n"]), f"{g['pieces']:.1f}", f"{100 * g['fill']:.0f}", f"{100 * g['area']:.1f}"], g)
                  for name, g in parts]
     about = ["", "n", "pieces", "fill", "area share"]
