@@ -27,6 +27,7 @@ from runtime.cli import ModelConfig, exit_on, flag, parse_args
 from runtime.metrics import medoid
 from runtime.parallel import Ranks
 from sampling import sample
+from tools import boxes
 from tools.volumes import ScanConfig, read_view
 
 
@@ -78,7 +79,8 @@ def main(cfg: Config) -> int:
     temperature = float(cfg.samples > 1) if cfg.temperature is None else cfg.temperature
     with exit_on(FloatingPointError):
         group, = sample(crm, [prompt], cfg.samples, cfg.max_new_tokens, temperature, cfg.seed)
-    answers = [parse_answer(text) for text in group.texts]
+    read = boxes.parse_boxes if boxes.several(crm.template) else parse_answer
+    answers = [read(text) for text in group.texts]
     kept, agreement = medoid(answers)
     result = {"image": cfg.image, "size": image.size, "query": cfg.query, "crm": cfg.crm, "asm": cfg.asm,
               "samples": cfg.samples, "agreement": agreement, "texts": group.texts,
@@ -93,18 +95,21 @@ def main(cfg: Config) -> int:
     # 3. the anatomical segmentation module draws, in the image frame
     answer = answers[kept]
     bbox, points = (in_image_frame(xy, prompt.frame) for xy in (answer.bbox, answer.points))
-    masks, scores = asm.segment(np.asarray(image), None if bbox is None else [bbox],
-                                None if points is None else [points])
-    Image.fromarray(np.uint8(masks[0]) * 255).save(out / "mask.png")
-    overlay(image, masks[0], bbox, points).save(out / "overlay.png")
+    parts = [[in_image_frame(xy, prompt.frame) for xy in (part.bbox, part.points)]      # of several boxes, or itself
+             for part in getattr(answer, "parts", [answer]) if part.bbox or part.points]
+    drawn = [asm.segment(np.asarray(image), box and [box], xy and [xy]) for box, xy in parts]
+    mask, score = np.any([masks[0] for masks, _ in drawn], axis=0), min(float(scores[0]) for _, scores in drawn)
+    Image.fromarray(np.uint8(mask) * 255).save(out / "mask.png")
+    overlay(image, mask, bbox, points).save(out / "overlay.png")
     result |= {"text": group.texts[kept], "reasoning": answer.think, "bbox": bbox, "points": points,
-               "mask_score": float(scores[0]), "mask_pixels": int(masks[0].sum())}
-    result |= view.write(masks[0], bbox, points, out) if view else {}
+               "mask_score": score, "mask_pixels": int(mask.sum())}
+    result |= {"boxes": [box for box, _ in parts]} if boxes.several(crm.template) else {}
+    result |= view.write(mask, bbox, points, out) if view else {}
     (out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     print(f"reasoning  {(answer.think or '(none)').strip()}")
     print(f"box        {rounded(bbox)}" + (f"  ({answer.problem})" if answer.problem else ""))
     print(f"points     {rounded(points)}")
-    print(f"mask       {100 * masks[0].mean():.1f} % of the image, predicted quality {scores[0]:.2f}")
+    print(f"mask       {100 * mask.mean():.1f} % of the image, predicted quality {score:.2f}")
     if agreement is not None:
         print(f"agreement  {agreement:.2f} mean IoU with the other boxes of {cfg.samples} completions")
     if view:

@@ -42,6 +42,7 @@ from runtime.run import Run, learning_rate, load_policy, load_splits, sample_ind
 from runtime.step import PANELS, add_up, check_first_step, completion_rows, step_row, total_stats
 from sampling import sample
 from scoring import all_logp, make_packs, score
+from tools import boxes
 
 
 @dataclass
@@ -142,13 +143,16 @@ class Rollout(Group):
     ref_logp: torch.Tensor | None = None        # (G, T) under the reference model; None: no KL
 
 
-def reward(sample: Sample, group: Group, cfg: Config, weights: dict[str, float], asm) -> Rollout:
-    """Every term of every completion, in the model frame, and the totals."""
+def reward(sample: Sample, group: Group, cfg: Config, weights: dict[str, float], asm, several=False) -> Rollout:
+    """Every term of every completion, in the model frame, and the totals. several: boxes, see tools/boxes.py."""
     frame = group.prompt.frame
-    gt_box, gt_points = to_model(sample.bbox, frame), to_model(sample.points, frame)
-    terms = [reward_terms(text, gt_box, gt_points, cfg.official, frame.model) for text in group.texts]
+    if several:
+        terms = boxes.reward_terms(group.texts, sample, frame, cfg.official)
+    else:
+        gt_box, gt_points = to_model(sample.bbox, frame), to_model(sample.points, frame)
+        terms = [reward_terms(text, gt_box, gt_points, cfg.official, frame.model) for text in group.texts]
     if asm:
-        for term, dice in zip(terms, mask_rewards(asm, sample, group.texts, frame, cfg.official)):
+        for term, dice in zip(terms, mask_rewards(asm, sample, group.texts, frame, cfg.official, several)):
             term["mask_dice"] = dice
     totals = [total_reward(term, cfg.mode, weights) for term in terms]
     if not all(map(math.isfinite, totals)):
@@ -194,7 +198,7 @@ def main(cfg: Config) -> None:
         prompts = [crm.encode(s.image, fill_prompt(crm.template, s.query)) for s in samples]
         seeds = [(cfg.seed, 0, step, p, indices[p], attempt) for p in places]       # the same on any rank
         groups = sample(crm, prompts, cfg.group, cfg.max_new_tokens, cfg.temperature, seeds, cfg.cuda_graphs)
-        return [reward(s, g, cfg, factors, asm) for s, g in zip(samples, groups)]
+        return [reward(s, g, cfg, factors, asm, boxes.several(crm.template)) for s, g in zip(samples, groups)]
 
     if first == 0 and tests:
         run.log("metrics", {"step": 0, **run.evaluate(crm, tests, factors, 0, greedy=True)})

@@ -20,6 +20,7 @@ from runtime.cli import RunConfig, exit_on, flag, parse_args, print0
 from runtime.parallel import Ranks, equal_passes, peak_memory
 from runtime.run import Run, learning_rate, load_policy, load_splits, sample_indices
 from scoring import group_of, score
+from tools import boxes
 
 PANELS = {"cross-entropy (nats per token)": ["loss"], "held-out box IoU": ["sampled/iou", "greedy/iou"]}
 
@@ -53,11 +54,12 @@ def main(cfg: Config) -> None:
            f"samples, {steps} steps of {cfg.batch} -> {run.folder}")
 
     think = cfg.think and "<think>" in crm.template
+    target = boxes.target_text if boxes.several(crm.template) else target_text
 
     def true_completion(sample):
         """A group of one completion, the one that a perfect model would write."""
         prompt = crm.encode(sample.image, fill_prompt(crm.template, sample.query))
-        return group_of(crm, prompt, [target_text(sample, prompt.frame, think)])
+        return group_of(crm, prompt, [target(sample, prompt.frame, think)])
 
     if first == 0 and tests:
         run.log("metrics", {"step": 0, **run.evaluate(crm, tests, {}, 0, greedy=True)})

@@ -22,7 +22,8 @@ def test_every_mask_has_the_pieces_that_its_row_says():
         assert len(samples) >= at_least
         counts = defaultdict(list)
         for sample in samples:
-            assert len(pieces(sample.mask)) == (1 if sample.extra["kind"] == "one" else sample.extra["alike"]), sample.id
+            expected = 1 if sample.extra["kind"] == "one" else sample.extra["alike"]
+            assert len(pieces(sample.mask)) == expected, sample.id
             assert (sample.extra["kind"] == "one") == (sample.category == "nucleus")
             counts[sample.category].append(sample.extra["alike"])
         assert set(counts) == set(WORDS) and min(map(len, counts.values())) >= 20

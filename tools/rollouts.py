@@ -24,6 +24,7 @@ from runtime.files import parse_object, read_jsonl, read_text, write_whole
 from runtime.metrics import iou, prediction
 from runtime.parallel import Ranks, unsharded
 from runtime.step import spread
+from tools.boxes import several
 
 PAGE = Path(__file__).with_suffix(".html")
 SIDE = {"test": 640, "train": 400}      # pixels of the longer side of a picture
@@ -47,14 +48,15 @@ def group_rows(step: int, cfg, ranks: Ranks, crm, tests, roll_out, advantages, o
         groups = roll_out(places, fixed, 0, split=tests)
     for group in groups:
         group.advantages = advantages(group.rewards[None], cfg.norm)[0]
-    rows = [group_row(step, "test", p, group, cfg.official) for p, group in zip(places, groups)]
-    rows += [group_row(step, "train", p, group, cfg.official) for p, group in own if p < 2]
+    how = cfg.official, several(crm.template)
+    rows = [group_row(step, "test", p, group, *how) for p, group in zip(places, groups)]
+    rows += [group_row(step, "train", p, group, *how) for p, group in own if p < 2]
     return sorted(ranks.gather(rows), key=lambda row: (row["split"], row["index"]))
 
 
-def group_row(step: int, split: str, place: int, rollout, official: bool) -> dict:
+def group_row(step: int, split: str, place: int, rollout, official: bool, several: bool) -> dict:
     """A Rollout as a line of rollouts.jsonl. place: its number among the groups of its split."""
-    row = prediction(rollout.sample, place, rollout.texts, rollout.prompt.frame, official)
+    row = prediction(rollout.sample, place, rollout.texts, rollout.prompt.frame, official, several)
     columns = {"reward": rollout.rewards, "advantage": rollout.advantages, "length": rollout.lengths,
                "finished": rollout.finished}
     for g, completion in enumerate(row["completions"]):

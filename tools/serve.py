@@ -38,6 +38,7 @@ from runtime.files import parse_object, read_text
 from runtime.metrics import medoid
 from runtime.parallel import Ranks
 from sampling import sample
+from tools.boxes import several
 
 HOST, NAMES = "127.0.0.1", ("127.0.0.1", "localhost")
 EXAMPLES, PAGE = ROOT / "demo/images", Path(__file__).with_suffix(".html")
@@ -72,6 +73,8 @@ class Service(ThreadingHTTPServer):
         self.cfg, self.lock, self.images = cfg, Lock(), {}      # id: (name, PIL image, its pixels)
         self.crm = load_crm(cfg.crm, ranks.device, ranks.dtype(cfg.dtype), resize=cfg.resize, min_pixels=cfg.min_pixels,
                             max_pixels=cfg.max_pixels, prompt=cfg.prompt)
+        if several(self.crm.template):
+            raise ValueError("--prompt multi: the page shows one box; infer.py takes several")
         self.asm = load_asm(cfg.asm, ranks.device, multimask=cfg.multimask)
 
     def page(self) -> str:
