@@ -141,7 +141,7 @@ def mask_dice(mask: np.ndarray, truth: np.ndarray) -> float:
 
 def mask_rewards(asm, sample, texts: list[str], frame, official: bool = False, several: bool = False) -> list[float]:
     """The reward term mask_dice: S_log(Dice) of the frozen segmenter's mask for each completion; 0 without a box.
-    several: of the masks from all its boxes, united. frame: of the completions. BadRow where the sample has no true mask."""
+    several: of the masks from all its boxes, united. frame: of the completions. BadRow where there is no true mask."""
     if sample.mask is None:
         raise BadRow(f"sample {sample.id}: no mask, which the mask_dice reward needs; drop it from --weights")
     image, dice = np.asarray(sample.image), []

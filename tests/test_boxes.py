@@ -64,6 +64,13 @@ def test_one_box_for_one_region_earns_exactly_what_rewards_py_gives(text, offici
         assert total_reward(found, mode) == total_reward(expected, mode)
 
 
+def test_a_missing_key_earns_what_it_does_in_one_answer():
+    for mine, theirs in (('{"boxes": [[10, 20, 50, 60]]}', '{"bbox": [10, 20, 50, 60]}'),
+                         ('{"points": [[20, 30, 40, 50]]}', '{"points_1": [20, 30], "points_2": [40, 50]}')):
+        found = score(f"{THINK}<answer>{mine}</answer>", [(BOX, POINTS)], frame=(SIDE, SIDE))
+        assert found == rewards.reward_terms(f"{THINK}<answer>{theirs}</answer>", BOX, POINTS, frame=(SIDE, SIDE))
+
+
 @pytest.mark.parametrize("name", ["disc", "ring"])
 def test_a_disc_and_a_ring_are_one_region_and_a_perfect_answer_earns_all(name):
     shown = sample(MASKS[name])

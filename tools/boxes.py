@@ -26,6 +26,8 @@ import rewards
 from data import Frame, as_written, box_from_mask, keypoints_from_mask, to_model
 from rewards import ANSWER_FORMAT, KEY_POINTS, KEYS, Answer, Box, Points, Terms, answer_fields, parse_answer
 
+MISSING = object()              # a box without points, or points without a box
+
 
 def several(template: str) -> bool:
     """Whether a prompt asks for boxes."""
@@ -83,10 +85,11 @@ def parts_of(text: str, official: bool = False) -> tuple[list[str], str]:
     start = 0 if official or think is None else text.index("</think>", text.index("<think>"))
     before, _, after = text[start:].partition(f"<answer>{body}</answer>")
     texts = []
-    for box, xy in zip_longest(boxes, points):
-        xy = xy if isinstance(xy, list) else []
-        split = [xy[i:i + 2] for i in range(0, len(xy), 2)]
-        part = {"bbox": box} | dict(zip(KEYS[1:], split if len(split) == KEY_POINTS else [None] * KEY_POINTS))
+    for box, xy in zip_longest(boxes, points, fillvalue=MISSING):
+        part = {} if box is MISSING else {"bbox": box}
+        if xy is not MISSING:
+            split = [xy[i:i + 2] for i in range(0, len(xy), 2)] if isinstance(xy, list) else []
+            part |= dict(zip(KEYS[1:], split if len(split) == KEY_POINTS else [None] * KEY_POINTS))
         texts.append(f"{text[:start]}{before}<answer>{json.dumps(part)}</answer>{after}")
     if texts:
         return texts, ""
