@@ -105,9 +105,11 @@ def region_f1(p: dict, completion: dict, least: float | None = None) -> float | 
                          len(p["truth"]["regions"]))
 
 
-def count_error(p: dict, completion: dict) -> int | None:
-    """How many boxes too many or too few; None where one was asked for."""
-    return abs(len(completion["regions"]) - len(p["truth"]["regions"])) if "regions" in p["truth"] else None
+def count_error(p: dict, completion: dict) -> float | None:
+    """|n - m| / m of n boxes for m regions; None where one box was asked for."""
+    if "regions" not in p["truth"]:
+        return None
+    return abs(len(completion["regions"]) / len(p["truth"]["regions"]) - 1)
 
 
 def mean(p: dict, score, where=None) -> float | None:

@@ -197,7 +197,7 @@ def test_evaluation_by_hand():
     overlap = rewards.box_iou(FAR[0], regions(shown)[8][0])
     assert found["soft_f1"] == pytest.approx(np.mean([(8 + overlap) * 2 / 18, 16 / 17, 0]))
     assert found["f1_50"] == pytest.approx(np.mean([(8 + (overlap >= 0.5)) * 2 / 18, 16 / 17, 0]))
-    assert found["count_error"] == pytest.approx((0 + 1 + 9) / 3)
+    assert found["count_error"] == pytest.approx((0 + 1 / 9 + 1) / 3)
     assert found["pdice"] is None and found["parse_ok"] == pytest.approx(2 / 3)
     assert 0.7 < found["dice_box"] < 0.9                                    # boxes filled, for circles
     assert {"soft_f1", "f1_50", "count_error"} <= METRICS.keys()
