@@ -29,7 +29,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from data import MAX_PIXELS, MIN_PIXELS, PROMPTS, Frame, load_prompt, model_size
+from data import MAX_PIXELS, MIN_PIXELS, PROMPTS, Frame, answers_of, load_prompt, model_size
 from runtime.files import parse_object, read_pretrained, read_text
 
 # the chat format that the checkpoints were trained on, around the image and the user's text
@@ -110,6 +110,7 @@ class CRM:
                  prompt: str | None = None, offload: bool = False):
         self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
         self.template = load_prompt(prompt or "reasoning")
+        self.answers = answers_of(self.template)            # how its answers are read, rewarded and imitated
         self.resize, self.min_pixels = resize or "aspect", min_pixels or MIN_PIXELS
         # unless told otherwise, no larger than what the checkpoint was made for
         self.max_pixels = max_pixels or min(MAX_PIXELS, image_processor.size["longest_edge"])

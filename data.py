@@ -27,7 +27,7 @@ from PIL import Image
 from scipy.ndimage import distance_transform_edt
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from rewards import KEY_POINTS, Box, Points, write_answer
+from rewards import KEY_POINTS, Box, Points, Terms, parse_answer, reward_terms, write_answer
 from runtime.cli import exit_on, print0
 from runtime.files import read_text
 from runtime.images import load_image, load_mask
@@ -39,6 +39,8 @@ MIN_PIXELS, MAX_PIXELS = 56 * 56, 840 * 840
 NO_TARGET = "bbox: is missing, or points are, and so is a mask to take them from"
 
 EXAMPLE = write_answer(("x1", "y1", "x2", "y2"), [("x", "y")] * KEY_POINTS)
+BOXES_EXAMPLE = ('<answer>{"boxes": [[x1, y1, x2, y2], ...], "points": [['
+                 + ", ".join(["x, y"] * KEY_POINTS) + "], ...]}</answer>")
 ALL = "both" if KEY_POINTS == 2 else "all"
 ADVICE = f"The box is tight; {ALL} points lie well inside the region, apart from each other."
 PROMPTS = {                     # the only copies; --prompt takes a text file with {query} instead
@@ -46,6 +48,10 @@ PROMPTS = {                     # the only copies; --prompt takes a text file wi
                  f"<think>what you see, what it is, where it lies</think>{EXAMPLE}\n{ADVICE}",
     "direct": "{query}\nPoint to the region that is meant, in pixels of this image, and write nothing else:\n"
               f"{EXAMPLE}\n{ADVICE}",
+    # several boxes, see tools/boxes.py
+    "multi": "{query}\nReason first, then point to every region that is meant, in pixels of this image:\n"
+             f"<think>what you see, what it is, where it lies</think>{BOXES_EXAMPLE}\n"
+             f"A tight box for each region; points i, {KEY_POINTS} of them, lie well inside the region of box i.",
 }
 
 
@@ -160,13 +166,41 @@ def fill_prompt(template: str, query: str) -> str:
 
 def target_text(sample: Sample, frame: Frame, with_think: bool = True) -> str:
     """The completion of a perfect model, in the model frame: what supervised training imitates."""
+    think = f"<think>{sample.think}</think>" if with_think and sample.think else ""
+    return think + write_answer(*as_written(sample.bbox, sample.points, frame))
+
+
+def as_written(bbox: Box, points: Points, frame: Frame) -> tuple[Box, Points]:
+    """A box and points of the image frame in whole pixels of the model frame, within the image."""
     w, h = frame.model
-    x1, y1, x2, y2 = (round(v) for v in to_model(sample.bbox, frame))
+    x1, y1, x2, y2 = (round(v) for v in to_model(bbox, frame))
     x1, y1 = min(max(x1, 0), w - 1), min(max(y1, 0), h - 1)
     box = x1, y1, min(max(x2, x1 + 1), w), min(max(y2, y1 + 1), h)      # even the thinnest target has an area
-    points = [(min(max(round(x), 0), w - 1), min(max(round(y), 0), h - 1)) for x, y in to_model(sample.points, frame)]
-    think = f"<think>{sample.think}</think>" if with_think and sample.think else ""
-    return think + write_answer(box, points)
+    return box, tuple((min(max(round(x), 0), w - 1), min(max(round(y), 0), h - 1)) for x, y in to_model(points, frame))
+
+
+class OneBox:
+    """What the prompts "reasoning" and "direct" ask for. tools/boxes.py has the same four names for several boxes."""
+    read, target_text = staticmethod(parse_answer), staticmethod(target_text)
+
+    @staticmethod
+    def truth(sample: Sample) -> dict:
+        """What an answer is compared with, image frame, for predictions.jsonl."""
+        return {"bbox": sample.bbox, "points": sample.points}
+
+    @staticmethod
+    def reward_terms(texts: Sequence[str], sample: Sample, frame: Frame, official: bool = False) -> list[Terms]:
+        """rewards.reward_terms of some completions of a sample, in the model frame."""
+        truth = to_model(sample.bbox, frame), to_model(sample.points, frame)
+        return [reward_terms(text, *truth, official, frame.model) for text in texts]
+
+
+def answers_of(template: str):
+    """What a prompt asks for: OneBox, or tools.boxes."""
+    if '"boxes"' not in template:
+        return OneBox
+    from tools import boxes
+    return boxes
 
 
 def load_samples(path: str | Path, split: str = "train", skip_bad_rows: bool = False) -> "Samples":

@@ -140,7 +140,11 @@ def report(rows: list[dict], folder: Path) -> None:
 # ---------------------------------------------------------------- predictions
 
 def segment(asm, sample, completion: dict, kind: str) -> np.ndarray:
-    """The mask from those parts of a completion that GIVEN[kind] names, (H, W) bool; empty if it has none."""
+    """The mask from those parts of a completion that GIVEN[kind] names, (H, W) bool; empty if it has none. Of
+    several boxes, the masks united."""
+    if "regions" in completion:
+        nothing = np.zeros((1, *sample.image.size[::-1]), bool)
+        return np.any([*nothing, *(segment(asm, sample, part, kind) for part in completion["regions"])], axis=0)
     use_box, n_points = GIVEN[kind]
     bbox, points = completion["bbox"] if use_box else None, (completion["points"] or ())[:n_points]
     if not bbox and not points:

@@ -22,7 +22,6 @@ from PIL import Image
 from asm import load_asm, overlay
 from crm import load_crm
 from data import clip_to, fill_prompt, load_image, to_image
-from rewards import parse_answer
 from runtime.cli import ModelConfig, exit_on, flag, parse_args
 from runtime.metrics import medoid
 from runtime.parallel import Ranks
@@ -57,15 +56,26 @@ def load_models(cfg):
 
 def answer(crm, prompt, samples: int, max_new_tokens: int, temperature: float, seed: int):
     """Sample completions of one prompt, box and points in the image frame -> keys of result.json, the completions, and
-    the index of the kept one, or None if none is usable."""
+    the index of the kept one, or None if none is usable. Of several boxes, regions has each with its points."""
     group, = sample(crm, [prompt], samples, max_new_tokens, temperature, seed)
-    answers = [parse_answer(text) for text in group.texts]
-    completions = [{"problem": one.problem, "text": text, "reasoning": one.think,
-                    "bbox": in_image_frame(one.bbox, prompt.frame), "points": in_image_frame(one.points, prompt.frame)}
+    answers = [crm.answers.read(text) for text in group.texts]
+
+    def placed(one) -> dict:
+        return {"bbox": in_image_frame(one.bbox, prompt.frame), "points": in_image_frame(one.points, prompt.frame)}
+
+    completions = [{"problem": one.problem, "text": text, "reasoning": one.think, **placed(one),
+                    **({"regions": [placed(part) for part in one.parts]} if one.parts else {})}
                    for text, one in zip(group.texts, answers)]
     kept, agreement = medoid(answers)
     return {"samples": samples, "agreement": agreement, "texts": group.texts,
             "problem": answers[kept or 0].problem}, completions, kept
+
+
+def draw(asm, image, completion: dict):
+    """The mask (H, W) of a completion's box and points, or of all its regions, and the lowest predicted quality."""
+    drawn = [asm.segment(np.asarray(image), *([xy] if xy else None for xy in (part["bbox"], part["points"])))
+             for part in completion.get("regions", [completion]) if part["bbox"] or part["points"]]
+    return np.any([masks[0] for masks, _ in drawn], axis=0), min(float(scores[0]) for _, scores in drawn)
 
 
 def rounded(xy) -> list[float] | None:
@@ -107,17 +117,16 @@ def main(cfg: Config) -> int:
     # 3. the anatomical segmentation module draws, in the image frame
     one = completions[kept]
     bbox, points = one["bbox"], one["points"]
-    masks, scores = asm.segment(np.asarray(image), None if bbox is None else [bbox],
-                                None if points is None else [points])
-    Image.fromarray(np.uint8(masks[0]) * 255).save(out / "mask.png")
-    overlay(image, masks[0], bbox, points).save(out / "overlay.png")
-    result |= one | {"mask_score": float(scores[0]), "mask_pixels": int(masks[0].sum())}
-    result |= view.write(masks[0], bbox, points, out) if view else {}
+    mask, score = draw(asm, image, one)
+    Image.fromarray(np.uint8(mask) * 255).save(out / "mask.png")
+    overlay(image, mask, bbox, points).save(out / "overlay.png")
+    result |= one | {"mask_score": score, "mask_pixels": int(mask.sum())}
+    result |= view.write(mask, bbox, points, out) if view else {}
     (out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     print(f"reasoning  {(one['reasoning'] or '(none)').strip()}")
     print(f"box        {rounded(bbox)}" + (f"  ({one['problem']})" if one["problem"] else ""))
     print(f"points     {rounded(points)}")
-    print(f"mask       {100 * masks[0].mean():.1f} % of the image, predicted quality {scores[0]:.2f}")
+    print(f"mask       {100 * mask.mean():.1f} % of the image, predicted quality {score:.2f}")
     if result["agreement"] is not None:
         print(f"agreement  {result['agreement']:.2f} mean IoU with the other boxes of {cfg.samples} completions")
     if view:

@@ -56,6 +56,7 @@ class Answer:
     bbox: Box | None
     points: Points | None
     problem: str  # "" or one short reason, a key of ANSWER_FORMAT
+    parts: tuple["Answer", ...] = ()  # where several boxes were asked for (tools/boxes.py): each with its points
 
 
 def write_answer(bbox, points) -> str:
@@ -68,14 +69,18 @@ def write_answer(bbox, points) -> str:
 def parse_answer(text: str, official: bool = False) -> Answer:
     """Read <think>…</think> <answer>{"bbox": [4], "points_1": [2], "points_2": [2]}</answer> in linear time;
     single quotes and a ```json fence do, too. official: as released, see 4, 5 and 8 above."""
+    think, body, fields = answer_fields(text, official)
+    return Answer(think, None, None, "no answer block") if body is None else _read_fields(think, fields, official)
+
+
+def answer_fields(text: str, official: bool = False) -> tuple[str | None, str | None, dict | None]:
+    """(inside the think block, inside the answer block, the JSON object there), None where there is none."""
     _, think, rest = _split(text, "<think>", "</think>")
     _, body, _ = _split(text if official else rest, "<answer>", "</answer>")
     if body is None:
-        return Answer(think, None, None, "no answer block")
-    if not official:
-        body = body.strip().removeprefix("```json").removeprefix("```").removesuffix("```")
-    fields = _load_object(body) or _load_object(body.replace("'", '"'))  # the released prompt has '
-    return _read_fields(think, fields, official)
+        return think, None, None
+    plain = body if official else body.strip().removeprefix("```json").removeprefix("```").removesuffix("```")
+    return think, body, _load_object(plain) or _load_object(plain.replace("'", '"'))  # the released prompt has '
 
 
 def _split(text: str, opening: str, closing: str) -> tuple[str, str | None, str]:

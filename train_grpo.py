@@ -33,8 +33,8 @@ from tqdm import tqdm
 
 from asm import load_asm
 from crm import Group
-from data import BadRow, Sample, fill_prompt, to_model
-from rewards import reward_formula, reward_terms, total_reward
+from data import BadRow, Sample, fill_prompt
+from rewards import reward_formula, total_reward
 from runtime.cli import RunConfig, exit_on, flag, parse_args, parse_weights, print0
 from runtime.metrics import mask_rewards
 from runtime.parallel import Ranks, equal_passes, unsharded
@@ -142,13 +142,12 @@ class Rollout(Group):
     ref_logp: torch.Tensor | None = None        # (G, T) under the reference model; None: no KL
 
 
-def reward(sample: Sample, group: Group, cfg: Config, weights: dict[str, float], asm) -> Rollout:
-    """Every term of every completion, in the model frame, and the totals."""
+def reward(sample: Sample, group: Group, cfg: Config, weights: dict[str, float], asm, answers) -> Rollout:
+    """Every term of every completion, and the totals. answers: what the prompt asks for, data.OneBox or tools.boxes."""
     frame = group.prompt.frame
-    gt_box, gt_points = to_model(sample.bbox, frame), to_model(sample.points, frame)
-    terms = [reward_terms(text, gt_box, gt_points, cfg.official, frame.model) for text in group.texts]
+    terms = answers.reward_terms(group.texts, sample, frame, cfg.official)
     if asm:
-        for term, dice in zip(terms, mask_rewards(asm, sample, group.texts, frame, cfg.official)):
+        for term, dice in zip(terms, mask_rewards(asm, sample, group.texts, frame, answers, cfg.official)):
             term["mask_dice"] = dice
     totals = [total_reward(term, cfg.mode, weights) for term in terms]
     if not all(map(math.isfinite, totals)):
@@ -194,7 +193,7 @@ def main(cfg: Config) -> None:
         prompts = [crm.encode(s.image, fill_prompt(crm.template, s.query)) for s in samples]
         seeds = [(cfg.seed, 0, step, p, indices[p], attempt) for p in places]       # the same on any rank
         groups = sample(crm, prompts, cfg.group, cfg.max_new_tokens, cfg.temperature, seeds, cfg.cuda_graphs)
-        return [reward(s, g, cfg, factors, asm) for s, g in zip(samples, groups)]
+        return [reward(s, g, cfg, factors, asm, crm.answers) for s, g in zip(samples, groups)]
 
     if first == 0 and tests:
         run.log("metrics", {"step": 0, **run.evaluate(crm, tests, factors, 0, greedy=True)})

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from data import BadRow, fill_prompt, target_text
+from data import BadRow, fill_prompt
 from runtime.cli import RunConfig, exit_on, flag, parse_args, print0
 from runtime.parallel import Ranks, equal_passes, peak_memory
 from runtime.run import Run, learning_rate, load_policy, load_splits, sample_indices
@@ -57,7 +57,7 @@ def main(cfg: Config) -> None:
     def true_completion(sample):
         """A group of one completion, the one that a perfect model would write."""
         prompt = crm.encode(sample.image, fill_prompt(crm.template, sample.query))
-        return group_of(crm, prompt, [target_text(sample, prompt.frame, think)])
+        return group_of(crm, prompt, [crm.answers.target_text(sample, prompt.frame, think)])
 
     if first == 0 and tests:
         run.log("metrics", {"step": 0, **run.evaluate(crm, tests, {}, 0, greedy=True)})

@@ -637,15 +637,39 @@ def cells(c, centres, radii, colour, spread=.06, stretch=.7, opacity=.9):
         window += (tint.astype(np.float32) - window) * alpha
 
 
-def histology(rng, size, target, modality):
-    """H&E: pink stroma, scattered nuclei, one big gland (nuclei in a ring round a lumen), some small ones."""
-    c, u = Canvas(rng, size, (0, 0, 0), turn=1, zoom=(.95, 1.1), shift=.05, stretch=.4), rng.uniform
+def stroma(c):
+    """Pink tissue with fibres and clefts; returns its pink, the violet of nuclei, and the fibres (H, W)."""
+    rng, size, u = c.rng, c.size, c.rng.uniform
     pink = np.array([u(.86, .93), u(.60, .68), u(.74, .80)])
     violet = np.array([u(.34, .44), u(.20, .28), u(.48, .58)])
     fibre = fog(rng, (size[0], size[1] * 4), 5)[:, :size[1]] * .035 + .03 * fog(rng, size, 16)
     c.image = (pink * (1 + fibre[..., None])).astype(np.float32)
     holes = rng.uniform((0, 0), size[::-1], (10, 2))
     cells(c, holes, rng.uniform(1.5, 4, 10), np.array([.96, .93, .95]), .01, .3, .8)  # clefts
+    return pink, violet, fibre
+
+
+def gland(c, x, y, r, name, pink, violet, fibre):
+    """A ring of cells round a pale lumen, seen on the stroma."""
+    rng, u = c.rng, c.rng.uniform
+    rx, ry, turn, state = r, r * u(.75, 1), u(0, 3), rng.bit_generator.state
+    outer = c.blob(x, y, rx, ry, turn, .12)
+    rng.bit_generator.state = state  # the lumen follows the same contour
+    wall = np.minimum(.5 * r, .17) / r * u(.9, 1.2)
+    lumen = c.blob(x, y, rx * (1 - 1.25 * wall), ry * (1 - 1.25 * wall), turn, .12)
+    c.paint(outer + 1.5, (.95, .86, .91), name, soft=2)
+    c.paint(outer, pink * (.90, .76, .95) * (1 + fibre[..., None]), name, soft=2)
+    c.paint(lumen, (.97, .95, .97), detail=True, soft=2)
+    ring = np.argwhere((outer > 2) & (outer < .62 * r * wall / c.px + 1.5))[:, ::-1]
+    rng.shuffle(ring)
+    chosen = ring[: int(len(ring) / 9)]
+    cells(c, chosen, rng.uniform(1.7, 2.6, len(chosen)), violet, .12, .6)
+
+
+def histology(rng, size, target, modality):
+    """H&E: pink stroma, scattered nuclei, one big gland (nuclei in a ring round a lumen), some small ones."""
+    c, u = Canvas(rng, size, (0, 0, 0), turn=1, zoom=(.95, 1.1), shift=.05, stretch=.4), rng.uniform
+    pink, violet, fibre = stroma(c)
     centres = rng.uniform((0, 0), size[::-1], (int(size[0] * size[1] / 190), 2))
     cells(c, centres, rng.uniform(1.4, 2.6, len(centres)), violet, .12, .4)
     r = u(.36, .54)
@@ -655,18 +679,7 @@ def histology(rng, size, target, modality):
         a, s = u(0, 6.3), u(.15, .2)
         rings.append((x + (r + s + .14) * math.cos(a), y + (r + s + .14) * math.sin(a), s, None))
     for x, y, r, name in rings[::-1]:
-        rx, ry, turn, state = r, r * u(.75, 1), u(0, 3), rng.bit_generator.state
-        outer = c.blob(x, y, rx, ry, turn, .12)
-        rng.bit_generator.state = state  # the lumen follows the same contour
-        wall = np.minimum(.5 * r, .17) / r * u(.9, 1.2)
-        lumen = c.blob(x, y, rx * (1 - 1.25 * wall), ry * (1 - 1.25 * wall), turn, .12)
-        c.paint(outer + 1.5, (.95, .86, .91), name, soft=2)
-        c.paint(outer, pink * (.90, .76, .95) * (1 + fibre[..., None]), name, soft=2)
-        c.paint(lumen, (.97, .95, .97), detail=True, soft=2)
-        ring = np.argwhere((outer > 2) & (outer < .62 * r * wall / c.px + 1.5))[:, ::-1]
-        rng.shuffle(ring)
-        chosen = ring[: int(len(ring) / 9)]
-        cells(c, chosen, rng.uniform(1.7, 2.6, len(chosen)), violet, .12, .6)
+        gland(c, x, y, r, name, pink, violet, fibre)
     return finish(rng, np.clip(c.image, 0, 1), .012, 0, .06), c.masks()
 
 

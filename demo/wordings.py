@@ -257,23 +257,24 @@ WORDS = {
 }
 
 
-def query(category, clue, opener, picture, side):
-    clue = WORDS[category].clues[clue].format(side=side)
+# words: WORDS, or another data set's
+def query(category, clue, opener, picture, side, words=WORDS):
+    clue = words[category].clues[clue].format(side=side)
     return OPENERS[opener].format(clue=clue, picture=PICTURES[picture])
 
 
-def pick_query(rng, category, modality, side, unseen):
+def pick_query(rng, category, modality, side, unseen, words=WORDS):
     """A random query and its template's index, clue * 6 + opener; unseen wordings are for the test split."""
     clue, opener = rng.integers(UNSEEN, size=2) + SEEN if unseen else rng.integers(SEEN, size=2)
-    return query(category, clue, opener, modality, side), int(clue * len(OPENERS) + opener)
+    return query(category, clue, opener, modality, side, words), int(clue * len(OPENERS) + opener)
 
 
-def names(category, side):
+def names(category, side, words=WORDS):
     """Lower-case words of which one in a trace means that it names the target: without the article
     where no other category's trace has those words, "the liver" where a liver tumour's has."""
-    name = WORDS[category].name.format(side=side)
+    name = words[category].name.format(side=side)
     bare = name.split(" ", 1)[1] if name.startswith(("the ", "a ", "an ")) else name
-    others = " ".join(f"{w.name} {' '.join(w.seen)}" for c, w in WORDS.items() if c != category)
+    others = " ".join(f"{w.name} {' '.join(w.seen)}" for c, w in words.items() if c != category)
     return [name if bare in others else bare]
 
 
@@ -292,29 +293,30 @@ def unsure_trace(rng, modality, box, size):
     return rng.choice(UNSURE).format(picture=PICTURES[modality], where=where(box, size))
 
 
-def pick_trace(rng, category, modality, side, box, size):
-    words = WORDS[category]
+def pick_trace(rng, category, modality, side, box, size, words=WORDS):
+    word = words[category]
     return TRACES[rng.integers(len(TRACES))].format(
-        picture=PICTURES[modality], where=where(box, size), name=words.name.format(side=side),
-        seen=words.seen[rng.integers(2)])
+        picture=PICTURES[modality], where=where(box, size), name=word.name.format(side=side),
+        seen=word.seen[rng.integers(2)])
 
 
-def check():
+def check(words=WORDS):
     """Every wording of every category keeps its secret and its length; no trace has another target's name."""
-    for category, w in WORDS.items():
+    for category, w in words.items():
         assert len(w.clues) == SEEN + UNSEEN, category
         for clue, opener, picture in product(range(SEEN + UNSEEN), range(len(OPENERS)), PICTURES):
-            text = query(category, clue, opener, picture, "left")
+            text = query(category, clue, opener, picture, "left", words)
             given_away = [stem for stem in w.forbidden.split() if stem in text.lower()]
             assert not given_away and 8 <= len(text.split()) <= 18, (category, given_away, text)
         for trace, seen in product(TRACES, w.seen):
             name = w.name.format(side="left")
             text = trace.format(picture="CT slice", where="upper left", name=name, seen=seen)
             assert 15 <= len(text.split()) <= 30, (category, text)
-            found = [c for c in WORDS for n in names(c, "left") + names(c, "right") * (c == category)
-                     if n in text.lower()]
+            found = [c for c in words for side in ("left", "right")[:1 + (c == category)]
+                     for n in names(c, side, words) if n in text.lower()]
             assert set(found) == {category}, (category, found, text)
-            assert names(category, "left") == names(category, "right") or "left" in names(category, "left")[0]
+            left, right = (names(category, side, words)[0] for side in ("left", "right"))
+            assert left == right or "left" in left
 
 
 if __name__ == "__main__":

@@ -10,30 +10,35 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from data import BadRow, clip_to, fill_prompt, to_image, to_model
-from rewards import Answer, box_iou, parse_answer, point_dice, reward_terms, smooth_log, total_reward
+from data import BadRow, OneBox, clip_to, fill_prompt, to_image
+from rewards import Answer, box_iou, parse_answer, point_dice, smooth_log, total_reward
 from runtime.parallel import Ranks
 from sampling import sample as sample_groups
 
 Interval = namedtuple("Interval", "mean low high")
 
 
-def prediction(sample, index: int, texts: list[str], frame, official: bool = False) -> dict:
+def prediction(sample, index: int, texts: list[str], frame, official: bool = False, answers=OneBox) -> dict:
     """One question with its completions, as JSON can hold it; boxes and points in the image frame. kept: see medoid.
     names and wording come from the sample's extra: a list of names, and unseen_wording, true or false, else its kind.
-    image: a digest of the pixels, by which add_siblings finds the questions about one image."""
-    answers = [parse_answer(text, official) for text in texts]
-    completions = [{"text": text, "bbox": answer.bbox and to_image(answer.bbox, frame),
-                    "points": answer.points and to_image(answer.points, frame), "problem": answer.problem}
-                   for text, answer in zip(texts, answers)]
+    image: a digest of the pixels, by which add_siblings finds the questions about one image. answers: see
+    data.answers_of; of several boxes bbox is the one around them, and regions has each with its points."""
+    def shown(answer: Answer) -> dict:
+        return {key: xy and to_image(xy, frame) for key, xy in (("bbox", answer.bbox), ("points", answer.points))}
+
+    read, truth = [answers.read(text, official) for text in texts], answers.truth(sample)
+    several = "regions" in truth
+    completions = [{"text": text, **shown(answer), "problem": answer.problem,
+                    **({"regions": [shown(part) for part in answer.parts]} if several else {})}
+                   for text, answer in zip(texts, read)]
     names, unseen, kind = (sample.extra.get(key) for key in ("names", "unseen_wording", "kind"))
     return {"id": sample.id, "index": index, "size": sample.image.size, "query": sample.query,
             "image": hashlib.blake2b(sample.image.tobytes(), digest_size=8).hexdigest(),
             "supercategory": sample.supercategory, "category": sample.category,
             "names": [str(name).lower() for name in names] if isinstance(names, list) else [],
             "wording": ("unseen" if unseen else "seen") if isinstance(unseen, bool) else str(kind or "") or None,
-            "truth": {"bbox": sample.bbox, "points": sample.points}, "asked": ["bbox", "points"],
-            "completions": completions, "kept": medoid(answers)[0]}
+            "truth": truth, "asked": ["bbox"] if several else ["bbox", "points"],
+            "completions": completions, "kept": medoid(read)[0]}
 
 
 def iou(p: dict, completion: dict) -> float | None:
@@ -86,6 +91,25 @@ def named(p: dict, completion: dict) -> bool | None:
     return any(name in trace for name in p["names"]) if p["names"] else None
 
 
+def region_f1(p: dict, completion: dict, least: float | None = None) -> float | None:
+    """Soft F1 of the boxes' IoUs over the best assignment, or F1 of those with at least that IoU; None where one box
+    was asked for."""
+    if "regions" not in p["truth"]:
+        return None
+    from tools.boxes import soft_f1
+    ious = [[box_iou(part["bbox"], truth) if part["bbox"] else 0.0 for truth in p["truth"]["regions"]]
+            for part in completion["regions"]]
+    return soft_f1(ious if least is None else [[float(v >= least) for v in row] for row in ious],
+                   len(p["truth"]["regions"]))
+
+
+def count_error(p: dict, completion: dict) -> float | None:
+    """|n - m| / m of n boxes for m regions; None where one box was asked for."""
+    if "regions" not in p["truth"]:
+        return None
+    return abs(len(completion["regions"]) / len(p["truth"]["regions"]) - 1)
+
+
 def mean(p: dict, score, where=None) -> float | None:
     """Mean of score(p, completion) over the completions for which where(p, completion) is true; else None."""
     values = [score(p, c) for c in p["completions"] if where is None or where(p, c)]
@@ -103,6 +127,10 @@ QUESTION_METRICS = {       # name: (title, function of a prediction -> float, or
     "iou_several": ("IoU, of several", among_siblings(lambda p, n: mean(p, iou))),
     "iou_any": ("IoU, any sibling", among_siblings(lambda p, n: mean(p, iou_any))),
     "iou_luck": ("IoU, by luck", among_siblings(lambda p, n: mean(p, iou_any) / n)),
+    # where a box was asked for each region
+    "soft_f1": ("soft F1", lambda p: mean(p, region_f1)),
+    "f1_50": ("F1, IoU ≥ 0.5", lambda p: mean(p, lambda p, c: region_f1(p, c, 0.5))),
+    "count_error": ("count error", lambda p: mean(p, count_error)),
 }
 
 
@@ -111,15 +139,18 @@ def mask_dice(mask: np.ndarray, truth: np.ndarray) -> float:
     return float(2 * (mask & truth).sum() / max(1, mask.sum() + truth.sum()))
 
 
-def mask_rewards(asm, sample, texts: list[str], frame, official: bool = False) -> list[float]:
-    """The reward term mask_dice: S_log(Dice) of the frozen segmenter's mask for each completion; 0 without a box.
-    frame: of the completions. BadRow where the sample has no true mask."""
+def mask_rewards(asm, sample, texts: list[str], frame, answers=OneBox, official: bool = False) -> list[float]:
+    """The reward term mask_dice: S_log(Dice) of the frozen segmenter's mask for each completion, of several boxes the
+    masks united; 0 without a box. frame: of the completions. BadRow where the sample has no true mask."""
     if sample.mask is None:
         raise BadRow(f"sample {sample.id}: no mask, which the mask_dice reward needs; drop it from --weights")
     image, dice = np.asarray(sample.image), []
-    for answer in (parse_answer(text, official) for text in texts):
-        bbox, points = (xy and [clip_to(sample.image.size, to_image(xy, frame))] for xy in (answer.bbox, answer.points))
-        dice.append(smooth_log(mask_dice(asm.segment(image, bbox, points)[0][0], sample.mask)) if bbox else 0.0)
+    for answer in (answers.read(text, official) for text in texts):
+        masks = []
+        for part in answer.parts or [answer]:
+            bbox, points = (xy and [clip_to(sample.image.size, to_image(xy, frame))] for xy in (part.bbox, part.points))
+            masks += [asm.segment(image, bbox, points)[0][0]] if bbox else []
+        dice.append(smooth_log(mask_dice(np.any(masks, axis=0), sample.mask)) if masks else 0.0)
     return dice
 
 
@@ -152,7 +183,8 @@ def ask(crm, samples, indexes, kinds: dict[str, tuple[int, float]], max_new_toke
             seeds = [(seed, 1, i) for i in part]
             groups = sample_groups(crm, prompts, completions, max_new_tokens, temperature, seeds)
             for i, sample, group in zip(part, chosen, groups):
-                yield kind, sample, group, prediction(sample, i, group.texts, group.prompt.frame, official)
+                yield kind, sample, group, prediction(sample, i, group.texts, group.prompt.frame, official,
+                                                       crm.answers)
 
 
 def held_out(crm, samples, kinds: dict[str, tuple[int, float]], mode: str, weights: dict,
@@ -162,10 +194,8 @@ def held_out(crm, samples, kinds: dict[str, tuple[int, float]], mode: str, weigh
     weights = {name: weight for name, weight in weights.items() if name != "mask_dice"}
     mine, rows = range(len(samples))[ranks.rank::ranks.world], []
     for kind, sample, group, p in ask(crm, samples, mine, kinds, max_new_tokens, 0, batch, official):
-        frame = group.prompt.frame
-        truth = to_model(sample.bbox, frame), to_model(sample.points, frame)
-        rewards = [total_reward(reward_terms(c["text"], *truth, official, frame.model), mode, weights)
-                   for c in p["completions"]]
+        terms = crm.answers.reward_terms(group.texts, sample, group.prompt.frame, official)
+        rewards = [total_reward(term, mode, weights) for term in terms]
         rows.append((list(kinds).index(kind), p, sum(rewards) / len(rewards)))
     rows = sorted(ranks.gather(rows), key=lambda row: (row[0], row[1]["index"]))
     add_siblings([p for _, p, _ in rows])

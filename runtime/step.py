@@ -4,7 +4,6 @@ import math
 import numpy as np
 import torch
 
-from rewards import parse_answer
 from runtime.parallel import Ranks, peak_memory
 
 PANELS = {"reward": ["reward"], "held-out box IoU": ["sampled/iou", "greedy/iou"],
@@ -40,7 +39,7 @@ def completion_rows(rollout) -> list[dict]:
     r, texts = rollout.rewards, rollout.texts
     shared = {"id": rollout.sample.id, "query": rollout.sample.query, **spread(r, texts)}
     return [{**shared, "text": text, "reward": float(reward), "length": int(length),
-             "parse_ok": float(not parse_answer(text).problem), "finished": float(finished), **terms}
+             "parse_ok": float(terms["answer_format"] == 1), "finished": float(finished), **terms}
             for text, reward, terms, length, finished
             in zip(texts, r, rollout.terms, rollout.lengths, rollout.finished)]
 

@@ -256,7 +256,7 @@ def test_grpo_teaches_a_random_model_a_new_habit():
     crm = random_crm()
     prompt, wanted = crm.encode(noise_image(56, 56), "x"), 300
     optimizer, share = Optimizer(crm.trainable()), []
-    for step in range(40):
+    for step in range(60):
         group, = sample(crm, [prompt], 16, 8, seed=[(0, step)])
         rewards = ((group.tokens == wanted) & (torch.arange(group.tokens.shape[1]) < group.lengths[:, None])).float().mean(1)
         share.append(rewards.mean().item())

@@ -13,6 +13,7 @@ import infer
 from crm import Group
 from runtime.cli import ROOT, parse_args
 from test_asm import Otsu
+from tools.boxes import write_boxes
 
 W, H = 300, 200                     # of the image; the model frame is a square of 112, so x and y scale differently
 
@@ -191,3 +192,13 @@ def test_bad_input_is_one_line_and_nothing_is_sampled_or_written(ask, tmp_path, 
     error = capsys.readouterr().err
     assert exit_.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and told in error
     assert [file.name for file in tmp_path.iterdir()] == ["image.png"]
+
+
+def test_several_boxes_become_one_mask(ask):
+    boxes = [(42, 56, 56, 84), (70, 56, 84, 84)]
+    text = write_boxes([(box, ((50, 60), (52, 70))) for box in boxes])
+    status, result, _, asked, _, _ = ask([text], "--prompt multi")
+    assert status == 0 and len(result["regions"]) == len(asked) == 2
+    first, second = (region["bbox"] for region in result["regions"])
+    assert result["bbox"] == [*first[:2], *second[2:]] and result["points"] is None
+    assert first[0] == pytest.approx(42 * W / 112)

@@ -39,7 +39,8 @@ def test_scores_are_means_over_completions_and_their_conditions_by_hand():
     found = scored([half, full, "no idea", text(BOX, points=((1,), (2,)))], names=["liver", "hepatic"])
     assert found == pytest.approx({
         "iou": (0.5 + 1 + 0 + 1) / 4, "pdice": 2 / 4, "parse_ok": 2 / 4, "iou_parsed": (0.5 + 1) / 2,
-        "named": 2 / 4, "iou_named": (0.5 + 1) / 2, "iou_several": None, "iou_any": None, "iou_luck": None})
+        "named": 2 / 4, "iou_named": (0.5 + 1) / 2, "iou_several": None, "iou_any": None, "iou_luck": None,
+        "soft_f1": None, "f1_50": None, "count_error": None})
 
 
 def test_what_is_undefined_is_none_and_never_zero():

@@ -15,7 +15,7 @@ from runtime.cli import ROOT
 from runtime.metrics import QUESTION_METRICS, add_siblings, mask_dice, prediction
 from runtime.parallel import Ranks
 from tools import oracle
-from tools.oracle import (PARTS, WRITTEN, Prompt, deepest, filled, measure, measure_all, pieces, segment_all,
+from tools.oracle import (GROUPS, PARTS, WRITTEN, Prompt, deepest, filled, measure, measure_all, pieces, segment_all,
                           split_loss, spread_points, summarise, table, true_prompts)
 from test_scripts import rows, run
 
@@ -211,7 +211,8 @@ def test_a_perfect_crm_has_no_part_and_a_box_alone_is_compared_with_the_true_box
 def noisy_rows(count, seed, kinds=("A", "B")):
     rng = np.random.default_rng(seed)
     names = list(true_prompts(sample(DISC)))
-    return [{"id": str(i), "supercategory": kinds[i % len(kinds)], "pieces": 1 + i % 20, "fill": 0.5, "area": 0.1,
+    return [{"id": str(i), "supercategory": kinds[i % len(kinds)], "category": f"c{i % 4}",
+             "pieces": 1 + i % 20, "fill": 0.5, "area": 0.1,
              "dice": dict(zip(names, rng.random(len(names)))), "filled": {"box": rng.random()}, "written": WRITTEN,
              "crm": rng.random(), "iou": rng.random(), "iou_several": None, "iou_any": None, "iou_luck": None}
             for i in range(count)]
@@ -219,8 +220,8 @@ def noisy_rows(count, seed, kinds=("A", "B")):
 
 def test_the_three_parts_sum_to_one_minus_dice_everywhere():
     summary = summarise(noisy_rows(200, 0), noisy_rows(100, 1))
-    parts = [summary["all"], *summary["supercategory"].values(), *summary["pieces"].values()]
-    assert len(parts) == 1 + 2 + 5 and sum(part["n"] for part in summary["pieces"].values()) == 200
+    parts = [summary["all"], *(part for key in GROUPS for part in summary[key].values())]
+    assert len(parts) == 1 + 2 + 4 + 5 and sum(part["n"] for part in summary["pieces"].values()) == 200
     for part in parts:
         mean = {key: value["mean"] for key, value in part["split"].items()}
         assert abs(mean["segmenter"] + mean["geometry"] + mean["crm"] - mean["loss"]) < 1e-9

@@ -137,13 +137,16 @@ class Config:
 
 
 def main(cfg: Config) -> None:
-    from data import load_prompt, load_samples
+    from data import OneBox, answers_of, load_prompt, load_samples
     file = Path(cfg.out)
     with exit_on(ValueError, OSError):
         if file.suffix != ".parquet" or file.exists():
             raise ValueError(f"--out {file}: {'is there already' if file.exists() else 'give a name in .parquet'}")
+        template = load_prompt(cfg.prompt)
+        if answers_of(template) is not OneBox:
+            raise ValueError(f"--prompt {cfg.prompt}: the reward here is of one box; several train with train_grpo.py")
         samples = load_samples(cfg.data, cfg.split, cfg.skip_bad_rows)
-        count = export(file, rows(samples, load_prompt(cfg.prompt), cfg.split, cfg.resize, cfg.max_pixels))
+        count = export(file, rows(samples, template, cfg.split, cfg.resize, cfg.max_pixels))
     print0(f"{count} questions, {len(samples.skipped)} bad rows left out -> {file}")
 
 

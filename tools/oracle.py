@@ -17,11 +17,12 @@ taken as the mask. Beside a model that was asked for boxes alone, "box" stands f
 import inspect
 import json
 from dataclasses import asdict
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from scipy.ndimage import distance_transform_edt, label
+from scipy.ndimage import distance_transform_edt
 from tqdm import tqdm
 
 from data import Samples, box_from_mask, clip_to, load_samples
@@ -30,12 +31,15 @@ from runtime.cli import print0
 from runtime.files import write_whole
 from runtime.metrics import QUESTION_METRICS, interval, mask_dice, paired_bootstrap
 from runtime.readers import read_rows
+from tools.boxes import pieces
 from tools.predictions import read_predictions, shown
 
 COUNTS = (1, 2, 4, 8)                       # of points, and of pieces that get a box
 WRITTEN = "box, 2 points"                   # what a CRM writes
+EACH = "a box and a point each, all"        # stands for it where a CRM writes several boxes
 PIECES = {"1 piece": 1, "2-3 pieces": 3, "4-8 pieces": 8, "9-16 pieces": 16, "17 pieces or more": np.inf}
 PARTS = {"loss": "1 - Dice", "segmenter": "segmenter", "geometry": "geometry", "crm": "CRM"}
+GROUPS = ("supercategory", "category", "pieces")        # of rows in a table
 IOUS = ("iou", "iou_several", "iou_any", "iou_luck")
 AT_ONCE = 64                                # masks of one forward pass
 ENOUGH = 10                                 # other questions that may choose a group's best geometry
@@ -49,16 +53,6 @@ class Prompt(NamedTuple):
 
 
 # ---------------------------------------------------------------- true prompts
-
-def pieces(mask: np.ndarray) -> list[np.ndarray]:
-    """The connected pieces (8 neighbours) of a non-empty (H, W) mask, the largest first, each (H, W) bool. Specks are
-    left out: less than 16 pixels or 1 % of the mask; a mask of specks keeps its largest."""
-    labels, count = label(mask, np.ones((3, 3)))
-    areas = np.bincount(labels.ravel(), minlength=count + 1)[1:]
-    order = np.argsort(-areas, kind="stable")
-    kept = [i for i in order if areas[i] >= max(16, 0.01 * areas.sum())] or order[:1]
-    return [labels == i + 1 for i in kept]
-
 
 def deepest(region: np.ndarray) -> tuple[float, float]:
     """The pixel of an (H, W) region with the largest distance to what is outside, beyond the border included."""
@@ -102,7 +96,7 @@ def true_prompts(sample, points_off: bool = True) -> dict[str, list[Prompt]]:
             **{f"{k} point{'s' * (k > 1)}": [Prompt(None, apart[:k])] for k in COUNTS},
             **{f"a box each, {k} piece{'s' * (k > 1)}": [Prompt(b) for b in boxes[:k]] for k in COUNTS},
             "a box each, all": [Prompt(b) for b in boxes],
-            "a box and a point each, all": [Prompt(b, (deepest(part),)) for b, part in zip(boxes, parts)]}
+            EACH: [Prompt(b, (deepest(part),)) for b, part in zip(boxes, parts)]}
 
 
 # ---------------------------------------------------------------- one sample
@@ -120,33 +114,39 @@ def segment_all(asm, image: np.ndarray, prompts) -> dict[Prompt, np.ndarray]:
     return masks
 
 
-def written(p: dict, size: tuple[int, int]) -> Prompt | None:
-    """The prompt that a line of predictions.jsonl gives the segmenter; None if nothing in it can be used."""
-    bbox, points = (xy and clip_to(size, xy) for xy in (shown(p)["bbox"], shown(p)["points"]))
-    return Prompt(bbox and tuple(bbox), tuple(map(tuple, (points or ())[:2]))) if bbox or points else None
+def written(p: dict, size: tuple[int, int]) -> list[Prompt]:
+    """The prompts that a line of predictions.jsonl gives the segmenter: one, of several boxes one for each; [] if
+    nothing in it can be used."""
+    prompts = []
+    for part in shown(p).get("regions", [shown(p)]):
+        bbox, points = (xy and clip_to(size, xy) for xy in (part["bbox"], part["points"]))
+        if bbox or points:
+            prompts.append(Prompt(bbox and tuple(bbox), tuple(map(tuple, (points or ())[:2]))))
+    return prompts
 
 
 def measure(asm, sample, p: dict | None = None) -> dict:
-    """One sample with a mask -> id, supercategory, pieces, fill (share of its box that the mask fills), area (share of
-    the image), dice {geometry: Dice}, filled {geometry of boxes alone: Dice}, written (the geometry of a CRM), and of a
-    prediction p: crm, its Dice, and QUESTION_METRICS of its IoU. ValueError if p is of another target."""
+    """One sample with a mask -> id, supercategory, category, pieces, fill (share of its box that the mask fills), area
+    (share of the image), dice {geometry: Dice}, filled {geometry of boxes alone: Dice}, written (the geometry of a CRM),
+    and of a prediction p: crm, its Dice, and QUESTION_METRICS of its IoU. ValueError if p is of another target."""
     mask, prompts = sample.mask, true_prompts(sample, "negative" in inspect.signature(asm.segment).parameters)
-    answer = written(p, sample.image.size) if p else None
-    everything = [prompt for several in prompts.values() for prompt in several] + [answer] * bool(answer)
+    answer = written(p, sample.image.size) if p else []
+    everything = [prompt for several in prompts.values() for prompt in several] + answer
     masks = segment_all(asm, np.asarray(sample.image), everything)
     x1, y1, x2, y2 = box_from_mask(mask)
-    row = {"id": sample.id, "supercategory": sample.supercategory, "pieces": len(pieces(mask)),
-           "fill": float(mask.sum() / ((x2 - x1) * (y2 - y1))), "area": float(mask.mean()),
+    row = {"id": sample.id, "supercategory": sample.supercategory, "category": sample.category,
+           "pieces": len(pieces(mask)), "fill": float(mask.sum() / ((x2 - x1) * (y2 - y1))), "area": float(mask.mean()),
            "dice": {name: mask_dice(np.any([masks[prompt] for prompt in several], axis=0), mask)
                     for name, several in prompts.items()},
            "filled": {name: mask_dice(filled(mask.shape, [prompt.box for prompt in several]), mask)
                       for name, several in prompts.items() if not any(p.points for p in several)}}
     row["written"] = {"bbox": "box", "points": "2 points"}[p["asked"][0]] if p and len(p["asked"]) == 1 else WRITTEN
     if p:
+        row["written"] = EACH if "regions" in p["truth"] else row["written"]
         if tuple(p["truth"]["bbox"]) != tuple(sample.bbox):
             raise ValueError(f"sample {sample.id}: the predictions are of a target in {p['truth']['bbox']}, not in "
                              f"{list(sample.bbox)}; give the --data they were made with")
-        row["crm"] = mask_dice(masks[answer], mask) if answer else 0.0
+        row["crm"] = mask_dice(np.any([masks[prompt] for prompt in answer], axis=0), mask) if answer else 0.0
         row |= {key: QUESTION_METRICS[key][1](p) for key in IOUS}
     return row
 
@@ -172,7 +172,7 @@ def split_loss(row: dict, best: str) -> dict[str, float]:
 
 
 def summarise(rows: list[dict], others: list[dict]) -> dict:
-    """{"all": part, "supercategory": {name: part}, "pieces": {name: part}}, part: {"n", "pieces", "fill", "area",
+    """{"all": part, "supercategory": {name: part}, "category": …, "pieces": …}, part: {"n", "pieces", "fill", "area",
     "dice": {geometry: interval}, "filled", "against": paired difference to the box and 2 points, "best": geometry or
     None, "chosen_on": questions, "split": {part of PARTS: interval}, "iou": …}. others: rows that choose the best."""
     def ends(values) -> dict | None:
@@ -196,7 +196,7 @@ def summarise(rows: list[dict], others: list[dict]) -> dict:
     def parts(kind) -> dict:
         return {name: part(lambda row: kind(row) == name) for name in sorted({kind(row) for row in rows} - {""})}
 
-    return {"all": part(lambda row: True), "supercategory": parts(lambda row: row["supercategory"]),
+    return {"all": part(lambda row: True), **{key: parts(itemgetter(key)) for key in ("supercategory", "category")},
             "pieces": dict(sorted(parts(some_pieces).items(), key=lambda item: list(PIECES).index(item[0])))}
 
 
@@ -217,7 +217,7 @@ def markdown(head: list[str], lines: list[list[str]]) -> list[str]:
 def table(summary: dict, left_out: int) -> str:
     """The summary as Markdown, in percent."""
     whole = summary["all"]
-    parts = [("all", whole), *summary["supercategory"].items(), *summary["pieces"].items()]
+    parts = [("all", whole), *(item for key in GROUPS for item in summary[key].items())]
     described = [([name, str(g["n"]), f"{g['pieces']:.1f}", f"{100 * g['fill']:.0f}", f"{100 * g['area']:.1f}"], g)
                  for name, g in parts]
     about = ["", "n", "pieces", "fill", "area share"]

@@ -48,14 +48,15 @@ def group_rows(step: int, cfg, ranks: Ranks, crm, tests, roll_out, advantages, o
         groups = roll_out(places, fixed, 0, split=tests)
     for group in groups:
         group.advantages = advantages(group.rewards[None], cfg.norm)[0]
-    rows = [group_row(step, "test", p, group, cfg.official) for p, group in zip(places, groups)]
-    rows += [group_row(step, "train", p, group, cfg.official) for p, group in own if p < 2]
+    how = cfg.official, crm.answers
+    rows = [group_row(step, "test", p, group, *how) for p, group in zip(places, groups)]
+    rows += [group_row(step, "train", p, group, *how) for p, group in own if p < 2]
     return sorted(ranks.gather(rows), key=lambda row: (row["split"], row["index"]))
 
 
-def group_row(step: int, split: str, place: int, rollout, official: bool) -> dict:
+def group_row(step: int, split: str, place: int, rollout, official: bool, answers) -> dict:
     """A Rollout as a line of rollouts.jsonl. place: its number among the groups of its split."""
-    row = prediction(rollout.sample, place, rollout.texts, rollout.prompt.frame, official)
+    row = prediction(rollout.sample, place, rollout.texts, rollout.prompt.frame, official, answers)
     columns = {"reward": rollout.rewards, "advantage": rollout.advantages, "length": rollout.lengths,
                "finished": rollout.finished}
     for g, completion in enumerate(row["completions"]):

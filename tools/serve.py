@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data import fill_prompt, load_image
+from data import OneBox, fill_prompt, load_image
 from infer import answer, load_models
 from runtime.cli import ROOT, ModelConfig, exit_on, flag, parse_args
 from runtime.files import parse_object, read_text
@@ -90,6 +90,8 @@ class Service(ThreadingHTTPServer):
             raise ValueError(f"--port {cfg.port}: {error.strerror}; take another") from None
         self.cfg, self.lock, self.files = cfg, Lock(), {}       # id: (name, content)
         self.crm, self.asm = load_models(cfg)
+        if self.crm.answers is not OneBox:
+            raise ValueError("--prompt multi: the page shows one box; infer.py takes several")
 
     def page(self) -> str:
         data = {"examples": re.findall(r"^\| (\w+\.png) \| (.+?) \|", read_text(EXAMPLES / "README.md"), re.MULTILINE),
