@@ -5,7 +5,7 @@
 
 The embedded CRM never saw these pictures. So it first learns from 2,000 other questions of the same generator, 140
 steps of 16, once with --prompt reasoning and once with --prompt multi; then 25 steps of GRPO on the 120 training
-questions, 8 x 8 completions a step. The table compares greedy completions on the 90 test questions: soft F1 of boxes over
+questions, 8 x 8 completions a step. The table has greedy completions on the 90 test questions: soft F1 of boxes over
 the pieces (tools/boxes.py), where one box is a set of one; Dice of the boxes merely filled, without a network; Dice of
 the mask from boxes and points (demo/asm). Differences are paired over questions, intervals are 95 % bootstrap.
 """
