@@ -76,11 +76,12 @@ def parse_answer(text: str, official: bool = False) -> Answer:
 def answer_fields(text: str, official: bool = False) -> tuple[str | None, str | None, dict | None]:
     """(inside the think block, inside the answer block, the JSON object there), None where there is none."""
     _, think, rest = _split(text, "<think>", "</think>")
-    _, body, _ = _split(text if official else rest, "<answer>", "</answer>")
-    if body is None:
+    _, inside, _ = _split(text if official else rest, "<answer>", "</answer>")
+    if inside is None:
         return think, None, None
-    plain = body if official else body.strip().removeprefix("```json").removeprefix("```").removesuffix("```")
-    return think, body, _load_object(plain) or _load_object(plain.replace("'", '"'))  # the released prompt has '
+    body = inside if official else inside.strip().removeprefix("```json").removeprefix("```").removesuffix("```")
+    fields = _load_object(body) or _load_object(body.replace("'", '"'))  # the released prompt has '
+    return think, inside, fields
 
 
 def _split(text: str, opening: str, closing: str) -> tuple[str, str | None, str]:

@@ -109,7 +109,8 @@ def tiny_crm(texts, vocab_size=2048, hidden=192, layers=4, heads=6, kv_heads=2, 
 def corpus(samples) -> list[str]:
     """What the tokenizer is trained on: the prompts, and the questions and traces of the data."""
     rows = samples.rows
-    return [*PROMPTS.values(), *CHAT, *(row["query"] for row in rows), *(row["think"] for row in rows)] + \
+    return [PROMPTS["reasoning"], PROMPTS["direct"], *CHAT, *(row["query"] for row in rows),
+            *(row["think"] for row in rows)] + \
         [json.dumps({"bbox": [0] * 4, "points_1": [0] * 2, "points_2": [0] * 2})] * 500
 
 

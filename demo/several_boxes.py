@@ -1,13 +1,13 @@
 """One box and two points against a box for each piece, on demo/histology: the same warm start, GRPO and evaluation.
 
-    python -m demo.several_boxes                    # seed 0; --seeds 0 1 2: three
+    python -m demo.several_boxes                    # seed 0; --seeds 0 1 2: three; goes on where it stopped
     python -m demo.several_boxes --table            # only the table of what is there
 
 The embedded CRM never saw these pictures. So it first learns from 2,000 other questions of the same generator, 140
 steps of 16, once with --prompt reasoning and once with --prompt multi; then 25 steps of GRPO on the 120 training
-questions, 8 x 8 completions a step. The table compares greedy completions on the 90 test questions: soft F1 of boxes
-over the pieces (tools/boxes.py), where one box is a set of one; Dice of the boxes merely filled, without a network; Dice
-of the mask from boxes and points (demo/asm). Differences are paired over questions, intervals are 95 % bootstrap.
+questions, 8 x 8 completions a step. The table has greedy completions on the 90 test questions: soft F1 of boxes over
+the pieces (tools/boxes.py), where one box is a set of one; Dice of the boxes merely filled, without a network; Dice of
+the mask from boxes and points (demo/asm). Differences are paired over questions, intervals are 95 % bootstrap.
 """
 import argparse
 import subprocess
@@ -24,18 +24,20 @@ from tools.predictions import read_predictions, shown
 
 DATA, POOL = "demo/histology", "build/histology"
 LENGTH = "--max-new-tokens 320"
+RESUME = "--resume auto"        # an interrupted run continues
 WARM = (f"train_sft.py --crm demo/crm --data {POOL} --test-data {DATA} --steps 140 --batch 16 --micro-batch 16 "
-        f"--lr 6e-4 --eval-every -1 {LENGTH}")
+        f"--lr 6e-4 --eval-every -1 {RESUME} {LENGTH}")
 GRPO = (f"train_grpo.py @recipes/demo.args --data {DATA} --steps 25 --prompts 8 --group 8 --lr 5e-5 --warmup 3 "
-        f"--eval-every -1 --rollouts-every 1000 {LENGTH}")
+        f"--eval-every -1 --rollouts-every 1000 {RESUME} {LENGTH}")
+LAST = {WARM: "step_000140", GRPO: "step_000025"}
 KINDS = ("reasoning", "multi")
 SCORES = {"soft F1": "f1", "Dice, boxes filled": "filled", "Dice of the mask": "dice"}
 
 
 def run(command: str, out: Path, *more) -> Path:
-    """A script, unless its last file is there already; its folder."""
-    done = out / "predictions.jsonl" if "evaluate" in command else out / "curves.png"
-    if not done.exists():
+    """A script, unless what it writes last is there already; its folder."""
+    done = "predictions.jsonl" if "evaluate" in command else LAST[command]
+    if not (out / done).exists():
         subprocess.run([sys.executable, *command.split(), "--out", str(out), *map(str, more)], check=True)
     return out
 
@@ -100,10 +102,10 @@ def main():
             subprocess.run([sys.executable, "-m", "demo.histology", "--train", "2000", "--test", "0", "--seed", "1",
                             "--out", POOL], check=True)
         for kind in KINDS:
-            warm = run(WARM, args.out / f"warm-{kind}", "--prompt", kind) / "step_000140"
+            warm = run(WARM, args.out / f"warm-{kind}", "--prompt", kind) / LAST[WARM]
             evaluated(warm, args.out / f"eval-{kind}-warm")
             for seed in args.seeds:
-                trained = run(GRPO, args.out / f"grpo-{kind}-{seed}", "--crm", warm, "--seed", seed) / "step_000025"
+                trained = run(GRPO, args.out / f"grpo-{kind}-{seed}", "--crm", warm, "--seed", seed) / LAST[GRPO]
                 evaluated(trained, args.out / f"eval-{kind}-{seed}")
     print(table(args.out, args.seeds))
 

@@ -23,7 +23,8 @@ from data import PROMPTS
 from demo.make_crm import tiny_crm
 from runtime.cli import ROOT
 
-TEXTS = [*PROMPTS.values(), *CHAT, "What could the elongated shadow on the left be? 0 1 2 3 4 5 6 7 8 9"] * 3
+TEXTS = [PROMPTS["reasoning"], PROMPTS["direct"], *CHAT,
+         "What could the elongated shadow on the left be? 0 1 2 3 4 5 6 7 8 9"] * 3
 
 
 # importing torch and transformers takes seconds: once is enough

@@ -399,7 +399,7 @@ def test_three_key_points_come_from_the_mask_and_stored_pairs_are_refused(monkey
 
 
 def test_the_prompts_show_the_answer_that_the_parser_reads():
-    for template in PROMPTS.values():
+    for template in (PROMPTS["reasoning"], PROMPTS["direct"]):
         assert '<answer>{"bbox": [x1, y1, x2, y2], "points_1": [x, y], "points_2": [x, y]}</answer>' in template
         filled = template.replace("x1, y1, x2, y2", "1, 2, 3, 4").replace("x, y", "5, 6")
         assert parse_answer(filled).problem == ""
