@@ -156,6 +156,16 @@ def test_held_out_rows_are_in_order_and_do_not_depend_on_the_batch(crm):
     assert {*QUESTION_METRICS, "reward", "id"} < rows[0].keys() and rows[0]["iou_parsed"] is None
 
 
+def test_what_is_drawn_for_a_question_depends_on_no_other_question(crm):
+    def texts(indexes, batch):
+        return {i: group.texts for i, (_, _, group, _) in
+                zip(indexes, metrics.ask(crm, samples(), indexes, {"sampled": (2, 1.0)}, 6, 0, batch))}
+
+    drawn = texts(range(5), 5)
+    assert len({text for both in drawn.values() for text in both}) == 10
+    assert texts(range(5), 2) == drawn and texts([1, 3], 5) == {i: drawn[i] for i in (1, 3)}
+
+
 def test_held_out_rows_of_one_image_and_category_have_scores_among_siblings_whatever_their_rank(crm):
     asked = samples(3)
     for case, box in zip(asked, [BOX, (30, 30, 40, 40), BOX]):
