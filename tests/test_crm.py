@@ -1,5 +1,6 @@
 """The CRM: encoding, positions, what trains, the reference model, saving and loading."""
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -35,6 +36,23 @@ def test_the_image_is_resized_once_and_frames_carry_both_sizes(crm):
     assert prompt.frame.image == (61, 203) and prompt.frame.model == (56, 196)
     assert prompt.grid_thw.tolist() == [[1, 14, 4]] and len(prompt.pixel_values) == 56
     assert (prompt.ids == crm.image_id).sum() == 14 and prompt.ids[prompt.image_start] == crm.image_id
+
+
+def test_an_image_is_resized_as_qwens_own_processor_resizes_it(crm):
+    for size in ((400, 300), (61, 203), (30, 40)):                 # smaller, and larger
+        image, limits = noise_image(*size), {"shortest_edge": crm.min_pixels, "longest_edge": crm.max_pixels}
+        own, prompt = crm.image_processor(images=image, size=limits, return_tensors="pt"), crm.encode(image, "x")
+        assert torch.equal(prompt.grid_thw, own["image_grid_thw"])
+        torch.testing.assert_close(prompt.pixel_values, own["pixel_values"])
+
+
+def test_features_that_are_known_already_stay_with_their_own_image():
+    crm = random_crm(freeze_vision=True)
+    prompts = [crm.encode(noise_image(56, 56, seed), "x") for seed in range(4)]
+    alone = [crm.image_features([replace(prompt)])[0] for prompt in prompts]
+    crm.image_features([prompts[0], prompts[2]])
+    for ours, expected in zip(crm.image_features(prompts), alone, strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
 
 
 def test_saved_folder_loads_with_from_pretrained_and_gives_the_same_numbers(crm, prompts, tmp_path):

@@ -338,6 +338,21 @@ def test_masks_need_the_parts_they_are_made_from_and_are_kept():
     assert masked(perfect | {"bbox": [-1e6, -1e6, 1e6, 1e6]})["mask"]       # clipped for the segmenter
 
 
+def test_each_kind_of_mask_is_made_of_its_own_parts_of_the_kept_completion():
+    sample, asked = few(1)[0], []
+
+    class Asked:
+        def segment(self, image, boxes, points):
+            asked.append((boxes, points))
+            return np.zeros((1, *image.shape[:2]), bool), np.ones(1)
+
+    kept = {"text": "", "bbox": (10, 10, 20, 20), "points": ((12, 12), (18, 18)), "problem": ""}
+    other = kept | {"bbox": (0, 0, 50, 50)}
+    evaluate.add_masks({"completions": [other, kept], "kept": 1, "truth": {}}, sample, Asked())
+    box, both = [(10, 10, 20, 20)], [((12, 12), (18, 18))]
+    assert asked == [(None, both), (box, None), (box, [((12, 12),)]), (box, both)]       # points, box, one, both
+
+
 def test_examples_show_every_question_once_with_a_legend(tmp_path, monkeypatch):
     shown = []
     monkeypatch.setattr(pictures, "draw_example", lambda axis, p, sample: shown.append(p["index"]))

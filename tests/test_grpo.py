@@ -1,17 +1,23 @@
 """The algorithm on plain tensors: numbers by hand, slow oracles, and that cutting a step changes nothing."""
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
 
+import crm as crm_module
+import train_grpo
 from conftest import noise_image, random_crm
+from crm import load_crm
+from data import fill_prompt, load_samples
+from runtime.files import read_jsonl
 from runtime.optim import Optimizer
 from runtime.parallel import Ranks
 from runtime.run import learning_rate, sample_indices
 from sampling import sample
 from scoring import score
-from train_grpo import Config, group_advantages, grpo_loss, step_weights, token_weights
+from train_grpo import Config, Rollout, group_advantages, grpo_loss, step_weights, token_weights
 
 F = torch.float64
 
@@ -249,6 +255,129 @@ def test_master_weights_add_up_gradients_in_float32():
     for scale in [1.0] + [2 ** -10] * 1024:                                 # in bfloat16, 1 + 2^-10 = 1
         (p * scale).sum().backward()
     assert optimizer.sums[0].item() == pytest.approx(2.0)
+
+
+def test_a_bfloat16_models_masters_are_moved_as_torchs_adamw_moves_float32_weights():
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(4, 3, dtype=torch.bfloat16))
+    slow = torch.nn.Parameter(p.detach().float())
+    optimizer, adamw = Optimizer({"p": p}, weight_decay=0.3), torch.optim.AdamW([slow], weight_decay=0.3)
+    for size in (100.0, 0.01, 10.0, 0.1):                                   # above the norm, and far below it
+        for gradient in size * torch.randn(2, 4, 3):                        # two backward passes
+            (p * gradient.bfloat16()).sum().backward()
+            (slow * gradient.bfloat16()).sum().backward()
+        norm = torch.nn.utils.clip_grad_norm_([slow], 1.0)
+        adamw.param_groups[0]["lr"] = 0.1
+        adamw.step()
+        adamw.zero_grad()
+        assert optimizer.step(0.1, 1.0) == pytest.approx(norm.item(), rel=1e-5)
+        torch.testing.assert_close(optimizer.masters[0].detach(), slow.detach(), atol=1e-5, rtol=0)
+        assert torch.equal(p, optimizer.masters[0].bfloat16())
+
+
+def test_a_resumed_bfloat16_model_starts_from_the_weights_that_were_saved(tmp_path):
+    def fresh():
+        p = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+        return p, Optimizer({"p": p})
+
+    (p, optimizer), (again, resumed) = fresh(), fresh()
+    p.sum().backward()
+    optimizer.step(0.1, 1.0)
+    optimizer.save(tmp_path, 1, 0)
+    resumed.load(tmp_path, torch.load(tmp_path / "trainer.pt"))
+    assert torch.equal(again, p) and (p < 1).all() and torch.equal(resumed.masters[0], optimizer.masters[0])
+
+
+# ---------------------------------------------------------------- the loop
+
+
+def count_letters(sample_, group, *_):
+    """A reward that differs within a group, but not for every fourth sample."""
+    rewards = [float(sum(text.encode()) % 5) if int(sample_.id) % 4 else 1.0 for text in group.texts]
+    return Rollout(**vars(group), sample=sample_, terms=[{} for _ in rewards], rewards=torch.tensor(rewards))
+
+
+def slow_training(cfg, samples):
+    """The loop of train_grpo.py without ranks, packs or anything left out -> weights, AdamW, [(loss, kl, entropy)]."""
+    crm, ref = load_crm(cfg.crm), load_crm(cfg.crm)
+    adamw = torch.optim.AdamW(crm.model.parameters(), weight_decay=cfg.weight_decay)
+
+    def rolled_out(step, place, attempt):
+        index = sample_indices(len(samples), cfg.prompts, cfg.seed + 7919 * attempt, step)[place]
+        prompt = crm.encode(samples[index].image, fill_prompt(crm.template, samples[index].query))
+        seeds = [(cfg.seed, 0, step, place, index, attempt)]
+        return count_letters(samples[index], *sample(crm, [prompt], cfg.group, cfg.max_new_tokens, cfg.temperature, seeds))
+
+    def scored(crm, groups):
+        """One group at a time -> (N, T) log-probabilities and entropies."""
+        pairs = [score(crm, [(group, range(cfg.group))], cfg.temperature, True)[0] for group in groups]
+        return (torch.cat([torch.nn.functional.pad(x, (0, cfg.max_new_tokens - x.shape[1])) for x in side])
+                for side in zip(*pairs))
+
+    numbers = []
+    for step in range(cfg.steps):
+        groups = [rolled_out(step, place, 0) for place in range(cfg.prompts)]
+        for attempt in range(1, cfg.resample + 1):
+            groups = [rolled_out(step, place, attempt) if len(set(group.rewards.tolist())) == 1 else group
+                      for place, group in enumerate(groups)]
+        advantages = group_advantages(torch.stack([group.rewards for group in groups]), cfg.norm)
+        with torch.no_grad():
+            old, _ = scored(crm, groups)
+            reference, _ = scored(ref, groups)
+        lr = cfg.lr * (min(1, (step + 1) / cfg.warmup) if step < cfg.warmup else
+                       1 - (step - cfg.warmup) / (cfg.steps - cfg.warmup))              # --schedule linear
+        sums, size = torch.zeros(4), cfg.prompts // cfg.minibatches
+        for _ in range(cfg.inner_epochs):
+            for start in range(0, cfg.prompts, size):
+                part = groups[start:start + size]
+                rows = slice(start * cfg.group, (start + size) * cfg.group)
+                lengths = torch.cat([g.lengths * (g.finished | (not cfg.mask_truncated)) for g in part])
+                weights = token_weights(torch.arange(cfg.max_new_tokens) < lengths[:, None], cfg.agg, cfg.max_new_tokens)
+                logp, entropy = scored(crm, part)
+                loss, stats = grpo_loss(logp, old[rows], reference[rows] if cfg.kl_coef else None,
+                                        advantages[start:start + size].flatten(), weights, cfg.clip_low, cfg.clip_high,
+                                        cfg.dual_clip, cfg.kl_coef, cfg.kl, cfg.ratio)
+                bonus = (weights * entropy).sum()
+                loss = loss - cfg.entropy_coef * (1 - step / cfg.steps) * bonus
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(crm.model.parameters(), cfg.max_grad_norm)
+                adamw.param_groups[0]["lr"] = lr
+                adamw.step()
+                adamw.zero_grad()
+                sums += torch.tensor([loss.item(), float(stats.get("kl", 0)), bonus.item(), weights.sum()])
+        numbers.append([sums[0] / (cfg.inner_epochs * cfg.minibatches), sums[1] / sums[3], sums[2] / sums[3]])
+    return crm, adamw, torch.tensor(numbers)
+
+
+@pytest.mark.parametrize("flags", [
+    dict(minibatches=2, inner_epochs=2, temperature=0.8, norm="none", agg="token", clip_low=0.02, clip_high=0.1,
+         dual_clip=1.2, kl="k2", kl_coef=0.5, entropy_coef=0.2, warmup=1, max_grad_norm=0.5, seed=3),
+    dict(minibatches=1, inner_epochs=2, norm="batch", agg="constant", ratio="sequence", clip_low=0.01, clip_high=0.03,
+         kl_coef=0.0, mask_truncated=True, resample=2, max_grad_norm=1e6, seed=1)], ids=["grpo", "variants"])
+def test_the_script_trains_as_a_loop_without_any_cleverness_does(flags, tmp_path, monkeypatch):
+    crm, folder = random_crm(), tmp_path / "data"
+    words = sorted(set(crm.tokenizer.get_vocab()) - set(crm_module.BANNED))
+    monkeypatch.setattr(crm_module, "END", (*crm_module.END, *words[40:100]))       # so that completions end at different times
+    folder.mkdir()
+    (folder / "images").mkdir()
+    for i in range(12):
+        noise_image(56 + 28 * (i % 2), 56, i).save(folder / f"images/{i}.png")
+    (folder / "samples.jsonl").write_text("".join(json.dumps({
+        "id": str(i), "image": f"{i}.png", "query": f"What is {i}?", "bbox": [1, 2, 30, 40],
+        "points": [[5, 5], [20, 20]]}) + "\n" for i in range(12)))
+    crm.save(tmp_path / "crm")
+    cfg = Config(crm=str(tmp_path / "crm"), data=str(folder), out=str(tmp_path / "run"), steps=3, prompts=4, group=4,
+                 max_new_tokens=6, lr=3e-3, schedule="linear", weight_decay=0.5, eval_every=-1, pack_tokens=200, **flags)
+    monkeypatch.setattr(train_grpo, "reward", count_letters)
+    train_grpo.main(cfg)
+    slow, adamw, numbers = slow_training(cfg, load_samples(folder))
+    rows = read_jsonl(tmp_path / "run/metrics.jsonl")
+    torch.testing.assert_close(torch.tensor([[row["loss"], row.get("kl", 0.0), row["entropy"]] for row in rows]), numbers,
+                               atol=1e-4, rtol=1e-3)
+    saved = torch.load(tmp_path / "run/step_000003/trainer.pt")["optimizer"]["exp_avg"]
+    start, end, slow_end = (dict(x.model.named_parameters()) for x in (crm, load_crm(tmp_path / "run/step_000003"), slow))
+    moved, apart = (sum(float((end[name] - other[name]).square().sum()) for name in end) ** 0.5 for other in (start, slow_end))
+    assert moved > 1 and apart < 0.02 * moved
 
 
 def test_grpo_teaches_a_random_model_a_new_habit():

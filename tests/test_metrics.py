@@ -1,13 +1,16 @@
 """runtime/metrics.py and runtime/step.py: scores by hand, intervals that cover, held-out rows, warnings."""
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 from conftest import noise_image, random_crm
-from data import Frame, Sample
+from data import Frame, Sample, to_model
+from rewards import smooth_log, write_answer
 from runtime import metrics
 from runtime.metrics import (QUESTION_METRICS, held_out, held_out_means, interval, mask_dice, paired_bootstrap,
-                             prediction)
+                             mask_rewards, prediction)
 from runtime.parallel import Ranks
 from runtime.step import add_up, step_row, total_stats, warnings_of
 from sampling import sample as sample_groups
@@ -56,6 +59,38 @@ def test_a_box_beyond_the_image_is_scored_as_it_was_written():
     p = prediction(whole, 0, [text((0, 0, 5000, 5000))], Frame((100, 100), (100, 100)))
     assert p["completions"][0]["bbox"] == (0, 0, 5000, 5000)
     assert QUESTION_METRICS["iou"][1](p) == pytest.approx(1 / 2500)
+
+
+def test_predictions_are_taken_to_the_image_frame():
+    written = text((20, 5, 40, 10), points=((24.5, 5.75), (36.5, 8.75)))         # BOX and PAIR in a frame of 200 x 50
+    p = prediction(sample(), 0, [written], Frame((100, 100), (200, 50)))
+    assert p["completions"][0]["bbox"] == BOX and p["completions"][0]["points"] == PAIR
+    assert QUESTION_METRICS["iou"][1](p) == QUESTION_METRICS["pdice"][1](p) == 1
+
+
+class Filler:
+    """A segmenter that fills its box and writes down what it was asked."""
+    def __init__(self):
+        self.asked = []
+
+    def segment(self, image, boxes=None, points=None):
+        self.asked.append((boxes, points))
+        mask = np.zeros(image.shape[:2], bool)
+        if boxes:
+            x1, y1, x2, y2 = (max(0, round(v)) for v in boxes[0])
+            mask[y1:y2, x1:x2] = True
+        return mask[None], np.ones(1)
+
+
+def test_the_mask_reward_is_of_the_mask_in_the_image_frame_and_zero_without_a_box():
+    case, asm, frame = sample(), Filler(), Frame((100, 100), (200, 50))
+    case.mask = np.zeros((100, 100), bool)
+    case.mask[10:20, 10:20] = True
+    points = (24.5, 5.75), (36.5, 8.75)
+    texts = [text((20, 5, 40, 10), points=points), "no idea", text((20, 5, 30, 10), points=points), text((-1e6, 0, 1e6, 5))]
+    earned = mask_rewards(asm, case, texts, frame)
+    assert earned[:3] == [1, 0, smooth_log(2 / 3)] and earned[3] == smooth_log(0)
+    assert asm.asked[0] == ([BOX], [PAIR]) and asm.asked[2][0] == [(-100, 0, 200, 10)]
 
 
 def test_mask_dice_by_hand():
@@ -122,6 +157,16 @@ def test_held_out_rows_are_in_order_and_do_not_depend_on_the_batch(crm):
     assert {*QUESTION_METRICS, "reward", "id"} < rows[0].keys() and rows[0]["iou_parsed"] is None
 
 
+def test_what_is_drawn_for_a_question_depends_on_no_other_question(crm):
+    def texts(indexes, batch):
+        return {i: group.texts for i, (_, _, group, _) in
+                zip(indexes, metrics.ask(crm, samples(), indexes, {"sampled": (2, 1.0)}, 6, 0, batch))}
+
+    drawn = texts(range(5), 5)
+    assert len({text for both in drawn.values() for text in both}) == 10
+    assert texts(range(5), 2) == drawn and texts([1, 3], 5) == {i: drawn[i] for i in (1, 3)}
+
+
 def test_held_out_rows_of_one_image_and_category_have_scores_among_siblings_whatever_their_rank(crm):
     asked = samples(3)
     for case, box in zip(asked, [BOX, (30, 30, 40, 40), BOX]):
@@ -147,6 +192,18 @@ def test_the_temperature_of_the_run_is_the_temperature_of_the_held_out_split(crm
     monkeypatch.setattr(metrics, "sample_groups", lambda *args: used.append(args[4]) or sample_groups(*args))
     held_out(crm, samples(1), {"sampled": (2, 0.7)}, "soft", {}, Ranks(), max_new_tokens=4)
     assert used == [0.7]
+
+
+def test_a_perfect_completion_earns_the_most_in_the_held_out_split(crm, monkeypatch):
+    close = Sample("q", noise_image(300, 200), "?", (60, 60, 90, 90), ((70, 70), (74, 73)))    # 10 px on the 840 canvas
+
+    def perfect(crm, prompts, *_):
+        answers = [write_answer(to_model(close.bbox, p.frame), to_model(close.points, p.frame)) for p in prompts]
+        return [SimpleNamespace(prompt=p, texts=["<think>x</think>" + answer]) for p, answer in zip(prompts, answers)]
+
+    monkeypatch.setattr(metrics, "sample_groups", perfect)
+    row, = held_out(crm, [close], {"greedy": (1, 0.0)}, "soft", {"mask_dice": 1.0}, Ranks())
+    assert row["reward"] == pytest.approx(4) and row["iou"] == pytest.approx(1) and row["parse_ok"] == 1
 
 
 def test_ranks_share_the_questions_without_loss_whatever_their_batches(crm):

@@ -1,5 +1,6 @@
 """The run folder: what is kept, what is touched, what a resumed run remembers. The model is a stub that saves a word."""
 import json
+import os
 import signal
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -11,12 +12,14 @@ import torch
 from PIL import Image
 
 from data import BadRow
+from runtime import files
 from runtime import run as module
 from runtime.cli import RunConfig, flag
 from runtime.files import read_jsonl, read_torch, write_whole
 from runtime.metrics import QUESTION_METRICS
 from runtime.parallel import Ranks
-from runtime.run import Run, learning_rate, sample_indices
+from runtime.run import MAY_CHANGE, Run, learning_rate, sample_indices
+from train_grpo import Config
 
 CALM = {"seconds": 1.0, "peak_memory_gb": 1.0, "skipped": 0, "parse_ok": 1.0, "finished": 1.0, "zero_std": 0.0, "length": 9}
 
@@ -121,6 +124,36 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before(cfg):
     assert [row["step"] for row in again.read("metrics")] == [1, 2]               # steps 3 and 4 will be done again
 
 
+def test_a_kill_while_a_checkpoint_is_deleted_leaves_no_half_of_one(cfg, monkeypatch):
+    def killed(folder):
+        (folder / "trainer.pt").unlink()
+        raise KeyboardInterrupt
+
+    run = train(begun(cfg), 4, save=(2, 4))
+    monkeypatch.setattr(module.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        module.remove(run.folder / "step_000002")
+    assert names(run) == ["step_000004"]
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(cfg, monkeypatch):
+    run, on_disk, fsync, rename = begun(cfg), set(), os.fsync, Path.rename
+
+    def noted(handle):
+        fsync(handle)
+        on_disk.add(os.fstat(handle).st_ino)
+
+    def renamed(path, target):
+        assert {part.stat().st_ino for part in [*path.rglob("*"), path]} <= on_disk and target.name == "step_000002"
+        on_disk.clear()
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(Path, "rename", renamed)
+    run.save(2, StubCRM(), StubOptimizer())
+    assert on_disk == {run.folder.stat().st_ino}                            # then its name, too
+
+
 def test_a_full_disk_is_one_line_and_memory_is_not_taken_for_a_disk(cfg, capsys):
     def failing(error):
         class Failing(StubCRM):
@@ -183,6 +216,13 @@ def test_resume_refuses_flags_that_change_what_is_learned(cfg, change, says):
     said = refused(cfg, resume="yes", **change)
     assert all(text in said for text in says.split("; ")), said
     assert before == {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
+
+
+def test_no_flag_that_decides_what_is_learned_may_change_on_resume():
+    decides = """crm prompt resize min_pixels max_pixels dtype seed data only skip_bad_rows lr schedule weight_decay max_grad_norm
+        lora_rank freeze_vision trainable mode weights official max_new_tokens temperature asm prompts group resample norm agg
+        ratio clip_low clip_high dual_clip kl kl_coef entropy_coef mask_truncated minibatches inner_epochs warmup""".split()
+    assert set(decides) <= set(Config.__dataclass_fields__) and not MAY_CHANGE & set(decides)
 
 
 def test_resume_takes_other_steps_intervals_and_ways_to_compute_the_same(cfg):
@@ -376,11 +416,19 @@ def test_the_learning_rate_by_hand():
     assert learning_rate(7, 10, 1.0, 4, "linear") == 0.5 and learning_rate(7, 10, 1.0, 4, "cosine") == pytest.approx(0.5)
 
 
-def test_files_are_replaced_whole_and_torch_files_are_read_lazily(tmp_path):
+def test_files_are_replaced_whole_and_torch_files_are_read_lazily(tmp_path, monkeypatch):
     write_whole(tmp_path / "a.jsonl", '{"step": 1}\n')
     write_whole(tmp_path / "a.jsonl", '{"step": 2}\n{"step": 3')
     assert read_jsonl(tmp_path / "a.jsonl") == [{"step": 2}] and len(list(tmp_path.iterdir())) == 1
     assert read_jsonl(tmp_path / "none.jsonl") == []
+
+    def killed(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files, "to_disk", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(tmp_path / "a.jsonl", "new")
+    assert read_jsonl(tmp_path / "a.jsonl") == [{"step": 2}]
     torch.save({"step": 1, "w": torch.arange(4.0)}, tmp_path / "x.pt")
     state = read_torch(tmp_path / "x.pt", mmap=True)
     (tmp_path / "x.pt").unlink()                                            # a pruned checkpoint can still be read

@@ -169,6 +169,16 @@ def test_entropy_is_that_of_the_distribution_and_has_its_gradient_where_asked_fo
     assert_same_gradients(gradients_of(crm, with_gradient.sum()), gradients_of(crm, sum(slow)))
 
 
+def test_log_probabilities_of_a_bfloat16_model_are_computed_in_float32():
+    crm = random_crm()
+    crm.model.bfloat16()
+    hidden, targets = torch.randn(9, 64, generator=torch.Generator().manual_seed(0)).bfloat16(), torch.arange(40, 49)
+    slow = (crm.model.lm_head(hidden).double() / 0.7).index_fill(1, crm.banned, -torch.inf).log_softmax(-1)
+    ours, entropy = scoring.token_logp(crm, hidden, targets, 0.7)
+    torch.testing.assert_close(ours.double(), slow.gather(1, targets[:, None])[:, 0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(entropy.double(), -(slow.exp() * slow.clamp(min=-1e6)).sum(-1), atol=1e-5, rtol=0)
+
+
 def test_a_forced_vision_token_scores_without_a_crash(crm, prompts):
     group, = sample(crm, prompts[:1], 3, 8)
     for token in crm.tokenizer.convert_tokens_to_ids(list(BANNED)):

@@ -264,6 +264,21 @@ def test_sft_lowers_the_cross_entropy_and_resumes_exactly(tmp_path):
     assert all(0 < loss < 3 for loss in losses)
 
 
+@pytest.mark.parametrize("flags, learned", [("", True), ("--no-think", False), ("--prompt direct", False)])
+def test_sft_learns_the_trace_where_it_is_wanted(monkeypatch, tmp_path, flags, learned):
+    class Seen(Exception):
+        pass
+
+    def group_of(crm, prompt, texts):
+        raise Seen(texts[0])
+
+    monkeypatch.setattr(train_sft, "group_of", group_of)
+    argv = shlex.split(f"--crm demo/crm --data demo/data --eval-every -1 --batch 1 --steps 1 {flags} --out") + [str(tmp_path)]
+    with pytest.raises(Seen) as seen:
+        train_sft.main(parse_args(train_sft.Config, "", argv=argv))
+    assert str(seen.value).startswith("<think>") == learned and "<answer>" in str(seen.value)
+
+
 def test_a_minute_of_grpo_beats_its_start_by_more_than_chance(tmp_path):
     run("train_grpo.py @recipes/demo.args --crm demo/crm --data demo/data --steps 20 --eval-limit 120 --out",
         tmp_path / "run")
