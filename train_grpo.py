@@ -267,7 +267,7 @@ def main(cfg: Config) -> None:
 
         # 5. numbers over all ranks, warnings, the held-out split, checkpoints
         done = step + 1
-        completions = ranks.gather([row for group in batch for row in completion_rows(group)])
+        completions = ranks.gather([row for group in batch for row in completion_rows(group, crm.answers)])
         row = {"step": done, **step_row(completions, total_stats(stats, ranks), grad_norms, lr, clock, ranks.device)}
         if step == 0:
             check_first_step(total_stats(at_start, ranks), completions, crm.model.dtype)

@@ -34,12 +34,12 @@ def spread(rewards: torch.Tensor, texts: list[str]) -> dict[str, float]:
             "identical": 1 - (len(set(texts)) - 1) / (len(texts) - 1)}
 
 
-def completion_rows(rollout) -> list[dict]:
+def completion_rows(rollout, answers) -> list[dict]:
     """One row per completion of a Rollout: its text for samples.jsonl, its numbers for metrics.jsonl."""
     r, texts = rollout.rewards, rollout.texts
     shared = {"id": rollout.sample.id, "query": rollout.sample.query, **spread(r, texts)}
     return [{**shared, "text": text, "reward": float(reward), "length": int(length),
-             "parse_ok": float(terms["answer_format"] == 1), "finished": float(finished), **terms}
+             "parse_ok": float(not answers.read(text).problem), "finished": float(finished), **terms}
             for text, reward, terms, length, finished
             in zip(texts, r, rollout.terms, rollout.lengths, rollout.finished)]
 
