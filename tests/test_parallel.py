@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from conftest import ranks
 from runtime import optim
+from runtime.parallel import Ranks, equal_passes
 from test_scripts import ROOT, rows, run
 
 # four prompts, of which a rank of four has one; completions and prompts of different lengths; every step is saved
@@ -86,6 +88,13 @@ def test_gradients_summed_in_buckets_are_those_summed_at_once(monkeypatch):
         sum((i + 1) * p.sum() for i, p in enumerate(list(parameters.values())[:4])).backward()      # the last gets none
         norm = optimizer.step(0.1, 1e9)
         assert seen == calls and norm == pytest.approx(2 * (1 + 2 * 4 + 3 * 9 + 4 * 16) ** 0.5)
+
+
+def test_a_sharded_rank_with_fewer_passes_makes_the_missing_ones_without_effect():
+    ranks = Ranks(0, 2)
+    ranks.gather = lambda counts: [*counts, 3]              # the other rank has three
+    assert list(equal_passes(SimpleNamespace(root=True), ranks, ["a"])) == [("a", 1.0), ("a", 0.0), ("a", 0.0)]
+    assert list(equal_passes(SimpleNamespace(root=None), ranks, ["a"])) == [("a", 1.0)]
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
