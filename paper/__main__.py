@@ -63,7 +63,7 @@ if __name__ == "__main__":
     parser.add_argument("--data", default="demo/data")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=40, help="of GRPO and of SFT, on the same questions")
-    parser.add_argument("--flags", default="@recipes/demo.args --weights ''", help="of every GRPO run")
+    parser.add_argument("--flags", default="@recipes/demo.args", help="of every GRPO run")
     parser.add_argument("--sft-flags", default="--batch 12 --lr 1e-4", help="of every SFT run")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--limit", type=int, default=0, help="held-out questions (0: all)")

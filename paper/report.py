@@ -1,4 +1,4 @@
-"""RESULTS.md and curves.png, from paper/results/*.json."""
+"""RESULTS.md and curves.png, from paper/results/*.json, notes.md and questions.md."""
 import json
 import sys
 from pathlib import Path
@@ -13,7 +13,7 @@ METRICS = {"iou": "IoU", "pdice": "pDice", "named": "named right", "iou_named": 
            "iou_several": "IoU, of several", "iou_any": "IoU, any sibling", "iou_luck": "IoU, by luck",
            "dice_points": "Dice, points", "dice_box": "Dice, box", "dice_both": "Dice, box and points",
            "refused": "refusals"}
-CURVES = {"box_iou": "box IoU while training", "entropy": "entropy per token, nats"}
+CURVES = {"box_iou": "term box_iou while training", "entropy": "entropy per token, nats"}
 GIVEN = {"dice_points": "points", "dice_box": "box", "dice_one": "box, 1 point", "dice_both": "box, 2 points"}
 QUESTIONS = (       # question, run, run that may be better, metric, on which super-categories
     ("Does GRPO on soft rewards improve on its start?", "start", "soft", "iou", "all"),
@@ -51,10 +51,11 @@ class Result:
         self.seeds = [json.loads(path.read_text()) for path in files]
         self.questions = [{row["id"]: row for row in seed["questions"]} for seed in self.seeds]
 
-    def values(self, key: str, chosen=lambda row: True) -> dict[str, float]:
+    def values(self, key: str, chosen=lambda row: True, seeds: int | None = None) -> dict[str, float]:
         first = self.questions[0]
-        return {q: float(np.mean([seed[q][key] for seed in self.questions])) for q in sorted(first)
-                if chosen(first[q]) and first[q].get(key) is not None}
+        known = {q: [seed[q][key] for seed in self.questions[:seeds] if seed[q].get(key) is not None]
+                 for q in sorted(first) if chosen(first[q])}            # a seed may not name a target, another may
+        return {q: float(np.mean(values)) for q, values in known.items() if values}
 
     def by_seed(self, key: str) -> list[float]:
         """The mean over questions, one number per seed."""
@@ -62,8 +63,10 @@ class Result:
 
 
 def compared(a: Result, b: Result, key: str, chosen=lambda row: True) -> tuple[float, float, float] | None:
-    """What b adds to a, percent, and the ends of its 95 % paired bootstrap interval over the questions."""
-    one, two = a.values(key, chosen), b.values(key, chosen)
+    """What b adds to a over the seeds that both have, percent, and the ends of its 95 % paired bootstrap interval over
+    the questions."""
+    both = min(len(a.seeds), len(b.seeds))
+    one, two = a.values(key, chosen, both), b.values(key, chosen, both)
     common = sorted(one.keys() & two.keys())
     return tuple(100 * v for v in paired_bootstrap([one[q] for q in common], [two[q] for q in common])) \
         if common else None
@@ -79,7 +82,7 @@ def verdict(question: str, a: Result, b: Result, key: str = "iou", chosen=lambda
     change, low, high = compared(a, b, key, chosen)
     by_seed = []
     for one, two in zip(a.questions, b.questions):
-        used = [q for q in one if chosen(one[q]) and one[q][key] is not None]
+        used = [q for q in one if chosen(one[q]) and None not in (one[q][key], two[q][key])]
         by_seed.append(100 * np.mean([two[q][key] - one[q][key] for q in used]))
     if len(by_seed) < 2:
         word = "One seed only"
@@ -122,8 +125,7 @@ def plain_words(results: dict[str, Result], inside, outside) -> list[str]:
     names = ("start", "sft", "soft", "hard", "start-direct", "soft-direct")
     refused = [f"{name} {mean(results[name], 'refused')} %" for name in names if name in results]
     lines += [f"- Refusals (completions with a problem): {', '.join(refused)}.", ""]
-    notes = HERE / "notes.md"
-    return [*lines, *(notes.read_text().splitlines() if notes.exists() else []), ""]
+    return [*lines, *(HERE / "notes.md").read_text().splitlines(), ""]
 
 
 def picture(results: dict[str, Result], path: Path) -> None:
@@ -131,11 +133,15 @@ def picture(results: dict[str, Result], path: Path) -> None:
     import matplotlib
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(len(CURVES), len(TABLES), figsize=(15, 6), sharex=True, sharey="row")
-    for column, (title, names) in zip(axes.T, TABLES.items()):
+    shown = {title: [name for name in names if name in results and RUNS[name].script == GRPO]
+             for title, names in TABLES.items()}
+    shown = {title: names for title, names in shown.items() if len(names) > 1} or {"": ["soft"] * ("soft" in results)}
+    figure, axes = plt.subplots(len(CURVES), len(shown), figsize=(1 + 3.5 * len(shown), 6), sharex=True, sharey="row",
+                                squeeze=False)
+    for column, (title, names) in zip(axes.T, shown.items()):
         column[0].set_title(title, fontsize=9)
         for axis, key in zip(column, CURVES):
-            for name in (name for name in names if name in results and RUNS[name].script == GRPO):
+            for name in names:
                 y = np.mean([seed["curves"][key] for seed in results[name].seeds], 0)
                 y = [y[max(0, i - 4):i + 1].mean() for i in range(len(y))]
                 axis.plot(range(1, len(y) + 1), y, label=name, color="black" if name == "soft" else None)
@@ -195,7 +201,8 @@ def report(results: dict[str, Result]) -> str:
               "IoU where the question is worded as in training, where it is not, and what training adds to "
               "each.", "", *wordings_table(results, shown), "## What the segmenter is given", "",
               "Dice of the mask of one completion per question, the voted one.", "",
-              *segmenter_table(results, shown), "## Commands", "",
+              *segmenter_table(results, shown), *(HERE / "questions.md").read_text().splitlines(), "",
+              "## Commands", "",
               "Of each run's first seed, with the seconds each took.", "", "```sh"]
     for r in results.values():
         first = r.seeds[0]

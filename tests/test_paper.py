@@ -26,19 +26,28 @@ def result(folder, name, seed, iou, wording="seen", supercategory="Brain", **mor
 
 
 def test_tables_average_answers_and_seeds_and_pair_the_questions(tmp_path):
-    result(tmp_path, "start", 0, [0.1, 0.2, 0.3])
     for seed, gain in ((0, 0.1), (1, 0.3)):
+        result(tmp_path, "start", seed, [0.1, 0.2, 0.3])
         result(tmp_path, "soft", seed, [0.1 + gain, 0.2 + gain, 0.3 + gain])
     text = report(read_results(tmp_path))
-    assert "| start | 1 | 20.0 | 50.0 | 10.0 | 20.0 | 40.0 | 0.0 |  | 20.0 |" in text
+    assert "| start | 2 | 20.0 | 50.0 | 10.0 | 20.0 | 40.0 | 0.0 |  | 20.0, 20.0 |" in text
     assert "| soft | 2 | 40.0 | 50.0 | 10.0 | 20.0 | 40.0 | 0.0 | +20.0 [+20.0, +20.0] | 30.0, 50.0 |" in text
-    assert f"2 of {len(RUNS)} runs, 3 with all seeds, 3 minutes" in text and "3 held-out questions" in text
+    assert f"2 of {len(RUNS)} runs, 4 with all seeds, 4 minutes" in text and "3 held-out questions" in text
     assert "| soft | +20.0 [+20.0, +20.0] | +20.0 [+20.0, +20.0] |" in text    # Brain was trained on, Eye not
     assert "| start | 25.0 | 10.0 |  |  |" in text and "| soft | 45.0 | 30.0 | +20.0 [+20.0, +20.0]" in text
     assert "| soft | 10.0 | 20.0 | 30.0 | 40.0 | +10.0 [+10.0, +10.0] | +20.0 [+20.0, +20.0] |" in text
-    assert "improve on its start? **One seed only**: +20.0 [+20.0, +20.0]; by seed +10.0." in text
+    assert "improve on its start? **Yes**: +20.0 [+20.0, +20.0]; by seed +10.0, +30.0." in text
     assert "the first adds +10.0 [+10.0, +10.0]" in text
     assert "named right" not in text                   # results without that score have no column for it
+
+
+def test_runs_are_compared_over_the_seeds_that_both_have(tmp_path):
+    result(tmp_path, "start", 0, [0.1, 0.2, 0.3])
+    for seed, gain in ((0, 0.1), (1, 0.3)):
+        result(tmp_path, "soft", seed, [0.1 + gain, 0.2 + gain, 0.3 + gain], iou_named=0.5 if seed else None)
+    text = report(read_results(tmp_path))
+    assert "improve on its start? **One seed only**: +10.0 [+10.0, +10.0]; by seed +10.0." in text
+    assert "| soft | 2 | 40.0 | 50.0 | 50.0 | 10.0 |" in text       # named by the second seed only: its IoU there
 
 
 def test_what_was_named_right_is_reported_where_it_was_scored(tmp_path):
