@@ -1,6 +1,6 @@
 """Build demo/histology: stained sections whose questions mean one of many alike, or all of several pieces.
 
-    python -m demo.histology                                        # demo/histology, 1.2 MB, 8 s
+    python -m demo.histology                                        # demo/histology, 0.8 MB, 8 s
     python -m demo.histology --train 2000 --test 0 --seed 1 --out build/histology    # a pool for a warm start
 
 demo/data has no such targets: there "the large gland" and "the white blood cell" are the only ones. Four categories
