@@ -25,11 +25,18 @@ import numpy as np
 from evaluate import scores
 from paper.experiments import GRPO, RUNS, commands
 from paper.report import CURVES, picture, read_results, report
+from rewards import parse_answer
 from runtime.files import write_whole
+from runtime.metrics import mean
 from tools.predictions import read_predictions
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
+
+
+def well_formed(p: dict, completion: dict) -> bool:
+    """Both blocks are there and could be read."""
+    return not completion["problem"] and parse_answer(completion["text"]).think is not None
 
 
 def execute(name: str, seed: int, args) -> None:
@@ -38,10 +45,12 @@ def execute(name: str, seed: int, args) -> None:
     for command in todo:
         start = time.perf_counter()
         out = Path(command[command.index("--out") + 1])
-        if not (out / f"step_{RUNS[name].longer * args.steps:06d}").exists():
+        last = out if "paper.careless" in command else out / f"step_{RUNS[name].longer * args.steps:06d}"
+        if not last.exists():
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         seconds.append(round(time.perf_counter() - start, 1))
     rows = [{"id": row["id"], "supercategory": row["supercategory"], "wording": row["wording"],
+             "formed": round(mean(row, well_formed), 4),
              **{key: value if value is None else round(value, 4) for key, value in scores(row).items()}}
             for row in read_predictions(out)]
     log = Path(args.work) / f"{name}-{seed}/metrics.jsonl"

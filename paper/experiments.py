@@ -15,6 +15,7 @@ class Experiment:
     flags: str = ""
     ask: str = ""                                           # flags of evaluate.py
     longer: int = 1                                         # times --steps
+    careless: bool = False                                  # starts from the model of paper/careless.py
 
 
 GRPO, SFT = "train_grpo.py", "train_sft.py"
@@ -28,6 +29,10 @@ RUNS = {
     **{f"{term}-x{factor}": Experiment(GRPO, f"--weights {term}={factor}")
        for term in ("box_iou", "point_dice") for factor in (0.5, 2)},
     "mask_dice": Experiment(GRPO, "--weights mask_dice=1"),
+    # the format terms, from a start that breaks its format in half of its completions
+    "careless": Experiment(None, careless=True),
+    "careless-soft": Experiment(GRPO, careless=True),
+    "careless-no-formats": Experiment(GRPO, "--weights think_format=0,answer_format=0", careless=True),
     # variants of the algorithm
     "norm-none": Experiment(GRPO, "--norm none"),
     "agg-token": Experiment(GRPO, "--agg token"),
@@ -45,6 +50,7 @@ TABLES = {
     "Does training help, and which kind (Table 3)": ("start", "sft", "sft-x5", "soft", "hard", "base", "iou",
                                                      "pdice", "mask_dice"),
     "What each term is worth": ("soft", "no-think_format", "no-answer_format", "iou", "pdice"),
+    "What the format terms are worth": ("careless", "careless-soft", "careless-no-formats"),
     "Sensitivity to weights": ("soft", "box_iou-x0.5", "box_iou-x2", "point_dice-x0.5", "point_dice-x2"),
     "Variants of GRPO": ("soft", "norm-none", "agg-token", "agg-constant", "no-kl"),
     "Prompts (Table 5)": ("start", "start-direct", "soft", "soft-direct"),
@@ -55,9 +61,12 @@ def commands(name: str, seed: int, args) -> list[list[str]]:
     """The exact commands of a run: training, if any, and the evaluation."""
     run, folder = RUNS[name], Path(args.work) / f"{name}-{seed}"
     launch = ["torchrun", *shlex.split(args.torchrun)] if args.torchrun else [sys.executable]
-    models = ["--crm", args.crm, "--data", args.data]
+    crm, todo, steps = args.crm, [], run.longer * args.steps
+    if run.careless:
+        crm = f"{args.work}/careless"
+        todo.append([sys.executable, "-m", "paper.careless", "--crm", args.crm, "--data", args.data, "--out", crm])
+    models = ["--crm", crm, "--data", args.data]
     asm, limit = ["--asm", args.asm], ["--limit", str(args.limit)]
-    todo, crm, steps = [], args.crm, run.longer * args.steps
     if run.script:
         flags = shlex.split(args.flags if run.script == GRPO else args.sft_flags)
         todo.append([*launch, run.script, *flags, *models, *(asm if run.script == GRPO else []),

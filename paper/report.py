@@ -12,7 +12,7 @@ HERE = Path(__file__).parent
 METRICS = {"iou": "IoU", "pdice": "pDice", "named": "named right", "iou_named": "IoU, named right",
            "iou_several": "IoU, of several", "iou_any": "IoU, any sibling", "iou_luck": "IoU, by luck",
            "dice_points": "Dice, points", "dice_box": "Dice, box", "dice_both": "Dice, box and points",
-           "refused": "refusals"}
+           "refused": "refusals", "formed": "well formed"}
 CURVES = {"box_iou": "term box_iou while training", "entropy": "entropy per token, nats"}
 GIVEN = {"dice_points": "points", "dice_box": "box", "dice_one": "box, 1 point", "dice_both": "box, 2 points"}
 QUESTIONS = (       # question, run, run that may be better, metric, on which super-categories
@@ -31,6 +31,11 @@ QUESTIONS = (       # question, run, run that may be better, metric, on which su
      "soft", "base", "iou", "all"),
     ("Does the mask's Dice as a fifth term help the box?", "soft", "mask_dice", "iou", "all"),
     ("Does it help the mask?", "soft", "mask_dice", "dice_both", "all"),
+    ("Do the format terms teach the format (both blocks well formed)?", "careless-no-formats", "careless-soft",
+     "formed", "all"),
+    ("And the box?", "careless-no-formats", "careless-soft", "iou", "all"),
+    ("Is the format better than at the careless start without them, too?", "careless", "careless-no-formats",
+     "formed", "all"),
     ("Is it better without think_format?", "soft", "no-think_format", "iou", "all"),
     ("Is it better without answer_format?", "soft", "no-answer_format", "iou", "all"),
     ("Is it better without box_iou?", "soft", "pdice", "iou", "all"),

@@ -8,8 +8,10 @@ from PIL import Image
 import evaluate
 import train_grpo
 import train_sft
+from paper.__main__ import well_formed
 from paper.experiments import RUNS, TABLES, commands
 from paper.report import CURVES, read_results, report
+from rewards import parse_answer
 from runtime.cli import parse_args
 from test_scripts import run
 
@@ -82,13 +84,17 @@ def test_every_command_of_every_run_parses():
     args = Namespace(work="w", torchrun="", crm="demo/crm", data="demo/data", asm="demo/asm", limit=0,
                      steps=3, flags="@recipes/demo.args", sft_flags="--batch 8", max_new_tokens=64)
     scripts = {"train_grpo.py": train_grpo, "train_sft.py": train_sft, "evaluate.py": evaluate}
-    for name in RUNS:
+    for name, experiment in RUNS.items():
         *training, scoring = commands(name, 1, args)
+        start = "w/careless" if experiment.careless else "demo/crm"
+        if experiment.careless:
+            made, *training = training
+            assert made[1:3] == ["-m", "paper.careless"] and made[-1] == start
         for command in (*training, scoring):
             config = parse_args(scripts[command[1]].Config, "", argv=command[2:])
-            assert config.seed == 1
+            assert config.seed == 1 and (command is scoring or config.crm == start)
         assert parse_args(evaluate.Config, "", argv=scoring[2:]).crm == (
-            f"w/{name}-1/step_{3 * RUNS[name].longer:06d}" if training else "demo/crm")
+            f"w/{name}-1/step_{3 * experiment.longer:06d}" if training else start)
     assert {name for names in TABLES.values() for name in names} <= set(RUNS)
 
 
@@ -104,3 +110,11 @@ def test_curves_are_drawn_of_what_trained_with_grpo(tmp_path):
     assert "![curves](curves.png)" in (tmp_path / "RESULTS.md").read_text()
     with Image.open(tmp_path / "curves.png") as picture:
         assert min(picture.size) > 400 and len(np.unique(np.asarray(picture), axis=None)) > 50
+
+
+def test_a_completion_is_well_formed_with_both_blocks():
+    think, answer = "<think>a</think>", '<answer>{"bbox": [1, 2, 3, 4], "points_1": [1, 2], "points_2": [3, 4]}</answer>'
+    for text, expected in ((think + answer, True), (answer, False), ("<think>a" + answer, False), (think, False),
+                           (think + answer.replace("}", ""), False)):
+        completion = {"text": text, "problem": parse_answer(text).problem}
+        assert well_formed({}, completion) == expected
