@@ -120,6 +120,17 @@ def test_extra_boxes_cost():
         assert earned[5] == pytest.approx(2 + 2 * 2 * m / (3 * m))          # every box twice: two thirds
 
 
+@pytest.mark.parametrize("shift", [0, 6, 12, 200])
+def test_a_box_that_hits_nothing_costs_even_where_hardly_anything_is_earned(shift):
+    """One of nine nuclei, boxed worse and worse: the little that rewards.py gives a miss is given once."""
+    (box, points), *_ = regions(sample(NINE))
+    moved = tuple(v + shift for v in box), tuple((x + shift, y + shift) for x, y in points)
+    far = [((900.0 + i, 900.0, 910.0 + i, 910.0), ((901.0 + i, 901.0), (909.0 + i, 909.0))) for i in range(9)]
+    for mode in ("soft", "hard", "base"):
+        earned = [total_reward(terms([moved, *far[:n]], NINE), mode) for n in range(10)]
+        assert all(fewer > more for fewer, more in zip(earned, earned[1:])), (mode, earned)
+
+
 def test_one_box_said_for_every_region_is_no_better_than_once():
     first = regions(sample(NINE))[:1]
     once, nine = (total_reward(terms(first * n, NINE), "soft") for n in (1, 9))

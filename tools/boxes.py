@@ -11,7 +11,8 @@ parts and m regions, the term of the whole completion is a soft F1:
     term = 2 sum C_ij / (m + n)      over the one-to-one assignment with the largest sum of box_iou + point_dice
 
 So parts too many and too few both cost, their order does not matter, and one box for one region earns exactly what
-rewards.py gives. Only the formats' terms are not sums: think_format is that of the text, answer_format the lowest of
+rewards.py gives. Of parts that hit nothing only the best counts, and only where no part hits: rewards.py gives a miss
+a little, as an attempt beats no answer, and that is given once. Only the formats' terms are not sums: think_format is that of the text, answer_format the lowest of
 its parts', and 0 without any.
 """
 import json
@@ -26,6 +27,7 @@ from data import Frame, OneBox, as_written, box_from_mask, keypoints_from_mask, 
 from rewards import ANSWER_FORMAT, KEY_POINTS, KEYS, Answer, Box, Points, Terms, answer_fields, parse_answer
 
 MISSING = object()              # a box without points, or points without a box
+MISS = 0.1                      # the most that box_iou and point_dice are of what does not overlap
 
 
 # ---------------------------------------------------------------- the truth
@@ -125,8 +127,10 @@ def score(text: str, truth: list[tuple[Box, Points]], official=False, frame: tup
     single = rewards.reward_terms(text, *truth[0], official, frame)
     total = dict.fromkeys(single, 0.0)
     if texts:
-        pairs, _ = _best(np.array([[term["box_iou"] + term["point_dice"] for term in row] for row in terms]))
-        total = {name: 2 * sum(terms[i][j][name] for i, j in zip(*pairs)) / (len(texts) + len(truth))
-                 for name in single}
+        worth = np.array([[term["box_iou"] + term["point_dice"] for term in row] for row in terms])
+        pairs = sorted(zip(*_best(worth)[0]), key=lambda pair: -worth[pair])
+        hits = [terms[i][j] for i, j in pairs if max(terms[i][j]["box_iou"], terms[i][j]["point_dice"]) > MISS]
+        counted = hits or [terms[i][j] for i, j in pairs[:1]]
+        total = {name: 2 * sum(term[name] for term in counted) / (len(texts) + len(truth)) for name in single}
     return total | {"think_format": single["think_format"],
                     "answer_format": ANSWER_FORMAT[answer.problem] if texts else 0.0}
