@@ -204,6 +204,7 @@ def main(cfg: Config) -> None:
         if cfg.predictions and ranks.world > 1:
             raise ValueError("--predictions needs no model: run it in one process, without torchrun")
         samples = load_samples(cfg.data, cfg.split, cfg.skip_bad_rows)[:cfg.limit or None]
+        samples.check()
         if samples.skipped:
             print0(f"{cfg.data}, {cfg.split}: {len(samples.skipped)} bad rows left out; first: {samples.skipped[0]}")
         asm = None if cfg.asm == "none" else load_asm(cfg.asm, ranks.device)
