@@ -34,6 +34,7 @@ from runtime.cli import EMBEDDED, ModelConfig, exit_on, flag, parse_args, print0
 from runtime.files import write_whole
 from runtime.metrics import QUESTION_METRICS, add_siblings, ask, interval, iou, mask_dice, mean, parsed, pdice
 from runtime.parallel import Ranks
+from tools.compare import compare, percent
 from tools.predictions import encode_mask, finished, from_file, in_order, read_predictions, shown
 
 # what the segmenter is given of a completion: whether the box, and how many points
@@ -114,11 +115,9 @@ def table(summary: dict) -> str:
     keys = [key for key in METRICS if summary["all"][key]]
 
     def line(name: str, group: dict) -> str:
-        cells = [f"{100 * v['mean']:.1f} [{100 * v['low']:.1f}, {100 * v['high']:.1f}]" if v else "–"
-                 for v in (group[key] for key in keys)]
-        return f"| {name} | {group['n']} | " + " | ".join(cells) + " |"
+        return f"| {name} | {group['n']} | " + " | ".join(percent(group[key]) for key in keys) + " |"
 
-    lines = ["Percent, mean over questions [95 % bootstrap interval].", "",
+    lines = ["Percent, mean over questions [95 % bootstrap interval; – of fewer than 5].", "",
              "| | n | " + " | ".join(METRICS[key][0] for key in keys) + " |",
              "|---" * (len(keys) + 2) + "|", line("all", summary["all"])]
     for name in ("supercategory", "wording", "category"):
@@ -195,7 +194,6 @@ def main(cfg: Config) -> None:
         if cfg.frame != "pixels" and not cfg.predictions:
             raise ValueError(f"--frame {cfg.frame} is the frame of a file of --predictions: give that, or no --frame")
         if cfg.compare:
-            from tools.compare import compare
             return compare(*cfg.compare, METRICS)
         if cfg.rescore:
             return report(read_predictions(cfg.rescore), Path(cfg.rescore))

@@ -54,7 +54,7 @@ def test_tables_of_a_hand_made_file_equal_numbers_by_hand(tmp_path):
     assert summary["supercategory"]["B"]["iou"]["mean"] == 0.25 and summary["category"]["a"]["n"] == 2
     assert summary["refusals"] == {"no answer block": 1}
     text = (folder / "table.md").read_text()
-    assert "| all | 4 | 37.5 [" in text and "1 × no answer block" in text and "| B | 2 | 25.0 [0.0, 50.0]" in text
+    assert "| all | 4 | 37.5 [–]" in text and "1 × no answer block" in text and "| B | 2 | 25.0 [–]" in text
     assert "named" not in text and "voted" not in text
     assert "| all | 4 |" in out
 
@@ -363,3 +363,52 @@ def test_examples_show_every_question_once_with_a_legend(tmp_path, monkeypatch):
     shown.clear()
     pictures.examples([line(i, [None, [0, 0, 9, 9]][i:i + 1]) for i in range(2)], few(2), tmp_path / "e.png")
     assert shown == [0, 1] and (tmp_path / "e.png").stat().st_size > 1000
+
+
+class Kept(pictures.Figure):
+    """A figure that can still be looked at once it has been written."""
+    written = []
+
+    def savefig(self, *args, **options):
+        super().savefig(*args, **options)
+        self.written.append(self)
+
+
+@pytest.mark.parametrize("n, size", [(1, (30, 200)), (12, (100, 80))])
+def test_examples_show_the_question_and_the_whole_legend_however_narrow_the_image(tmp_path, monkeypatch, n, size):
+    monkeypatch.setattr(pictures, "Figure", Kept)
+    asked = "What could the oval on the left be, which costs $5 at the back and which a $ hides from nobody " + "at all " * 20
+    pictures.examples([line(i, [[0, 0, 10, 10]]) | {"query": asked} for i in range(n)], few(n, size), tmp_path / "e.png")
+    figure = Kept.written.pop()
+    legend, titles = figure.legends[0].get_window_extent(), [axis.get_title() for axis in figure.axes]
+    assert 0 <= legend.x0 < legend.x1 <= figure.bbox.width and 0 <= legend.y0
+    assert all(title.startswith("What could the oval") and title.endswith("…\na, IoU 1.00") for title in titles)
+    assert all(0 <= axis.title.get_window_extent().x0 and axis.title.get_window_extent().x1 <= figure.bbox.width
+               for axis in figure.axes)
+
+
+def test_curves_name_only_what_has_been_logged(tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures, "Figure", Kept)
+    pictures.curves(tmp_path / "c.png", [{"step": 1, "sampled/iou": 0.5, "sampled/named": None}],
+                    {"held out": ["sampled/iou", "sampled/named"], "KL": ["kl"]})
+    first, second = Kept.written.pop().axes
+    assert [text.get_text() for text in first.get_legend().get_texts()] == ["sampled/iou"] and second.get_legend() is None
+
+
+def test_the_interval_of_fewer_than_five_questions_is_a_dash():
+    def cells(n):
+        summary = evaluate.summarise([line(i, [[0, 0, 5 + i, 10]]) for i in range(n)])
+        return evaluate.table(summary).splitlines()[4].split(" | ")
+
+    assert cells(4)[1:3] == ["4", "65.0 [–]"] and cells(5)[1:3] == ["5", "70.0 [58.0, 82.0]"]
+
+
+def test_a_row_that_does_not_fit_its_image_is_refused_before_anything_is_written(tmp_path):
+    for name in ("images", "masks"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+    noise_image(60, 40).save(tmp_path / "data/images/a.png")
+    noise_image(50, 40).save(tmp_path / "data/masks/a.png")
+    (tmp_path / "data/samples.jsonl").write_text(json.dumps({"image": "a.png", "mask": "a.png", "query": "?", "split": "test"}))
+    _, error = run("evaluate.py --asm none --data", tmp_path / "data", "--out", tmp_path / "out", check=2)
+    assert "line 1, mask: is 50x40, its image 60x40; fix the row or use --skip-bad-rows" in error
+    assert error.count("\n") == 1 and not (tmp_path / "out").exists()

@@ -126,7 +126,8 @@ def test_intervals_leave_out_what_is_undefined():
     assert interval([None, 0.5, 0.5]) == (0.5, 0.5, 0.5)
     assert paired_bootstrap([0, None, 0, 1], [1, 1, None, 2]) == (1, 1, 1)
     assert interval([0, 1, 1]).low < 2 / 3 < interval([0, 1, 1]).high
-    assert change_text([0.25, None], [0.5, 1]) == "0.250 -> 0.500   +0.250 [+0.250, +0.250]   1 of 2 questions"
+    assert change_text([0.25] * 5 + [None], [0.5] * 6) == "0.250 -> 0.500   +0.250 [+0.250, +0.250]   5 of 6 questions"
+    assert change_text([0.25] * 4, [0.5] * 4) == "0.250 -> 0.500   +0.250 [–]"          # too few for an interval
     assert change_text([None], [1]) == ""
 
 
