@@ -95,7 +95,7 @@ def main(cfg: Config) -> None:
             run.curves(PANELS)
         if stopped:
             break
-    run.finish(compare=bool(tests) and not stopped)
+    run.finish(done, compare=bool(tests))
     ranks.stop()
 
 

@@ -57,7 +57,7 @@ class RunConfig(ModelConfig):
     track: str | None = flag(None, "send the rows of metrics.jsonl to a tracker, too, see tools/track.py", TRACKERS)
     timeout: float = flag(30.0, "minutes that a rank waits for the others", above=0)
     # optimization
-    steps: int = flag(100, "optimizer steps", low=0)
+    steps: int = flag(100, "optimizer steps", low=1)
     lr: float = flag(1e-6, "peak learning rate", above=0)
     schedule: str = flag("constant", "learning rate after warm-up", ("constant", "linear", "cosine"))
     weight_decay: float = flag(0.01, "AdamW's weight decay", low=0)
@@ -128,11 +128,12 @@ def parse_args(config_class, doc: str, recipe: str | None = None, argv: list[str
         add_flag(parser, f)
     values = given = parser.given(argv, names)
     if recipe and given.get("crm") is None:
-        print0(f"no --crm given: the embedded tiny model, with {recipe} (flags given here win)")
         values = parser.given([f"@{ROOT / recipe}"], names) | given
         if "mode" in given and "weights" not in given and values.pop("weights", ""):
             print0(f"--mode given: the --weights of {recipe} are not used")
     config = config_class(**values)
+    if recipe and "crm" in given and not any(word.startswith("@") for word in argv):
+        print0(f"{recipe} not read, because --crm was given; --lr is {config.lr:g}")
     for f in fields(config):
         value = getattr(config, f.name)
         problem = "is required" if value == "required" else out_of_range(value, f.metadata)
@@ -140,7 +141,8 @@ def parse_args(config_class, doc: str, recipe: str | None = None, argv: list[str
             parser.error(f"{dashed(f.name)} {problem}")
     for name in embedded(config):
         if getattr(config, name, "") is None:
-            print0(f"no {dashed(name)} given: the embedded {EMBEDDED[name].relative_to(ROOT)}")
+            read = f", with {recipe} (flags given here win)" if recipe and name == "crm" else ""
+            print0(f"no {dashed(name)} given: the embedded {EMBEDDED[name].relative_to(ROOT)}{read}")
             setattr(config, name, str(EMBEDDED[name]))
     return config
 

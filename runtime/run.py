@@ -305,9 +305,13 @@ class Run:
         from tools.rollouts import group_rows
         self.log("rollouts", *group_rows(step, cfg, self.ranks, crm, tests, roll_out, advantages, own))
 
-    def finish(self, compare: bool) -> None:
-        """Print where everything is. compare: also the first and the last held-out evaluation, compared."""
-        if self.is_first and compare:
+    def finish(self, done: int, compare: bool) -> None:
+        """Print where everything is after `done` steps. compare: and, after all, the first and the last held-out
+        evaluation, compared."""
+        if done < self.steps:
+            resume = "" if self.saved == "not saved" else "; the same command with --resume continues"
+            print0(f"\nstopped at {done} of {self.steps} steps{resume}")
+        elif self.is_first and compare:
             from tools.compare import report
             report(self.read("held_out"), self.read("metrics"))
         if self.tracker:

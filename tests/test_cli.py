@@ -143,8 +143,17 @@ def test_the_embedded_recipe_is_read_without_a_crm_and_flags_by_hand_win(recipe,
     config = parsed("--group 8", recipe=recipe)
     assert (config.group, config.lr, config.weights) == (8, 3e-2, "box_iou=3")
     assert config.crm == str(ROOT / "demo/crm") and config.data == str(ROOT / "demo/data")
-    assert "no --crm given" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert said.count("no --crm given") == 1 and f"demo/crm, with {recipe} (flags given here win)" in said
     assert parsed("--crm x --data y", recipe=recipe).weights == ""
+
+
+def test_with_a_crm_a_line_says_that_the_recipe_is_not_read_unless_a_file_of_flags_is_given(recipe, capsys):
+    parsed("--crm x --data y --asm z", recipe=recipe)
+    assert capsys.readouterr().out == f"{recipe} not read, because --crm was given; --lr is 1e-06\n"
+    parsed(f"@{recipe} --crm x --data y --asm z", recipe=recipe)
+    parsed("--crm x --data y --asm z")
+    assert capsys.readouterr().out == ""
 
 
 def test_a_mode_by_hand_drops_the_weights_of_the_recipe_only(recipe, capsys):

@@ -355,6 +355,14 @@ def test_a_signal_lets_the_step_finish(cfg, capsys):
     assert run.stopped() and "stopping after this step" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("save_every, says", [(0, "stopped at 7 of 12 steps; the same command with --resume continues\n"),
+                                              (-1, "stopped at 7 of 12 steps\n")])
+def test_a_run_that_was_stopped_says_where_and_how_to_go_on(cfg, capsys, save_every, says):
+    run = train(begun(cfg, save_every=save_every), 7, save=(7,))
+    run.finish(7, compare=True)
+    assert says in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------- evaluation, report, curves
 
 
@@ -386,13 +394,13 @@ def test_the_held_out_split_is_sampled_at_the_temperature_of_training(cfg, monke
 
 
 def test_the_report_compares_the_questions_that_both_evaluations_have(cfg, capsys):
-    run = train(begun(cfg), 3)
+    run = train(begun(cfg, steps=3), 3)
     run.log("held_out", *({"step": 0, **row} for row in held_out_rows(4, 0.25)))
     run.log("held_out", *({"step": 3, **row} for row in held_out_rows(6, 0.5)))         # a larger --eval-limit
-    run.finish(compare=True)
+    run.finish(3, compare=True)
     said = capsys.readouterr().out
     assert "step 0 -> 3" in said and "0.250 -> 0.500" in said and "1.00 s per step" in said and "metrics.jsonl" in said
-    run.finish(compare=False)
+    run.finish(3, compare=False)
     assert "0.250" not in capsys.readouterr().out
 
 

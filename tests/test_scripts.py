@@ -110,7 +110,7 @@ def test_infer_says_why_when_no_answer_is_usable(tmp_path):
 
 
 def test_numbers_out_of_range_are_refused(capsys):
-    for flags in ("--minibatches 0", "--save-every -2", "--seed -1", "--kl-coef -0.1", "--max-new-tokens 0"):
+    for flags in ("--steps -1", "--steps 0", "--prompts 0", "--minibatches 0", "--save-every -2", "--seed -1", "--kl-coef -0.1", "--max-new-tokens 0"):
         with pytest.raises(SystemExit) as exit_:
             parse_args(train_grpo.Config, "", argv=shlex.split(flags))
         assert exit_.value.code == 2 and f"{flags}: must be at least" in capsys.readouterr().err
@@ -160,7 +160,8 @@ def test_every_training_recipe_of_7b_fits_its_gpu(recipe, most, config_of_7b):
 
 @pytest.mark.parametrize("flags, says", [
     ("--group 1", "--group 1: must be at least 2"),
-    ("--prompts 6 --minibatches 4", "multiple of ranks x --minibatches"),
+    ("--prompts 6 --minibatches 4", "--prompts 6: must be a multiple of ranks x --minibatches, 1 x 4, as an update takes "
+     "whole groups; give --prompts 8 or another number of --minibatches"),
     ("--temperature 0", "--temperature 0.0: must be greater than 0"), ("--weights box_iou", "--weights box_iou"),
     ("--weights nonsense=1", "nonsense"), ("--resize 840", "--resize 840"), ("--trainable '*'", "--trainable *"),
     ("--data nowhere", "nowhere"), ("--resume", "--resume"),
@@ -249,6 +250,7 @@ def test_ctrl_c_finishes_the_step_saves_and_exits_0(tmp_path):
     said = process.communicate(60)
     assert process.returncode == 0, said
     last = rows(tmp_path / "run/metrics.jsonl")[-1]["step"]
+    assert f"stopped at {last} of 500 steps; the same command with --resume continues" in said[0]
     assert last < 500 and (tmp_path / f"run/step_{last:06d}/model.safetensors").exists()
 
 
