@@ -272,10 +272,10 @@ def main(cfg: Config) -> None:
         row = {"step": done, **step_row(completions, total_stats(stats, ranks), grad_norms, lr, clock, ranks.device)}
         if step == 0:
             check_first_step(total_stats(at_start, ranks), completions, crm.model.dtype)
-        run.warn(row)
         stopped = run.stopped()
         if tests and run.evaluation_due(done):
             row |= run.evaluate(crm, tests, factors, done, greedy=done == cfg.steps)
+        run.warn(row)
         run.log("metrics", row)
         ranked = sorted(completions, key=lambda completion: completion["reward"])
         run.log("samples", {"step": done, "best": ranked[-1], "worst": ranked[0]})

@@ -2,6 +2,7 @@
 import argparse
 import math
 import os
+import re
 import shlex
 import sys
 from contextlib import contextmanager
@@ -88,7 +89,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         if int(os.environ.get("RANK", 0)) == 0:
-            print("error:", " ".join(message.split()), file=sys.stderr, flush=True)
+            print("error:", one_line(message), file=sys.stderr, flush=True)
         raise SystemExit(2)
 
     def convert_arg_line_to_args(self, line):
@@ -211,5 +212,12 @@ def exit_on(*errors: type[Exception]):
     try:
         yield
     except errors as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
+        print("error:", one_line(str(error)), file=sys.stderr, flush=True)
         raise SystemExit(2) from None
+
+
+def one_line(message: str) -> str:
+    """A message as one line. One that begins with a file, as Python's own are made to, gets the flag that named it."""
+    text = re.sub(r"^\[Errno \d+\] (.*): '(.*)'$", r"\2: \1", " ".join(message.split()))
+    flags = [word for word, value in zip(sys.argv, sys.argv[1:]) if word.startswith("--") and text.startswith(f"{value}: ")]
+    return " ".join([*flags[:1], text])

@@ -68,7 +68,7 @@ def _opened(source: str | Path | bytes, is_mask: bool = False):
         if is_scan(Path(source)):
             source = png_bytes(Path(source), {}, is_mask)
         elif not Path(source).is_file():
-            raise ValueError(f"no such file: {source}")
+            raise ValueError("does not exist")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)

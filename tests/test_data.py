@@ -141,7 +141,7 @@ def test_what_is_no_image_is_one_clear_line(tmp_path, content, says):
 
 
 def test_missing_directory_tiny_truncated_and_enormous_images_are_refused(tmp_path):
-    for path, says in ((tmp_path / "no.png", "no such file"), (tmp_path, "directory")):
+    for path, says in ((tmp_path / "no.png", "does not exist"), (tmp_path, "directory")):
         with pytest.raises(ValueError, match=says):
             load_image(path)
     buffer = io.BytesIO()

@@ -253,7 +253,7 @@ def test_warnings_the_first_row_and_skipped_steps_survive_a_resume(cfg, capsys):
     assert capsys.readouterr().out.count("entropy has collapsed") == 1
 
     again = begun(cfg, resume="yes")
-    assert again.first_row["entropy"] == 2.0 and again.skipped == 2
+    assert again.first["entropy"] == 2.0 and again.skipped == 2
     again.warn({"step": 4, **CALM, "entropy": 0.1, "skipped": 0})
     assert "entropy has collapsed" not in capsys.readouterr().out          # said before
     assert again.skipped == 0
@@ -262,6 +262,20 @@ def test_warnings_the_first_row_and_skipped_steps_survive_a_resume(cfg, capsys):
     fresh.warned.clear()
     fresh.warn({"step": 4, **CALM, "entropy": 0.1})                         # against step 1, not against step 4
     assert "entropy has collapsed" in capsys.readouterr().out
+
+
+def test_a_fall_of_the_held_out_parse_rate_is_warned_of_against_the_first_evaluation_also_after_a_resume(cfg, capsys):
+    run = begun(cfg)
+    run.log("metrics", {"step": 0, "sampled/parse_ok": 0.9})
+    train(run, 3, save=(3,))
+    again = begun(cfg, resume="yes")
+    again.warn({"step": 4, "sampled/parse_ok": 0.75})
+    assert "held-out" not in capsys.readouterr().out
+    again.warn(row := {"step": 5, "sampled/parse_ok": 0.5})
+    again.warn({"step": 6, "sampled/parse_ok": 0.4})
+    said = capsys.readouterr().out
+    assert said.count("step 5: far fewer held-out completions can be parsed than at first: lower --lr") == 1
+    assert said.count("held-out") == len(row["warnings"]) == 1
 
 
 def test_skipped_steps_in_a_row_end_the_run_and_others_do_not(cfg):

@@ -407,7 +407,7 @@ def bad(tmp_path_factory):
     ("{dicom}/dicomdirtests/98892001/CT5N --frame 1", "series of files"),
     ("{dicom}/dicomdirtests/98892001/CT5N --plane diagonal", "invalid choice"),
     ("{bad}/picture.png --slice 3 --window lung", "is neither DICOM nor NIfTI: leave out --slice, --window"),
-    ("{bad}/none.nii --slice 3", "no such file")])
+    ("{bad}/none.nii --slice 3", "none.nii does not exist")])
 def test_bad_input_is_one_line_with_status_2_and_nothing_is_written(bad, tmp_path, capfd, flags, says):
     flags = flags.format(bad=bad, nifti=NIFTI, dicom=DICOM)
     line, = refusal(capfd, infer, "--query x --image", flags, "--out", tmp_path / "out")
