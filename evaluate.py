@@ -13,7 +13,10 @@ METRICS; --rescore computes it on old runs.
 
 A refusal is a completion with a problem, so refusals are 1 - parse rate. What can still be read of it is scored (a good
 box beside malformed points); what cannot be read scores 0. Coordinates are scored as they were written; they are
-clipped only for the segmenter and the pictures. tools/predictions.py says what a file of --predictions looks like.
+clipped only for the segmenter and the pictures.
+
+A line of a file of --predictions (python -m tools.predictions; ids: python data.py PATH), or "text" for a completion:
+    {"id": "mine-3", "bbox": [30, 40, 90, 95], "points": [[50, 60], [70, 80]]}
 
 Differences from the paper: a true pDice beside its 2I/U; intervals; the mask from points, from the box and from both of
 one and the same completion.
@@ -50,7 +53,7 @@ class Config(ModelConfig):
     out: str = flag("eval", "folder for predictions.jsonl, summary.json, table.md, examples.png")
     skip_bad_rows: bool = flag(False, "leave out rows that cannot be used, and count them")
     # instead of a model
-    predictions: str | None = flag(None, "completions of another model, a .jsonl file")
+    predictions: str | None = flag(None, "completions of another model, a .jsonl file, see above")
     frame: str = flag("pixels", "the frame of --predictions", ("pixels", "norm1000", "model"))
     rescore: str | None = flag(None, "an --out folder: compute its tables again")
     compare: tuple[str, str] | None = flag(None, "two --out folders: what the second changes")

@@ -13,6 +13,7 @@ import crm as crm_module
 import evaluate
 from conftest import noise_image, ranks
 from data import Frame, Sample, load_samples, model_size, to_model
+from runtime.cli import parse_args
 from tools import pictures, predictions
 from tools.predictions import decode_mask, encode_mask
 from test_scripts import ROOT, rows, run
@@ -164,7 +165,7 @@ def test_missing_predictions_are_refusals_that_are_counted_and_reported(tmp_path
 
 
 @pytest.mark.parametrize("change, flags, says", [
-    (lambda a: a + [dict(a[0], id="nobody")], "", "1 of 7 ids are not in --data"),
+    (lambda a: a + [dict(a[0], id="nobody")], "", "'nobody'; those there are as 'test_00000'"),
     (lambda a: a + [a[2]], "", "line 7: id"),
     (lambda a: a, "--frame model --resize square:56", "--frame model is wrong"),
     (lambda a: [{"bbox": [1, 2, 3, 4]}], "", "line 1: an object with id"),
@@ -176,6 +177,18 @@ def test_predictions_that_cannot_be_meant_are_refused_with_one_line_and_nothing_
         tmp_path, tests, change, flags, says):
     _, error = predicted(tmp_path, change(list(answers(tests, "pixels"))), flags, check=2)
     assert says in error and error.count("\n") == 1 and not (tmp_path / "p").exists()
+
+
+def test_the_example_that_the_help_prints_is_a_line_that_can_be_read(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        parse_args(evaluate.Config, evaluate.__doc__, argv=["--help"])
+    out, _ = run("-m tools.predictions --help")
+    for text in (capsys.readouterr().out, out):
+        line = next(line for line in text.splitlines() if line.strip().startswith('{"id": "mine-3", "bbox"'))
+        assert "python data.py PATH" in text
+        (tmp_path / "p.jsonl").write_text(line[:line.rindex("}") + 1].strip())
+        given, asked = predictions.read_given(str(tmp_path / "p.jsonl"))
+        assert asked == ["bbox", "points"] and len(given["mine-3"]["points"]) == 2
 
 
 class Few(list):
