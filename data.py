@@ -197,7 +197,7 @@ class OneBox:
 
 
 def answers_of(template: str):
-    """What a prompt asks for: OneBox, or tools.boxes."""
+    """What a prompt asks for: OneBox, or tools.boxes where it has "boxes" in quotes, a user's own prompt, too."""
     if '"boxes"' not in template:
         return OneBox
     from tools import boxes

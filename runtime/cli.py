@@ -33,8 +33,8 @@ class ModelConfig:
     """How a Qwen2.5-VL is loaded and prompted: infer, evaluate and both trainers."""
     crm: str | None = flag(None, "Qwen2.5-VL folder or hub name")
     # None: what the checkpoint was trained with; if it does not say, reasoning, aspect and Qwen2.5-VL's usual limits
-    prompt: str | None = flag(None, "reasoning, direct, multi (several boxes), a text file with {query} or the text "
-                              "itself (default: as the checkpoint, else reasoning)")
+    prompt: str | None = flag(None, "reasoning, direct, multi (several boxes), a text file with {query} or the text itself; "
+                              'one with "boxes" in quotes asks for several (default: as the checkpoint, else reasoning)')
     resize: str | None = flag(None, "aspect, or square:SIDE (default: as the checkpoint, else aspect)")
     min_pixels: int | None = flag(None, "smallest image, model frame (default: as the checkpoint)", low=1)
     max_pixels: int | None = flag(None, "largest image, model frame (default: as the checkpoint)", low=1)

@@ -51,7 +51,7 @@ def load_mask(source: str | Path | bytes, of: str | Path | bytes | None = None) 
 
 
 def stored_size(file: Path) -> tuple[int, int] | None:
-    """(width, height) in the header of a picture, before EXIF turns it; None for DICOM and NIfTI. ValueError: as load_image."""
+    """(width, height) in a picture's header, before EXIF turns it; None for DICOM and NIfTI. ValueError: as load_image."""
     from tools.volumes import is_scan
     if is_scan(file):
         return None

@@ -15,7 +15,7 @@ from data import BadRow, load_image, load_samples
 from test_hostile import FEW, SEEDS, bent
 from test_infer import ask, completion          # noqa: F401 (ask is a fixture)
 from test_scripts import refusal
-from tools.scan_files import SeveralFrames
+from tools.scan_files import Refused, SeveralFrames
 from tools.volumes import PLANES, ScanConfig, View, find_window, read_view, slice_number
 
 nib = pytest.importorskip("nibabel")
@@ -465,6 +465,15 @@ def test_samples_of_scans(tmp_path, volumes):
 
 
 # ---------------------------------------------------------------- files from strangers
+
+
+def test_a_header_that_claims_billions_of_frames_is_refused_before_memory_is_taken(tmp_path):
+    header = pydicom.dcmread(DICOM / "CT_small.dcm")
+    header.NumberOfFrames = 2 * 10 ** 9
+    header.save_as(tmp_path / "a.dcm")
+    for frame in (None, 3):
+        with pytest.raises(Refused, match="^claims to have 2,000,000,000 frames: 100,000 can be read at most$"):
+            view_of(tmp_path / "a.dcm", frame=frame)
 
 
 @pytest.mark.parametrize("name", ["MR_small.dcm", "MR_small_RLE.dcm", "SC_rgb_rle_2frame.dcm", "liver_1frame.dcm",
