@@ -1,11 +1,15 @@
-# make demo · make test · make test-verl · make faults · make bench · make bench-trl · make bench-gpu · make memory ·
-# make paper · make embedded
-
 PYTHON ?= python3
 VENV   := .venv
 RUN    := $(VENV)/bin/python
 SAM2   := $(shell grep -o 'sam2==[0-9.]*' requirements.txt | head -1)
 
+# this list
+.PHONY: help
+help:
+	@awk '/^# / && !about { about = substr($$0, 3) } /^$$/ { about = "" } \
+	      /^[a-z-]+:/ && about { sub(/:.*/, ""); printf "make %-10s %s\n", $$0, about }' Makefile
+
+# the environment .venv, with what requirements.txt and requirements-tools.txt list
 .PHONY: setup
 setup: $(VENV)/ready
 
@@ -27,6 +31,7 @@ demo: setup
 	$(RUN) -m tools.rollouts runs/demo
 	@echo "the curve is runs/demo/curves.png, the overlay out/demo/overlay.png, a page of groups that learn runs/demo/rollouts.html"
 
+# every test, on a CPU
 .PHONY: test
 test: setup
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist worksteal
@@ -63,8 +68,9 @@ bench-trl: setup build/trl/ready
 	$(RUN) -m bench --peer trl --micro 64 --steps 4
 	$(RUN) -m bench --peer trl --growth
 
-# on one GPU of 80 GB: each way to compute against the slow one on the CPU; then 3B and 7B with random weights and LoRA,
-# 840 x 840 px, 16 completions of 256 tokens: beside TRL, against the card's own speed, with each optimization switched off
+# on one GPU of 80 GB: each way to compute against the slow one on the CPU; then the speed of 3B and 7B
+# (random weights and LoRA, 840 x 840 px, 16 completions of 256 tokens): beside TRL, against the card's own speed, with
+# each optimization switched off
 .PHONY: bench-gpu
 bench-gpu: setup build/trl/ready
 	$(RUN) -m bench --parity

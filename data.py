@@ -30,13 +30,14 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 from rewards import KEY_POINTS, Box, Points, Terms, parse_answer, reward_terms, write_answer
 from runtime.cli import exit_on, print0
 from runtime.files import read_text
-from runtime.images import load_image, load_mask
+from runtime.images import load_image, load_mask, stored_size
 from runtime.readers import read_rows
 
 STRIDE = 28                     # one visual token of Qwen2.5-VL: 2 x 2 patches of 14 pixels
 MAX_RATIO = 200                 # of an image's sides, the limit of Qwen's own resize
 MIN_PIXELS, MAX_PIXELS = 56 * 56, 840 * 840
 NO_TARGET = "bbox: is missing, or points are, and so is a mask to take them from"
+OR_SKIP = "; fix the row or use --skip-bad-rows"
 
 EXAMPLE = write_answer(("x1", "y1", "x2", "y2"), [("x", "y")] * KEY_POINTS)
 BOXES_EXAMPLE = ('<answer>{"boxes": [[x1, y1, x2, y2], ...], "points": [['
@@ -196,7 +197,7 @@ class OneBox:
 
 
 def answers_of(template: str):
-    """What a prompt asks for: OneBox, or tools.boxes."""
+    """What a prompt asks for: OneBox, or tools.boxes where it has "boxes" in quotes, a user's own prompt, too."""
     if '"boxes"' not in template:
         return OneBox
     from tools import boxes
@@ -246,9 +247,12 @@ class Samples(Sequence):
         return Samples(rows, self.skipped)
 
     def check(self) -> None:
-        """BadRow for the first row with a fault that shows without decoding its image."""
+        """BadRow for the first row with a fault that shows in its values or in the headers of its image and mask; only
+        where these do not fit together are they decoded."""
         for row in self.rows:
             _check(row)
+            if not _headers_fit(row):
+                _sample(row)
 
 
 def number_repeated_ids(rows: list[dict]) -> list[str]:
@@ -269,12 +273,12 @@ def usable_rows(rows: list[dict], problems: list[str]):
         try:
             yield row, _sample(row)
         except BadRow as error:
-            problems.append(str(error))
+            problems.append(str(error).removesuffix(OR_SKIP))
 
 
 def _need(ok, row: dict, problem: str) -> None:
     if not ok:
-        raise BadRow(f"{row['where']}, {problem}; fix the row or use --skip-bad-rows")
+        raise BadRow(f"{row['where']}, {problem}{OR_SKIP}")
 
 
 def _are_numbers(values, count: int) -> bool:
@@ -296,6 +300,17 @@ def _check(row: dict) -> None:
         pairs = isinstance(points, list) and len(points) == KEY_POINTS and all(_are_numbers(p, 2) for p in points)
         _need(pairs, row, f"points: {points!r} is not {KEY_POINTS} pairs [x, y], as KEY_POINTS in rewards.py says; "
               "without any, they are taken from the mask")
+
+
+def _headers_fit(row: dict) -> bool:
+    """Whether image and mask have one size, as stored, with box and points inside; True where no header is at hand."""
+    try:
+        image, mask = (stored_size(row[key]) if isinstance(row[key], Path) else None for key in ("image", "mask"))
+    except ValueError:
+        return False
+    corners = np.reshape([*(row["bbox"] or ()), *np.ravel(row["points"] or ())], (-1, 2))
+    return image is None or (mask in (None, image) and max(row["bbox"] or [2]) > 1      # not fractions
+                             and bool(((corners >= -1) & (corners <= np.add(image, 1))).all()))
 
 
 def _sample(row: dict) -> Sample:

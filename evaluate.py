@@ -13,7 +13,10 @@ METRICS; --rescore computes it on old runs.
 
 A refusal is a completion with a problem, so refusals are 1 - parse rate. What can still be read of it is scored (a good
 box beside malformed points); what cannot be read scores 0. Coordinates are scored as they were written; they are
-clipped only for the segmenter and the pictures. tools/predictions.py says what a file of --predictions looks like.
+clipped only for the segmenter and the pictures.
+
+A line of a file of --predictions (python -m tools.predictions; ids: python data.py PATH), or "text" for a completion:
+    {"id": "mine-3", "bbox": [30, 40, 90, 95], "points": [[50, 60], [70, 80]]}
 
 Differences from the paper: a true pDice beside its 2I/U; intervals; the mask from points, from the box and from both of
 one and the same completion.
@@ -34,6 +37,7 @@ from runtime.cli import EMBEDDED, ModelConfig, exit_on, flag, parse_args, print0
 from runtime.files import write_whole
 from runtime.metrics import QUESTION_METRICS, add_siblings, ask, interval, iou, mask_dice, mean, parsed, pdice
 from runtime.parallel import Ranks
+from tools.compare import compare, percent
 from tools.predictions import encode_mask, finished, from_file, in_order, read_predictions, shown
 
 # what the segmenter is given of a completion: whether the box, and how many points
@@ -49,7 +53,7 @@ class Config(ModelConfig):
     out: str = flag("eval", "folder for predictions.jsonl, summary.json, table.md, examples.png")
     skip_bad_rows: bool = flag(False, "leave out rows that cannot be used, and count them")
     # instead of a model
-    predictions: str | None = flag(None, "completions of another model, a .jsonl file")
+    predictions: str | None = flag(None, "completions of another model, a .jsonl file, see above")
     frame: str = flag("pixels", "the frame of --predictions", ("pixels", "norm1000", "model"))
     rescore: str | None = flag(None, "an --out folder: compute its tables again")
     compare: tuple[str, str] | None = flag(None, "two --out folders: what the second changes")
@@ -114,11 +118,9 @@ def table(summary: dict) -> str:
     keys = [key for key in METRICS if summary["all"][key]]
 
     def line(name: str, group: dict) -> str:
-        cells = [f"{100 * v['mean']:.1f} [{100 * v['low']:.1f}, {100 * v['high']:.1f}]" if v else "–"
-                 for v in (group[key] for key in keys)]
-        return f"| {name} | {group['n']} | " + " | ".join(cells) + " |"
+        return f"| {name} | {group['n']} | " + " | ".join(percent(group[key]) for key in keys) + " |"
 
-    lines = ["Percent, mean over questions [95 % bootstrap interval].", "",
+    lines = ["Percent, mean over questions [95 % bootstrap interval; – of fewer than 5].", "",
              "| | n | " + " | ".join(METRICS[key][0] for key in keys) + " |",
              "|---" * (len(keys) + 2) + "|", line("all", summary["all"])]
     for name in ("supercategory", "wording", "category"):
@@ -195,7 +197,6 @@ def main(cfg: Config) -> None:
         if cfg.frame != "pixels" and not cfg.predictions:
             raise ValueError(f"--frame {cfg.frame} is the frame of a file of --predictions: give that, or no --frame")
         if cfg.compare:
-            from tools.compare import compare
             return compare(*cfg.compare, METRICS)
         if cfg.rescore:
             return report(read_predictions(cfg.rescore), Path(cfg.rescore))
@@ -204,6 +205,7 @@ def main(cfg: Config) -> None:
         if cfg.predictions and ranks.world > 1:
             raise ValueError("--predictions needs no model: run it in one process, without torchrun")
         samples = load_samples(cfg.data, cfg.split, cfg.skip_bad_rows)[:cfg.limit or None]
+        samples.check()
         if samples.skipped:
             print0(f"{cfg.data}, {cfg.split}: {len(samples.skipped)} bad rows left out; first: {samples.skipped[0]}")
         asm = None if cfg.asm == "none" else load_asm(cfg.asm, ranks.device)

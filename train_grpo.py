@@ -49,8 +49,8 @@ class Config(RunConfig):                        # model, data, optimizer, evalua
     out: str = flag("runs/grpo", "run folder")
     asm: str | None = flag(None, "segmenter, only loaded for the mask_dice reward")
     # sampling
-    steps: int = flag(100, "rollouts")
-    prompts: int = flag(8, "P, prompts per step over all ranks (paper: 128)")
+    steps: int = flag(100, "rollouts", low=1)
+    prompts: int = flag(8, "P, prompts per step over all ranks (paper: 128)", low=1)
     group: int = flag(8, "G, completions per prompt (paper: 16)", low=2)
     resample: int = flag(0, "how often groups of equal rewards are replaced by other prompts", low=0)
     cuda_graphs: bool = flag(True, "on a GPU, replay the sampler's step as a CUDA graph")
@@ -172,9 +172,10 @@ def main(cfg: Config) -> None:
     ranks = Ranks.start(cfg.timeout)
     with exit_on(ValueError, OSError):
         factors = parse_weights(cfg.weights)
-        if cfg.prompts % (ranks.world * cfg.minibatches):
-            raise ValueError(f"--prompts {cfg.prompts}: give a multiple of ranks x --minibatches, "
-                             f"{ranks.world} x {cfg.minibatches}; a whole group stays on one rank")
+        if cfg.prompts % (least := ranks.world * cfg.minibatches):
+            raise ValueError(f"--prompts {cfg.prompts}: must be a multiple of ranks x --minibatches, {ranks.world} x "
+                             f"{cfg.minibatches}, as an update takes whole groups; give --prompts "
+                             f"{-(-cfg.prompts // least) * least} or another number of --minibatches")
         train, tests = load_splits(cfg)
         run = Run(cfg, ranks)
         asm = load_asm(cfg.asm, ranks.device) if "mask_dice" in factors else None
@@ -271,10 +272,10 @@ def main(cfg: Config) -> None:
         row = {"step": done, **step_row(completions, total_stats(stats, ranks), grad_norms, lr, clock, ranks.device)}
         if step == 0:
             check_first_step(total_stats(at_start, ranks), completions, crm.model.dtype)
-        run.warn(row)
         stopped = run.stopped()
         if tests and run.evaluation_due(done):
             row |= run.evaluate(crm, tests, factors, done, greedy=done == cfg.steps)
+        run.warn(row)
         run.log("metrics", row)
         ranked = sorted(completions, key=lambda completion: completion["reward"])
         run.log("samples", {"step": done, "best": ranked[-1], "worst": ranked[0]})
@@ -286,7 +287,7 @@ def main(cfg: Config) -> None:
         run.give_up_after(cfg.max_skipped)
         if stopped:
             break
-    run.finish(compare=bool(tests) and not stopped)
+    run.finish(done, compare=bool(tests))
     ranks.stop()
 
 

@@ -53,6 +53,9 @@ def main(cfg: Config) -> None:
            f"samples, {steps} steps of {cfg.batch} -> {run.folder}")
 
     think = cfg.think and "<think>" in crm.template
+    if think and not any(row["think"] for row in train.rows):
+        print0('warning: the prompt asks for a trace, but no training row has one in "think", so the model unlearns to '
+               "reason; add traces, or give --prompt direct")
 
     def true_completion(sample):
         """A group of one completion, the one that a perfect model would write."""
@@ -88,6 +91,7 @@ def main(cfg: Config) -> None:
                "peak_memory_gb": peak_memory(ranks.device)}
         if tests and run.evaluation_due(done):
             row |= run.evaluate(crm, tests, {}, done, greedy=done == steps)
+        run.warn(row)
         run.log("metrics", row)
         bar.set_postfix(loss=f"{row['loss']:.3f}", s=f"{seconds:.1f}")
         if run.due(done, stopped):
@@ -95,7 +99,7 @@ def main(cfg: Config) -> None:
             run.curves(PANELS)
         if stopped:
             break
-    run.finish(compare=bool(tests) and not stopped)
+    run.finish(done, compare=bool(tests))
     ranks.stop()
 
 

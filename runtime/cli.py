@@ -2,6 +2,7 @@
 import argparse
 import math
 import os
+import re
 import shlex
 import sys
 from contextlib import contextmanager
@@ -32,8 +33,8 @@ class ModelConfig:
     """How a Qwen2.5-VL is loaded and prompted: infer, evaluate and both trainers."""
     crm: str | None = flag(None, "Qwen2.5-VL folder or hub name")
     # None: what the checkpoint was trained with; if it does not say, reasoning, aspect and Qwen2.5-VL's usual limits
-    prompt: str | None = flag(None, "reasoning, direct, multi (several boxes), a text file with {query} or the text "
-                              "itself (default: as the checkpoint, else reasoning)")
+    prompt: str | None = flag(None, "reasoning, direct, multi (several boxes), a text file with {query} or the text itself; "
+                              'one with "boxes" in quotes asks for several (default: as the checkpoint, else reasoning)')
     resize: str | None = flag(None, "aspect, or square:SIDE (default: as the checkpoint, else aspect)")
     min_pixels: int | None = flag(None, "smallest image, model frame (default: as the checkpoint)", low=1)
     max_pixels: int | None = flag(None, "largest image, model frame (default: as the checkpoint)", low=1)
@@ -57,7 +58,7 @@ class RunConfig(ModelConfig):
     track: str | None = flag(None, "send the rows of metrics.jsonl to a tracker, too, see tools/track.py", TRACKERS)
     timeout: float = flag(30.0, "minutes that a rank waits for the others", above=0)
     # optimization
-    steps: int = flag(100, "optimizer steps", low=0)
+    steps: int = flag(100, "optimizer steps", low=1)
     lr: float = flag(1e-6, "peak learning rate", above=0)
     schedule: str = flag("constant", "learning rate after warm-up", ("constant", "linear", "cosine"))
     weight_decay: float = flag(0.01, "AdamW's weight decay", low=0)
@@ -88,7 +89,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         if int(os.environ.get("RANK", 0)) == 0:
-            print("error:", " ".join(message.split()), file=sys.stderr, flush=True)
+            print("error:", one_line(message), file=sys.stderr, flush=True)
         raise SystemExit(2)
 
     def convert_arg_line_to_args(self, line):
@@ -128,11 +129,12 @@ def parse_args(config_class, doc: str, recipe: str | None = None, argv: list[str
         add_flag(parser, f)
     values = given = parser.given(argv, names)
     if recipe and given.get("crm") is None:
-        print0(f"no --crm given: the embedded tiny model, with {recipe} (flags given here win)")
         values = parser.given([f"@{ROOT / recipe}"], names) | given
         if "mode" in given and "weights" not in given and values.pop("weights", ""):
             print0(f"--mode given: the --weights of {recipe} are not used")
     config = config_class(**values)
+    if recipe and "crm" in given and not any(word.startswith("@") for word in argv):
+        print0(f"{recipe} not read, because --crm was given; --lr is {config.lr:g}")
     for f in fields(config):
         value = getattr(config, f.name)
         problem = "is required" if value == "required" else out_of_range(value, f.metadata)
@@ -140,7 +142,8 @@ def parse_args(config_class, doc: str, recipe: str | None = None, argv: list[str
             parser.error(f"{dashed(f.name)} {problem}")
     for name in embedded(config):
         if getattr(config, name, "") is None:
-            print0(f"no {dashed(name)} given: the embedded {EMBEDDED[name].relative_to(ROOT)}")
+            read = f", with {recipe} (flags given here win)" if recipe and name == "crm" else ""
+            print0(f"no {dashed(name)} given: the embedded {EMBEDDED[name].relative_to(ROOT)}{read}")
             setattr(config, name, str(EMBEDDED[name]))
     return config
 
@@ -209,5 +212,12 @@ def exit_on(*errors: type[Exception]):
     try:
         yield
     except errors as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
+        print("error:", one_line(str(error)), file=sys.stderr, flush=True)
         raise SystemExit(2) from None
+
+
+def one_line(message: str) -> str:
+    """A message as one line. One that begins with a file, as Python's own are made to, gets the flag that named it."""
+    text = re.sub(r"^\[Errno \d+\] (.*): '(.*)'$", r"\2: \1", " ".join(message.split()))
+    flags = [word for word, value in zip(sys.argv, sys.argv[1:]) if word.startswith("--") and text.startswith(f"{value}: ")]
+    return " ".join([*flags[:1], text])

@@ -50,6 +50,15 @@ def load_mask(source: str | Path | bytes, of: str | Path | bytes | None = None) 
     return values > (127 if values.max() > 127 else 0)
 
 
+def stored_size(file: Path) -> tuple[int, int] | None:
+    """(width, height) in a picture's header, before EXIF turns it; None for DICOM and NIfTI. ValueError: as load_image."""
+    from tools.volumes import is_scan
+    if is_scan(file):
+        return None
+    with _opened(file) as image:
+        return image.size
+
+
 @contextmanager
 def _opened(source: str | Path | bytes, is_mask: bool = False):
     """A Pillow image, not yet decoded; of DICOM and NIfTI the middle slice. What readers raise for broken, hostile or
@@ -59,7 +68,7 @@ def _opened(source: str | Path | bytes, is_mask: bool = False):
         if is_scan(Path(source)):
             source = png_bytes(Path(source), {}, is_mask)
         elif not Path(source).is_file():
-            raise ValueError(f"no such file: {source}")
+            raise ValueError("does not exist")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)

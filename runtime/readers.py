@@ -27,11 +27,16 @@ def read_folder(path: Path, split: str) -> tuple[list[dict], list[str]]:
     for number, line in enumerate(read_text(file).splitlines(), 1):
         if not line.strip():
             continue
-        fields = parse_object(line, f"{file}, line {number}")
-        splits.add(str(fields.get("split", "train")))
+        image, mask, problem = None, None, ""
+        try:
+            fields = parse_object(line, "text")
+            splits.add(str(fields.get("split", "train")))
+        except ValueError as error:                 # of no known split: a bad row of every one
+            fields, problem = {"split": split}, str(error)
         if fields.get("split", "train") != split:
             continue
-        image, mask, problem = None, None, ""
+        if missing := [key for key in ("image", "query") if key not in fields]:
+            problem = problem or f"{missing[0]}: is missing (keys here: {', '.join(fields) or 'none'})"
         try:
             image = file_in(file.parent / "images", fields.get("image"))
             mask = file_in(file.parent / "masks", fields["mask"]) if fields.get("mask") else None
@@ -40,7 +45,7 @@ def read_folder(path: Path, split: str) -> tuple[list[dict], list[str]]:
                 image = partial(png_bytes, image, fields["scan"])
                 mask = mask and partial(png_bytes, mask, fields["scan"], mask=True)
         except (ValueError, OSError) as error:
-            problem = f"{'mask' if image else 'image'}: {error}"
+            problem = problem or f"{'mask' if image else 'image'}: {error}"
         rows.append({"where": f"{file}, line {number}", "problem": problem, "image": image, "mask": mask,
                      "id": str(fields.get("id", f"{file.parent.name}-{number}")), "extra": fields,
                      **{key: fields.get(key) for key in ("query", "bbox", "points")}, **names_in(fields)})

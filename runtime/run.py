@@ -101,7 +101,7 @@ class Run:
         """ValueError where --out holds files that this run must not touch, or cannot resume."""
         self.config, self.ranks, self.folder = config, ranks, Path(config.out)
         self.is_first, self.stop, self.saved = ranks.rank == 0, False, "not saved"
-        self.first_row, self.warned, self.skipped, self.tracker = None, set(), 0, None
+        self.first, self.warned, self.skipped, self.tracker = {}, set(), 0, None
         if config.track:
             from tools.track import need
             need(config.track)
@@ -147,8 +147,7 @@ class Run:
             optimizer.load(self.checkpoint, state)
         logs = {name: [row for row in self.read(name) if state and row["step"] <= self.start] for name in LOGS}
         for row in logs["metrics"]:
-            if row["step"]:
-                self._remember(row)
+            self._remember(row)
         if self.is_first:
             self.folder.mkdir(parents=True, exist_ok=True)
             for leftover in [*self.folder.glob("step_*.tmp"), *self.folder.glob("step_*.old")]:     # of a kill
@@ -180,14 +179,14 @@ class Run:
 
     def warn(self, row: dict) -> None:
         """Print each warning about a step once per run. The row keeps it, for when the run is resumed."""
-        warnings = warnings_of(row, self.first_row or row)
+        warnings = warnings_of(row, self.first)
         row["warnings"] = [text for text in warnings if text not in self.warned]
         for text in row["warnings"]:
             print0(f"\nstep {row['step']}: {text}")
         self._remember(row)
 
     def _remember(self, row: dict) -> None:
-        self.first_row = self.first_row or row
+        self.first = row | self.first
         self.warned |= set(row.get("warnings", []))
         self.skipped = self.skipped + 1 if row.get("skipped") else 0
 
@@ -293,6 +292,7 @@ class Run:
                             official=cfg.official)
         self.log("held_out", *({"step": step, **row} for row in rows))
         means = held_out_means(rows)
+        self.first = means | self.first
         print0(f"step {step}, held out: " + ", ".join(f"{key} {value:.3f}" for key, value in means.items()))
         return means
 
@@ -305,9 +305,13 @@ class Run:
         from tools.rollouts import group_rows
         self.log("rollouts", *group_rows(step, cfg, self.ranks, crm, tests, roll_out, advantages, own))
 
-    def finish(self, compare: bool) -> None:
-        """Print where everything is. compare: also the first and the last held-out evaluation, compared."""
-        if self.is_first and compare:
+    def finish(self, done: int, compare: bool) -> None:
+        """Print where everything is after `done` steps. compare: and, after all, the first and the last held-out
+        evaluation, compared."""
+        if done < self.steps:
+            resume = "" if self.saved == "not saved" else "; the same command with --resume continues"
+            print0(f"\nstopped at {done} of {self.steps} steps{resume}")
+        elif self.is_first and compare:
             from tools.compare import report
             report(self.read("held_out"), self.read("metrics"))
         if self.tracker:

@@ -63,13 +63,15 @@ def step_row(completions, stats, grad_norms, lr, clock, device) -> dict[str, flo
 
 
 def warnings_of(row: dict, first: dict) -> list[str]:
-    """What in a step's row points to a problem, and the flag that helps. first: the run's first row."""
+    """What in a step's row points to a problem, and the flag that helps. first: what the run logged first of each key."""
     collapsed = row.get("entropy", 1) < 0.1 * first.get("entropy", 0)
+    unread = row.get("sampled/parse_ok", 1) < first.get("sampled/parse_ok", 0) - 0.2
     problems = {
-        "a gradient is not finite, its update was skipped: lower --lr": row["skipped"] > 0,
-        "almost no completion can be parsed: warm up with train_sft.py": row["parse_ok"] < 0.05,
-        "most completions are cut: raise --max-new-tokens or give --mask-truncated": row["finished"] < 0.5,
-        "most groups have equal rewards: raise --temperature or --group": row["zero_std"] > 0.8,
+        "a gradient is not finite, its update was skipped: lower --lr": row.get("skipped", 0) > 0,
+        "almost no completion can be parsed: warm up with train_sft.py": row.get("parse_ok", 1) < 0.05,
+        "far fewer held-out completions can be parsed than at first: lower --lr; in train_sft.py give rows traces": unread,
+        "most completions are cut: raise --max-new-tokens or give --mask-truncated": row.get("finished", 1) < 0.5,
+        "most groups have equal rewards: raise --temperature or --group": row.get("zero_std", 0) > 0.8,
         "entropy has collapsed: lower --lr or raise --kl-coef": collapsed,
         "the policy is far from the reference: lower --lr or raise --kl-coef": row.get("kl", 0) > 1,
         "sampled and scored log-probabilities differ: try --dtype float32": row.get("logp_gap_mean", 0) > 0.05}

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 
 import rewards
 from conftest import noise_image
-from data import BOXES_EXAMPLE, PROMPTS, Frame, Sample, answers_of, box_from_mask, keypoints_from_mask, load_samples
+from data import (BOXES_EXAMPLE, PROMPTS, Frame, OneBox, Sample, answers_of, box_from_mask, keypoints_from_mask,
+                  load_prompt, load_samples)
 from evaluate import METRICS, add_masks, scores
 from rewards import MODES, total_reward, write_answer
-from runtime.cli import ROOT
+from runtime.cli import ROOT, ModelConfig, parse_args
 from runtime.metrics import add_siblings, mask_rewards, prediction
 from test_oracle import MASKS, NINE, SIDE, TWO, Filler, Perfect, sample
 from test_scripts import rows, run
@@ -31,6 +32,15 @@ FAR = (90.0, 90.0, 110.0, 110.0), ((95.0, 95.0), (105.0, 105.0))           # tou
 def terms(parts, mask):
     found, = reward_terms([THINK + write_boxes(parts)], sample(mask), FRAME)
     return found
+
+
+def test_a_users_prompt_with_boxes_in_quotes_asks_for_several_and_the_help_says_so(tmp_path, capsys):
+    for text, wanted in (('{query} Write {"boxes": …}', boxes), ("{query} Write the boxes.", OneBox)):
+        (tmp_path / "my.txt").write_text(text)
+        assert answers_of(load_prompt(str(tmp_path / "my.txt"))) is wanted
+    with pytest.raises(SystemExit):
+        parse_args(ModelConfig, "", argv=["--help"])
+    assert 'one with "boxes" in quotes asks for several' in " ".join(capsys.readouterr().out.split())
 
 
 # ---------------------------------------------------------------- one box for one region: today's reward

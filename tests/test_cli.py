@@ -84,7 +84,7 @@ def test_no_number_may_be_nan_or_infinite(capsys, name, value):
     ("--lora-rnak 4", "unknown flag --lora-rnak: did you mean --lora-rank?"), ("--xyzzy 1", "see --help"),
     ("something", "unknown flag something: see --help"),
     ("--group x", "--group: invalid int value: 'x'"), ("--schedule sine", "invalid choice: 'sine'"),
-    ("--crm", "--crm: expected one argument"), ("@nowhere.args", "nowhere.args")])
+    ("--crm", "--crm: expected one argument"), ("@nowhere.args", "error: nowhere.args: No such file")])
 def test_an_unknown_flag_is_one_line_with_the_flag_that_is_meant(capsys, flags, says):
     assert says in refused(capsys, flags)
 
@@ -143,8 +143,17 @@ def test_the_embedded_recipe_is_read_without_a_crm_and_flags_by_hand_win(recipe,
     config = parsed("--group 8", recipe=recipe)
     assert (config.group, config.lr, config.weights) == (8, 3e-2, "box_iou=3")
     assert config.crm == str(ROOT / "demo/crm") and config.data == str(ROOT / "demo/data")
-    assert "no --crm given" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert said.count("no --crm given") == 1 and f"demo/crm, with {recipe} (flags given here win)" in said
     assert parsed("--crm x --data y", recipe=recipe).weights == ""
+
+
+def test_with_a_crm_a_line_says_that_the_recipe_is_not_read_unless_a_file_of_flags_is_given(recipe, capsys):
+    parsed("--crm x --data y --asm z", recipe=recipe)
+    assert capsys.readouterr().out == f"{recipe} not read, because --crm was given; --lr is 1e-06\n"
+    parsed(f"@{recipe} --crm x --data y --asm z", recipe=recipe)
+    parsed("--crm x --data y --asm z")
+    assert capsys.readouterr().out == ""
 
 
 def test_a_mode_by_hand_drops_the_weights_of_the_recipe_only(recipe, capsys):
@@ -160,9 +169,17 @@ def test_an_embedded_default_that_is_not_needed_is_neither_taken_nor_printed(cap
     assert config.asm is None and "--asm" not in capsys.readouterr().out
 
 
-def test_bad_input_is_one_line_and_status_2(capsys):
+def test_bad_input_is_one_line_and_status_2_with_the_flag_that_named_a_file(capsys, monkeypatch):
     with pytest.raises(SystemExit, match="2"), exit_on(ValueError):
         raise ValueError("x.png: broken\nin two lines")
     assert capsys.readouterr().err == "error: x.png: broken in two lines\n"
+    for error, says in ((FileNotFoundError(2, "No such file or directory", "p.jsonl"),
+                         "error: --predictions p.jsonl: No such file or directory\n"),
+                        (ValueError("mine: no such file or folder"), "error: --data mine: no such file or folder\n"),
+                        (PermissionError(13, "Permission denied", "/x"), "error: /x: Permission denied\n")):
+        monkeypatch.setattr("sys.argv", "evaluate.py --predictions p.jsonl --data mine".split())
+        with pytest.raises(SystemExit, match="2"), exit_on(ValueError, OSError):
+            raise error
+        assert capsys.readouterr().err == says
     with pytest.raises(KeyError), exit_on(ValueError):          # a bug of ours stays one
         raise KeyError("x")

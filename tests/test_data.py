@@ -141,7 +141,7 @@ def test_what_is_no_image_is_one_clear_line(tmp_path, content, says):
 
 
 def test_missing_directory_tiny_truncated_and_enormous_images_are_refused(tmp_path):
-    for path, says in ((tmp_path / "no.png", "no such file"), (tmp_path, "directory")):
+    for path, says in ((tmp_path / "no.png", "does not exist"), (tmp_path, "directory")):
         with pytest.raises(ValueError, match=says):
             load_image(path)
     buffer = io.BytesIO()
@@ -300,12 +300,13 @@ def test_a_folder_takes_box_and_points_from_the_mask_where_they_are_not_given(tm
     assert samples[0].bbox == (15, 10, 40, 20) and samples[0].points == keypoints_from_mask(mask > 0)
     assert load_samples(tmp_path, "test")[0].bbox == (1, 2, 30, 20)
     for i, says in ((1, "line 3, bbox: is missing"), (2, "line 4, image: no such file"),
-                    (3, "line 5, image: is missing"), (4, "line 6, image: is missing")):
+                    (3, r"line 5, image: is missing \(keys here: query\)"), (4, "line 6, image: is missing")):
         with pytest.raises(BadRow, match=says):
             samples[i]
-    (tmp_path / "samples.jsonl").write_text('{"image": "a.png"}\n{half')
-    with pytest.raises(ValueError, match="line 2: not JSON"):
-        load_samples(tmp_path)
+    (tmp_path / "samples.jsonl").write_text('{"image": "a.png"}\n{half\n[1]')
+    for i, says in ((1, "line 2, text: not JSON"), (2, "line 3, text: not a JSON object")):
+        with pytest.raises(BadRow, match=says):
+            load_samples(tmp_path)[i]
 
 
 def test_the_embedded_data_is_what_the_readme_says():
@@ -492,19 +493,41 @@ def test_masks_of_0_and_1_are_masks_and_label_maps_are_named(tmp_path):
     ({"image": "a\0.png"}, "image: "),
     ({"box": [1, 2, 3, 4]}, 'bbox: is missing, but there is "box"; rename'),
     ({"bbox": [0.2, 0.2, 0.6, 0.5], "points": [[20, 15], [34, 15]]}, "bbox: .* looks like fractions of the 60x40 image"),
-    ({"query": " "}, "query: is empty"),
+    ({"query": " "}, "query: is empty"), ({"query": None}, "query: is empty"),
+    ({"bbox": [1, 2, 61.5, 30], "points": [[20, 15], [34, 15]]}, "bbox: .* is outside the 60x40 image"),
+    ({"bbox": [1, 2, 30, 30], "points": [[20, 15], [34, 45]]}, "points: .* is outside the 60x40 image"),
+    ({"mask": "narrow.png"}, "mask: is 50x40, its image 60x40"), ({"image": "text.png"}, "image: is not an image"),
     ({"bbox": [1, 2, 3, 4], "mask": None}, "bbox: is missing, or points are, and so is a mask"),
 ])
 def test_each_usual_mistake_is_named_with_its_fix(folder, row, says):
     path = folder({}, row)
     noise_image(60, 40).save(path / "secret.png")
+    Image.new("L", (50, 40), 255).save(path / "masks/narrow.png")
+    (path / "images/text.png").write_text("no picture")
     samples = load_samples(path)
     with pytest.raises(BadRow, match=f"samples.jsonl, line 2, {says}"):
         samples[1]
-    if "fractions" not in says:                                                 # needs the image's size
-        with pytest.raises(BadRow, match=f"line 2, {says}"):
-            samples.check()                                                     # shows without decoding
+    with pytest.raises(BadRow, match=f"line 2, {says}"):
+        samples.check()
     assert samples[0].bbox == (15, 10, 40, 20)
+
+
+def test_a_missing_key_is_named_with_those_that_are_there(folder):
+    path = folder({})
+    (path / "samples.jsonl").write_text('{"image": "a.png", "question": "what?", "mask": "a.png"}')
+    with pytest.raises(BadRow, match=r"query: is missing \(keys here: image, question, mask\)"):
+        load_samples(path)[0]
+
+
+def test_the_check_before_a_run_decodes_nothing_where_headers_and_box_fit_and_is_no_stricter(folder, monkeypatch):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = folder({}, {"bbox": [1, 2, 60, 40]}, {"image": "turned.png", "mask": "turned.png", "bbox": [0, 0, 40, 60]})
+    noise_image(60, 40).save(path / "images/turned.png", exif=exif)
+    Image.new("L", (40, 60), 255).save(path / "masks/turned.png")                # already upright
+    load_samples(path).check()
+    monkeypatch.setattr(data, "load_image", lambda source: pytest.fail("decoded"))
+    load_samples(path)[:2].check()
 
 
 def test_a_corner_pixel_is_no_fraction(folder):
@@ -547,12 +570,32 @@ def test_python_data_py_prints_what_is_there_and_every_bad_row(folder, capsys):
     assert main([str(path), "--sheet", str(path / "sheet.png")]) == 2
     out = capsys.readouterr().out
     for line in ("test: 1 of 1 rows", "train: 3 of 5 rows", "1 Brain / tumour", "60x40 (3)", "line 2, mask: no such file",
-                 'line 4, bbox: is missing, but there is "box"', "line 6, id: 'a' is there already"):
+                 'line 4, bbox: is missing, but there is "box"', "line 6, id: 'a' is there already",
+                 f"ids as {path.name}-1 (the row's id, else the folder's name and the line)", "(none): not in the row"):
         assert line in out
-    assert Image.open(path / "sheet.png").size == (6 * 224, 224)
+    sheet = np.asarray(Image.open(path / "sheet.png"))
+    assert sheet.shape[:2] == (224 + 58, 6 * 224) and sheet[224:, :224].any() and not sheet[224:, -224:].any()   # id, query
     assert main([str(path), "--split", "test"]) == 0
     with pytest.raises(ValueError, match="no sample in split 'nope'; the splits there: test, train"):
         main([str(path), "--split", "nope"])
+
+
+def test_a_broken_line_is_a_bad_row_of_data_py_once_and_skipping_is_advised_only_where_it_helps(folder, capsys):
+    from tools.data_report import main
+    path = folder({}, {"split": "test"})
+    (path / "samples.jsonl").write_text((path / "samples.jsonl").read_text() + '\n{"image": "a.png", "query')
+    assert main([str(path)]) == 2
+    out = capsys.readouterr().out
+    assert out.count("line 3, text: not JSON") == 1 and "train: 1 of 2 rows" in out and "--skip-bad-rows" not in out
+    with pytest.raises(BadRow, match="line 3, text: not JSON.*fix the row or use --skip-bad-rows"):
+        load_samples(path).check()
+    samples = load_samples(path, "test", skip_bad_rows=True)
+    assert len(samples) == 1 and "--skip-bad-rows" not in samples.skipped[0]
+    (path / "samples.jsonl").write_text("{half")
+    assert main([str(path)]) == 2
+    with pytest.raises(ValueError, match="no usable sample .* line 1, text: not JSON") as error:
+        load_samples(path, skip_bad_rows=True)
+    assert "--skip-bad-rows" not in str(error.value)
 
 
 def test_in_the_model_frame_no_held_out_question_pays_for_pushing_its_points_apart():

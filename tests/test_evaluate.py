@@ -13,6 +13,7 @@ import crm as crm_module
 import evaluate
 from conftest import noise_image, ranks
 from data import Frame, Sample, load_samples, model_size, to_model
+from runtime.cli import parse_args
 from tools import pictures, predictions
 from tools.predictions import decode_mask, encode_mask
 from test_scripts import ROOT, rows, run
@@ -54,7 +55,7 @@ def test_tables_of_a_hand_made_file_equal_numbers_by_hand(tmp_path):
     assert summary["supercategory"]["B"]["iou"]["mean"] == 0.25 and summary["category"]["a"]["n"] == 2
     assert summary["refusals"] == {"no answer block": 1}
     text = (folder / "table.md").read_text()
-    assert "| all | 4 | 37.5 [" in text and "1 × no answer block" in text and "| B | 2 | 25.0 [0.0, 50.0]" in text
+    assert "| all | 4 | 37.5 [–]" in text and "1 × no answer block" in text and "| B | 2 | 25.0 [–]" in text
     assert "named" not in text and "voted" not in text
     assert "| all | 4 |" in out
 
@@ -164,7 +165,7 @@ def test_missing_predictions_are_refusals_that_are_counted_and_reported(tmp_path
 
 
 @pytest.mark.parametrize("change, flags, says", [
-    (lambda a: a + [dict(a[0], id="nobody")], "", "1 of 7 ids are not in --data"),
+    (lambda a: a + [dict(a[0], id="nobody")], "", "'nobody'; those there are as 'test_00000'"),
     (lambda a: a + [a[2]], "", "line 7: id"),
     (lambda a: a, "--frame model --resize square:56", "--frame model is wrong"),
     (lambda a: [{"bbox": [1, 2, 3, 4]}], "", "line 1: an object with id"),
@@ -176,6 +177,18 @@ def test_predictions_that_cannot_be_meant_are_refused_with_one_line_and_nothing_
         tmp_path, tests, change, flags, says):
     _, error = predicted(tmp_path, change(list(answers(tests, "pixels"))), flags, check=2)
     assert says in error and error.count("\n") == 1 and not (tmp_path / "p").exists()
+
+
+def test_the_example_that_the_help_prints_is_a_line_that_can_be_read(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        parse_args(evaluate.Config, evaluate.__doc__, argv=["--help"])
+    out, _ = run("-m tools.predictions --help")
+    for text in (capsys.readouterr().out, out):
+        line = next(line for line in text.splitlines() if line.strip().startswith('{"id": "mine-3", "bbox"'))
+        assert "python data.py PATH" in text
+        (tmp_path / "p.jsonl").write_text(line[:line.rindex("}") + 1].strip())
+        given, asked = predictions.read_given(str(tmp_path / "p.jsonl"))
+        assert asked == ["bbox", "points"] and len(given["mine-3"]["points"]) == 2
 
 
 class Few(list):
@@ -363,3 +376,52 @@ def test_examples_show_every_question_once_with_a_legend(tmp_path, monkeypatch):
     shown.clear()
     pictures.examples([line(i, [None, [0, 0, 9, 9]][i:i + 1]) for i in range(2)], few(2), tmp_path / "e.png")
     assert shown == [0, 1] and (tmp_path / "e.png").stat().st_size > 1000
+
+
+class Kept(pictures.Figure):
+    """A figure that can still be looked at once it has been written."""
+    written = []
+
+    def savefig(self, *args, **options):
+        super().savefig(*args, **options)
+        self.written.append(self)
+
+
+@pytest.mark.parametrize("n, size", [(1, (30, 200)), (12, (100, 80))])
+def test_examples_show_the_question_and_the_whole_legend_however_narrow_the_image(tmp_path, monkeypatch, n, size):
+    monkeypatch.setattr(pictures, "Figure", Kept)
+    asked = "What could the oval on the left be, which costs $5 at the back and which a $ hides from nobody " + "at all " * 20
+    pictures.examples([line(i, [[0, 0, 10, 10]]) | {"query": asked} for i in range(n)], few(n, size), tmp_path / "e.png")
+    figure = Kept.written.pop()
+    legend, titles = figure.legends[0].get_window_extent(), [axis.get_title() for axis in figure.axes]
+    assert 0 <= legend.x0 < legend.x1 <= figure.bbox.width and 0 <= legend.y0
+    assert all(title.startswith("What could the oval") and title.endswith("…\na, IoU 1.00") for title in titles)
+    assert all(0 <= axis.title.get_window_extent().x0 and axis.title.get_window_extent().x1 <= figure.bbox.width
+               for axis in figure.axes)
+
+
+def test_curves_name_only_what_has_been_logged(tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures, "Figure", Kept)
+    pictures.curves(tmp_path / "c.png", [{"step": 1, "sampled/iou": 0.5, "sampled/named": None}],
+                    {"held out": ["sampled/iou", "sampled/named"], "KL": ["kl"]})
+    first, second = Kept.written.pop().axes
+    assert [text.get_text() for text in first.get_legend().get_texts()] == ["sampled/iou"] and second.get_legend() is None
+
+
+def test_the_interval_of_fewer_than_five_questions_is_a_dash():
+    def cells(n):
+        summary = evaluate.summarise([line(i, [[0, 0, 5 + i, 10]]) for i in range(n)])
+        return evaluate.table(summary).splitlines()[4].split(" | ")
+
+    assert cells(4)[1:3] == ["4", "65.0 [–]"] and cells(5)[1:3] == ["5", "70.0 [58.0, 82.0]"]
+
+
+def test_a_row_that_does_not_fit_its_image_is_refused_before_anything_is_written(tmp_path):
+    for name in ("images", "masks"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+    noise_image(60, 40).save(tmp_path / "data/images/a.png")
+    noise_image(50, 40).save(tmp_path / "data/masks/a.png")
+    (tmp_path / "data/samples.jsonl").write_text(json.dumps({"image": "a.png", "mask": "a.png", "query": "?", "split": "test"}))
+    _, error = run("evaluate.py --asm none --data", tmp_path / "data", "--out", tmp_path / "out", check=2)
+    assert "line 1, mask: is 50x40, its image 60x40; fix the row or use --skip-bad-rows" in error
+    assert error.count("\n") == 1 and not (tmp_path / "out").exists()

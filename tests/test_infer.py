@@ -182,7 +182,7 @@ def test_a_model_whose_logits_are_not_finite_is_one_line(ask, capsys):
 
 
 @pytest.mark.parametrize("flags, told", [
-    ("--image none.png", "--image none.png no such file"), ("--query ' '", "--query is empty"),
+    ("--image none.png", "--image none.png does not exist"), ("--query ' '", "--query is empty"),
     ("--asm otsu", "otsu: no such ASM"), ("--prompt nowhere", "--prompt nowhere"), ("--resize square:5", "square:5"),
     ("--crm ./nowhere", "nowhere"), ("--out {image}", "image.png")])
 def test_bad_input_is_one_line_and_nothing_is_sampled_or_written(ask, tmp_path, capsys, flags, told):

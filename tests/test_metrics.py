@@ -126,7 +126,8 @@ def test_intervals_leave_out_what_is_undefined():
     assert interval([None, 0.5, 0.5]) == (0.5, 0.5, 0.5)
     assert paired_bootstrap([0, None, 0, 1], [1, 1, None, 2]) == (1, 1, 1)
     assert interval([0, 1, 1]).low < 2 / 3 < interval([0, 1, 1]).high
-    assert change_text([0.25, None], [0.5, 1]) == "0.250 -> 0.500   +0.250 [+0.250, +0.250]   1 of 2 questions"
+    assert change_text([0.25] * 5 + [None], [0.5] * 6) == "0.250 -> 0.500   +0.250 [+0.250, +0.250]   5 of 6 questions"
+    assert change_text([0.25] * 4, [0.5] * 4) == "0.250 -> 0.500   +0.250 [–]"          # too few for an interval
     assert change_text([None], [1]) == ""
 
 
@@ -258,10 +259,10 @@ def test_a_step_row_has_the_mean_gap_of_the_first_update():
 
 def test_warnings_name_what_is_wrong_and_are_silent_when_nothing_is():
     fine = {"skipped": 0, "parse_ok": 0.9, "finished": 1.0, "zero_std": 0.1, "entropy": 0.5, "length": 80,
-            "kl": 0.01, "logp_gap_mean": 1e-5}
-    assert warnings_of(fine, fine) == []
+            "kl": 0.01, "logp_gap_mean": 1e-5, "sampled/parse_ok": 0.9}
+    assert warnings_of(fine, fine) == warnings_of({"step": 3, "loss": 1.0}, {}) == []          # GRPO's row, SFT's
     for key, value, flag in (("skipped", 1, "--lr"), ("parse_ok", 0.0, "train_sft.py"), ("finished", 0.2, "--max-new"),
                              ("zero_std", 0.95, "--temperature"), ("entropy", 0.01, "--kl-coef"),
-                             ("kl", 3.0, "--kl-coef"), ("logp_gap_mean", 0.2, "--dtype")):
+                             ("kl", 3.0, "--kl-coef"), ("sampled/parse_ok", 0.6, "--lr"), ("logp_gap_mean", 0.2, "--dtype")):
         warning, = warnings_of(fine | {key: value}, fine)
         assert flag in warning

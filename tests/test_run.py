@@ -253,7 +253,7 @@ def test_warnings_the_first_row_and_skipped_steps_survive_a_resume(cfg, capsys):
     assert capsys.readouterr().out.count("entropy has collapsed") == 1
 
     again = begun(cfg, resume="yes")
-    assert again.first_row["entropy"] == 2.0 and again.skipped == 2
+    assert again.first["entropy"] == 2.0 and again.skipped == 2
     again.warn({"step": 4, **CALM, "entropy": 0.1, "skipped": 0})
     assert "entropy has collapsed" not in capsys.readouterr().out          # said before
     assert again.skipped == 0
@@ -262,6 +262,20 @@ def test_warnings_the_first_row_and_skipped_steps_survive_a_resume(cfg, capsys):
     fresh.warned.clear()
     fresh.warn({"step": 4, **CALM, "entropy": 0.1})                         # against step 1, not against step 4
     assert "entropy has collapsed" in capsys.readouterr().out
+
+
+def test_a_fall_of_the_held_out_parse_rate_is_warned_of_against_the_first_evaluation_also_after_a_resume(cfg, capsys):
+    run = begun(cfg)
+    run.log("metrics", {"step": 0, "sampled/parse_ok": 0.9})
+    train(run, 3, save=(3,))
+    again = begun(cfg, resume="yes")
+    again.warn({"step": 4, "sampled/parse_ok": 0.75})
+    assert "held-out" not in capsys.readouterr().out
+    again.warn(row := {"step": 5, "sampled/parse_ok": 0.5})
+    again.warn({"step": 6, "sampled/parse_ok": 0.4})
+    said = capsys.readouterr().out
+    assert said.count("step 5: far fewer held-out completions can be parsed than at first: lower --lr") == 1
+    assert said.count("held-out") == len(row["warnings"]) == 1
 
 
 def test_skipped_steps_in_a_row_end_the_run_and_others_do_not(cfg):
@@ -355,6 +369,14 @@ def test_a_signal_lets_the_step_finish(cfg, capsys):
     assert run.stopped() and "stopping after this step" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("save_every, says", [(0, "stopped at 7 of 12 steps; the same command with --resume continues\n"),
+                                              (-1, "stopped at 7 of 12 steps\n")])
+def test_a_run_that_was_stopped_says_where_and_how_to_go_on(cfg, capsys, save_every, says):
+    run = train(begun(cfg, save_every=save_every), 7, save=(7,))
+    run.finish(7, compare=True)
+    assert says in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------- evaluation, report, curves
 
 
@@ -386,13 +408,13 @@ def test_the_held_out_split_is_sampled_at_the_temperature_of_training(cfg, monke
 
 
 def test_the_report_compares_the_questions_that_both_evaluations_have(cfg, capsys):
-    run = train(begun(cfg), 3)
+    run = train(begun(cfg, steps=3), 3)
     run.log("held_out", *({"step": 0, **row} for row in held_out_rows(4, 0.25)))
     run.log("held_out", *({"step": 3, **row} for row in held_out_rows(6, 0.5)))         # a larger --eval-limit
-    run.finish(compare=True)
+    run.finish(3, compare=True)
     said = capsys.readouterr().out
     assert "step 0 -> 3" in said and "0.250 -> 0.500" in said and "1.00 s per step" in said and "metrics.jsonl" in said
-    run.finish(compare=False)
+    run.finish(3, compare=False)
     assert "0.250" not in capsys.readouterr().out
 
 

@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -79,7 +80,7 @@ def refusal(capfd, module, *flags):
 
 
 @pytest.mark.parametrize("flags, says", [
-    ("--image {0}/none.png --query x", "none.png no such file"), ("--image {0} --query x", "directory"),
+    ("--image {0}/none.png --query x", "none.png does not exist"), ("--image {0} --query x", "directory"),
     ("--image {0}/text.png --query x", "text.png is not an image"), ("--image {1} --query '  '", "--query is empty"),
     ("--image {0}/one.png --query x", "one.png is 1x1"), ("--image {0}/huge.png --query x", "huge.png has more than"),
     ("--image {1} --query x --crm {0}", "config.json"), ("--image {1} --query x --asm {0}/text.png", "text.png"),
@@ -96,7 +97,7 @@ def test_infer_refuses_bad_input_with_one_line_and_writes_nothing(tmp_path, capf
 
 def test_the_exit_status_of_the_program_itself_is_2(tmp_path):
     _, error = run("infer.py --query x --image", tmp_path / "none.png", "--out", tmp_path / "out", check=2)
-    assert error.startswith("error: ") and error.count("\n") == 1
+    assert error == f"error: --image {tmp_path / 'none.png'} does not exist\n"          # the name once
 
 
 def test_infer_says_why_when_no_answer_is_usable(tmp_path):
@@ -110,7 +111,7 @@ def test_infer_says_why_when_no_answer_is_usable(tmp_path):
 
 
 def test_numbers_out_of_range_are_refused(capsys):
-    for flags in ("--minibatches 0", "--save-every -2", "--seed -1", "--kl-coef -0.1", "--max-new-tokens 0"):
+    for flags in ("--steps -1", "--steps 0", "--prompts 0", "--minibatches 0", "--save-every -2", "--seed -1", "--kl-coef -0.1", "--max-new-tokens 0"):
         with pytest.raises(SystemExit) as exit_:
             parse_args(train_grpo.Config, "", argv=shlex.split(flags))
         assert exit_.value.code == 2 and f"{flags}: must be at least" in capsys.readouterr().err
@@ -160,7 +161,8 @@ def test_every_training_recipe_of_7b_fits_its_gpu(recipe, most, config_of_7b):
 
 @pytest.mark.parametrize("flags, says", [
     ("--group 1", "--group 1: must be at least 2"),
-    ("--prompts 6 --minibatches 4", "multiple of ranks x --minibatches"),
+    ("--prompts 6 --minibatches 4", "--prompts 6: must be a multiple of ranks x --minibatches, 1 x 4, as an update takes "
+     "whole groups; give --prompts 8 or another number of --minibatches"),
     ("--temperature 0", "--temperature 0.0: must be greater than 0"), ("--weights box_iou", "--weights box_iou"),
     ("--weights nonsense=1", "nonsense"), ("--resize 840", "--resize 840"), ("--trainable '*'", "--trainable *"),
     ("--data nowhere", "nowhere"), ("--resume", "--resume"),
@@ -249,6 +251,7 @@ def test_ctrl_c_finishes_the_step_saves_and_exits_0(tmp_path):
     said = process.communicate(60)
     assert process.returncode == 0, said
     last = rows(tmp_path / "run/metrics.jsonl")[-1]["step"]
+    assert f"stopped at {last} of 500 steps; the same command with --resume continues" in said[0]
     assert last < 500 and (tmp_path / f"run/step_{last:06d}/model.safetensors").exists()
 
 
@@ -279,6 +282,18 @@ def test_sft_learns_the_trace_where_it_is_wanted(monkeypatch, tmp_path, flags, l
     assert str(seen.value).startswith("<think>") == learned and "<answer>" in str(seen.value)
 
 
+@pytest.mark.parametrize("flags, traces, warned", [("", 0, 1), ("", 1, 0), ("--prompt direct", 0, 0), ("--no-think", 0, 0)])
+def test_sft_warns_once_where_the_prompt_asks_for_traces_and_no_row_has_one(tmp_path, capfd, flags, traces, warned):
+    for name in ("images", "masks"):
+        (tmp_path / "mine" / name).mkdir(parents=True)
+        Image.effect_noise((60, 60), 99).save(tmp_path / "mine" / name / "a.png")
+    lines = [{"image": "a.png", "mask": "a.png", "query": "?"} | ({"think": "a disc"} if i < traces else {}) for i in range(4)]
+    (tmp_path / "mine/samples.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    argv = shlex.split(f"--crm demo/crm --batch 2 --steps 2 --save-every -1 {flags}")
+    train_sft.main(parse_args(train_sft.Config, "", argv=[*argv, "--data", str(tmp_path / "mine"), "--out", str(tmp_path / "run")]))
+    assert capfd.readouterr().out.count("no training row has one") == warned
+
+
 def test_a_minute_of_grpo_beats_its_start_by_more_than_chance(tmp_path):
     run("train_grpo.py @recipes/demo.args --crm demo/crm --data demo/data --steps 20 --eval-limit 120 --out",
         tmp_path / "run")
@@ -287,6 +302,14 @@ def test_a_minute_of_grpo_beats_its_start_by_more_than_chance(tmp_path):
     assert len(before) == len(after) == min(120, len(load_samples("demo/data", "test")))
     change, low, _ = paired_bootstrap(before, after)
     assert change > 0.05 and low > 0                # the 95 % interval of the paired change excludes chance
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="make is needed")
+def test_make_help_has_a_line_for_every_target_and_the_readme_names_set_up_and_help():
+    said = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    targets = re.findall(r"^\.PHONY: (\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert [line.split()[1] for line in said] == targets and all(len(line.split()) > 3 for line in said)
+    assert all(f"`make {name}`" in (ROOT / "README.md").read_text() for name in ("setup", "help"))
 
 
 def test_the_readme_names_only_files_and_flags_that_exist():

@@ -49,7 +49,7 @@ def test_configuration_once_then_every_row_then_the_end(cfg, fake, name):
     run = train(begun(cfg, track=name), last=3, iou={2: 0.25})
     run.log("samples", {"step": 3, "best": {"reward": 4.0}})
     run.log("metrics", {"step": 4, "reward": 1, "sampled/iou": None, "warnings": ["x"], "skipped": True})
-    run.finish(compare=False)
+    run.finish(12, compare=False)
     first, *rows, last = calls()
     assert first[1].pop("config")["lr"] == cfg.lr and last == ("finish",)
     assert first == ("init", {"project": "medreasoner", "name": "run"})
@@ -68,7 +68,7 @@ def test_only_the_first_rank_tracks(cfg, fake):
     calls = fake("wandb")
     run = begun(cfg, track="wandb", ranks=Ranks(rank=1, world=2))
     run.log("metrics", {"step": 1})
-    run.finish(compare=False)
+    run.finish(12, compare=False)
     assert calls() == [] and "wandb" not in sys.modules
 
 
@@ -78,7 +78,7 @@ def test_only_the_first_rank_tracks(cfg, fake):
 def test_a_tracker_that_raises_is_one_line_and_dropped(cfg, fake, capsys, when, error):
     calls = fake("wandb", f"def {FAILS[when]}: raise {error}\n")
     run = train(begun(cfg, track="wandb"), last=3, save=(3,))
-    run.finish(compare=False)
+    run.finish(12, compare=False)
     out = capsys.readouterr().out
     assert out.count("--track wandb") == 1 and out.count("no network") == 1 and error.split("(")[0] in out
     assert [row["step"] for row in run.read("metrics")] == [1, 2, 3] and 3 in run.checkpoints()
@@ -87,7 +87,7 @@ def test_a_tracker_that_raises_is_one_line_and_dropped(cfg, fake, capsys, when, 
 
 def test_a_package_that_does_not_import_is_dropped_too(cfg, fake, capsys):
     fake("trackio", "import a_package_that_is_not_there\n")
-    train(begun(cfg, track="trackio"), last=2).finish(compare=False)
+    train(begun(cfg, track="trackio"), last=2).finish(12, compare=False)
     assert capsys.readouterr().out.count("--track trackio: ModuleNotFoundError: No module named") == 1
 
 
@@ -155,9 +155,9 @@ def test_what_is_no_run_is_one_line(tmp_path, fake, monkeypatch, capsys):
 def test_tensorboard_reads_back_every_number(cfg):
     pytest.importorskip("tensorboard", reason="pip install -r requirements-tools.txt")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    train(begun(cfg, track="tensorboard"), last=6, save=(4,), loss=0.5).finish(compare=False)
+    train(begun(cfg, track="tensorboard"), last=6, save=(4,), loss=0.5).finish(12, compare=False)
     run = train(begun(cfg, resume="yes", track="tensorboard", steps=20), last=8, loss=0.25)
-    run.finish(compare=False)
+    run.finish(12, compare=False)
     events = EventAccumulator(str(run.folder / "tensorboard"))
     events.Reload()
     read = [(scalar.step, scalar.value) for scalar in events.Scalars("loss")]

@@ -15,7 +15,7 @@ from data import BadRow, load_image, load_samples
 from test_hostile import FEW, SEEDS, bent
 from test_infer import ask, completion          # noqa: F401 (ask is a fixture)
 from test_scripts import refusal
-from tools.scan_files import SeveralFrames
+from tools.scan_files import Refused, SeveralFrames
 from tools.volumes import PLANES, ScanConfig, View, find_window, read_view, slice_number
 
 nib = pytest.importorskip("nibabel")
@@ -407,7 +407,7 @@ def bad(tmp_path_factory):
     ("{dicom}/dicomdirtests/98892001/CT5N --frame 1", "series of files"),
     ("{dicom}/dicomdirtests/98892001/CT5N --plane diagonal", "invalid choice"),
     ("{bad}/picture.png --slice 3 --window lung", "is neither DICOM nor NIfTI: leave out --slice, --window"),
-    ("{bad}/none.nii --slice 3", "no such file")])
+    ("{bad}/none.nii --slice 3", "none.nii does not exist")])
 def test_bad_input_is_one_line_with_status_2_and_nothing_is_written(bad, tmp_path, capfd, flags, says):
     flags = flags.format(bad=bad, nifti=NIFTI, dicom=DICOM)
     line, = refusal(capfd, infer, "--query x --image", flags, "--out", tmp_path / "out")
@@ -465,6 +465,15 @@ def test_samples_of_scans(tmp_path, volumes):
 
 
 # ---------------------------------------------------------------- files from strangers
+
+
+def test_a_header_that_claims_billions_of_frames_is_refused_before_memory_is_taken(tmp_path):
+    header = pydicom.dcmread(DICOM / "CT_small.dcm")
+    header.NumberOfFrames = 2 * 10 ** 9
+    header.save_as(tmp_path / "a.dcm")
+    for frame in (None, 3):
+        with pytest.raises(Refused, match="^claims to have 2,000,000,000 frames: 100,000 can be read at most$"):
+            view_of(tmp_path / "a.dcm", frame=frame)
 
 
 @pytest.mark.parametrize("name", ["MR_small.dcm", "MR_small_RLE.dcm", "SC_rgb_rle_2frame.dcm", "liver_1frame.dcm",

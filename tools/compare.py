@@ -6,6 +6,8 @@ import numpy as np
 from runtime.metrics import QUESTION_METRICS, paired_bootstrap
 from tools.predictions import read_predictions
 
+FEW = 5                         # of fewer questions a bootstrap interval says nothing: a dash is shown
+
 
 def compare(one: str, two: str, metrics: dict) -> None:
     """Print the paired differences of two evaluations of the same questions. metrics: evaluate.METRICS."""
@@ -16,7 +18,7 @@ def compare(one: str, two: str, metrics: dict) -> None:
     print(f"{one} -> {two}, {len(before)} questions, percent [95 % paired bootstrap interval]")
     for title, metric in metrics.values():
         old, new = ([metric(side[name]) for name in before] for side in (before, after))
-        if text := change_text(old, new, percent=True):
+        if text := change_text(old, new, in_percent=True):
             print(f"  {title:21} {text}")
 
 
@@ -46,14 +48,23 @@ def summary_lines(before: list[dict], after: list[dict]) -> list[str]:
     return lines
 
 
-def change_text(before: list, after: list, percent: bool = False) -> str:
+def percent(found: dict | None, sign: str = "") -> str:
+    """"37.5 [30.0, 45.0]" of an Interval as a dict, with its n; "–" where there is none."""
+    if not found:
+        return "–"
+    mean, *ends = (f"{100 * found[key]:{sign}.1f}" for key in ("mean", "low", "high"))
+    return f"{mean} [{', '.join(ends) if found['n'] >= FEW else '–'}]"
+
+
+def change_text(before: list, after: list, in_percent: bool = False) -> str:
     """"0.250 -> 0.300   +0.050 [+0.010, +0.090]" over the questions where both are defined; "" if none."""
     pairs = [pair for pair in zip(before, after) if None not in pair]
     if not pairs:
         return ""
     numbers = np.array([*np.mean(pairs, axis=0), *paired_bootstrap(*zip(*pairs))])
-    form = "{:.3f} -> {:.3f}   {:+.3f} [{:+.3f}, {:+.3f}]"
-    if percent:
-        form, numbers = "{:5.1f} -> {:5.1f}   {:+.1f} [{:+.1f}, {:+.1f}]", 100 * numbers
+    form, ends = "{:.3f} -> {:.3f}   {:+.3f}", " [{:+.3f}, {:+.3f}]"
+    if in_percent:
+        form, ends, numbers = "{:5.1f} -> {:5.1f}   {:+.1f}", " [{:+.1f}, {:+.1f}]", 100 * numbers
+    form += ends if len(pairs) >= FEW else " [–]"
     some = "" if len(pairs) == len(before) else f"   {len(pairs)} of {len(before)} questions"
     return form.format(*numbers) + some

@@ -32,6 +32,7 @@ from runtime.files import write_whole
 from runtime.metrics import QUESTION_METRICS, interval, mask_dice, paired_bootstrap
 from runtime.readers import read_rows
 from tools.boxes import pieces
+from tools.compare import percent
 from tools.predictions import read_predictions, shown
 
 COUNTS = (1, 2, 4, 8)                       # of points, and of pieces that get a box
@@ -188,7 +189,7 @@ def summarise(rows: list[dict], others: list[dict]) -> dict:
         return {"n": len(chosen), "best": best, "chosen_on": len(like),
                 **{key: float(np.mean([row[key] for row in chosen])) for key in ("pieces", "fill", "area")},
                 **{key: {g: ends(values) for g, values in columns[key].items()} for key in columns},
-                "against": {g: paired_bootstrap(columns["dice"][WRITTEN], values)._asdict()
+                "against": {g: paired_bootstrap(columns["dice"][WRITTEN], values)._asdict() | {"n": len(chosen)}
                             for g, values in columns["dice"].items()},
                 "split": {key: ends([loss[key] for loss in losses]) for key in losses[0]},
                 **{key: ends([row[key] for row in chosen]) for key in IOUS if key in rows[0]}}
@@ -203,11 +204,6 @@ def summarise(rows: list[dict], others: list[dict]) -> dict:
 def some_pieces(row: dict) -> str:
     """A key of PIECES."""
     return next(name for name, most in PIECES.items() if row["pieces"] <= most)
-
-
-def percent(found: dict | None, sign: str = "") -> str:
-    form = "{:" + sign + ".1f} [{:" + sign + ".1f}, {:" + sign + ".1f}]"
-    return form.format(*(100 * found[key] for key in ("mean", "low", "high"))) if found else "–"
 
 
 def markdown(head: list[str], lines: list[list[str]]) -> list[str]:

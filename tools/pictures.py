@@ -1,6 +1,7 @@
 """Pictures of runs and evaluations, drawn with matplotlib, which is imported only here."""
 import math
 from pathlib import Path
+from textwrap import wrap
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -12,6 +13,7 @@ from runtime.metrics import iou
 from tools.predictions import decode_mask, shown
 
 WHITE = (255, 255, 255)
+LEGEND = 5.2                    # inches that the legend of examples.png needs
 
 
 def curves(path: Path, rows: list[dict], panels: dict[str, list[str]]) -> None:
@@ -22,6 +24,8 @@ def curves(path: Path, rows: list[dict], panels: dict[str, list[str]]) -> None:
         axis = figure.add_subplot(2, columns, place, title=title, xlabel="step")
         for key in keys:
             logged = [row for row in rows if row.get(key) is not None]
+            if not logged:
+                continue
             steps, values = [row["step"] for row in logged], [row[key] for row in logged]
             width = max(1, len(values) // 10)
             means = [np.mean(values[max(0, i + 1 - width):i + 1]) for i in range(len(values))]
@@ -34,13 +38,13 @@ def curves(path: Path, rows: list[dict], panels: dict[str, list[str]]) -> None:
 
 
 def examples(rows: list[dict], samples, path: Path, most: int = 12) -> None:
-    """Up to `most` different questions from the worst to the best IoU, one picture each: box, points and mask of the
-    kept completion, the true box and the true mask. rows: lines of predictions.jsonl."""
+    """Up to `most` different questions from the worst to the best IoU, one picture each below the question: box, points
+    and mask of the kept completion, the true box and the true mask. rows: lines of predictions.jsonl."""
     order = sorted(rows, key=lambda row: (iou(row, shown(row)) or 0, row["index"]))
     picks = np.unique(np.linspace(0, len(order) - 1, most).round().astype(int))
     columns = min(4, len(picks))
     lines = math.ceil(len(picks) / columns)
-    figure = Figure(figsize=(3.2 * columns, 3.5 * lines + 0.8), layout="constrained")
+    figure = Figure(figsize=(max(3.2 * columns, LEGEND), 3.9 * lines + 0.8), layout="constrained")
     for place, pick in enumerate(picks, 1):
         axis = figure.add_subplot(lines, columns, place)
         axis.axis("off")
@@ -65,4 +69,5 @@ def draw_example(axis, p: dict, sample) -> None:
         axis.contour(np.arange(W) + 0.5, np.arange(H) + 0.5, sample.mask, [0.5], colors=[white],
                      linestyles="dotted", linewidths=1.2)
     said = completion["problem"] or (f"IoU {iou(p, completion):.2f}" if "bbox" in p["asked"] else "")
-    axis.set_title(", ".join(filter(None, (p["category"] or p["id"], said))), fontsize=9)
+    about = ", ".join(filter(None, (p["category"] or p["id"], said)))
+    axis.set_title("\n".join([*wrap(p["query"], 46, max_lines=3, placeholder=" …"), about]), fontsize=8, parse_math=False)

@@ -3,10 +3,13 @@
 A line of predictions.jsonl is what metrics.prediction returns, with masks as COCO's run lengths: scoring needs nothing
 else.
 
-A line of --predictions: {"id": …, "text": "<answer>{…}</answer>"}, or {"id": …, "bbox": [4], "points": [[2], [2]]}
-in the frame that --frame names: pixels of the image file, norm1000 (0 to 1000 along each side), or model (as --crm
-resizes images). If no line has points, none were asked for: their metrics are left out, and a line with a good box is no
-refusal. The same holds for boxes. A question without a line is a refusal.
+A line of --predictions is one of
+    {"id": "mine-3", "text": "<think>…</think><answer>{…}</answer>"}              a completion, as our prompts ask for it
+    {"id": "mine-3", "bbox": [30, 40, 90, 95], "points": [[50, 60], [70, 80]]}    x1, y1, x2, y2; x, y of each point
+with ids of the data set (python data.py PATH shows one), in the frame that --frame names: pixels of the image file,
+norm1000 (0 to 1000 along each side), or model (as --crm resizes images). If no line has points, none were asked for:
+their metrics are left out, and a line with a good box is no refusal. The same holds for boxes. A question without a line
+is a refusal.
 """
 import json
 from pathlib import Path
@@ -123,7 +126,7 @@ def from_file(cfg, samples) -> list[dict]:
     given, asked = read_given(cfg.predictions)
     if unknown := list(given.keys() - set(ids)):
         raise ValueError(f"{where}: {len(unknown)} of {len(given)} ids are not in --data {cfg.data}, split "
-                         f"{cfg.split}, the first: {min(unknown)!r}")
+                         f"{cfg.split}, the first: {min(unknown)!r}; those there are as {ids[0]!r}")
     sizes = model_sizes(cfg) if cfg.frame == "model" else None
     rows, boxes, outside = [], 0, 0
     for i, name in enumerate(ids):
@@ -154,3 +157,7 @@ def from_file(cfg, samples) -> list[dict]:
     print0(f"{len(ids) - len(given)} of {len(ids)} questions have no prediction (refusals), "
            f"{outside} boxes leave their image")
     return add_siblings(rows)
+
+
+if __name__ == "__main__":
+    print(__doc__)

@@ -19,6 +19,7 @@ from textwrap import shorten
 
 import numpy as np
 
+MOST_FRAMES = 100_000
 UNEVEN = 0.05                   # images are a volume if their distances differ by less than this share
 GEOMETRY = ("pixdim qform_code sform_code quatern_b quatern_c quatern_d qoffset_x qoffset_y qoffset_z srow_x srow_y "
             "srow_z xyzt_units").split()
@@ -90,8 +91,11 @@ class Dicom:
         self.errors = errors.InvalidDicomError, errors.BytesLengthException
         headers = self.series(files, series)
         with refusing("has a broken header", *self.errors):
-            self.images = [(header, f) for header in headers for f in range(int(header.get("NumberOfFrames") or 1))]
-            count, self.frames = len(self.images), 1                # without --frame all frames are one volume
+            held = [int(header.get("NumberOfFrames") or 1) for header in headers]
+            count, self.frames = sum(held), 1                       # without --frame all frames are one volume
+            if count > MOST_FRAMES:                                 # before a list of that length is made
+                raise Refused(f"claims to have {count:,} frames: {MOST_FRAMES:,} can be read at most")
+            self.images = [(header, f) for header, frames in zip(headers, held) for f in range(frames)]
             if len(headers) > 1 and (frame is not None or count > len(headers)):
                 raise Refused("is a series of files: give one of them to choose a --frame in it")
             if frame is not None:
