@@ -18,13 +18,14 @@ import torch
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
-from crm import CRM, load_crm, remembered_frame
+from crm import CRM, load_crm
 from data import BadRow, load_samples
 from runtime.cli import RunConfig, dashed, print0
 from runtime.files import parse_object, read_jsonl, read_text, read_torch, to_disk, write_whole
 from runtime.metrics import held_out, held_out_means
 from runtime.optim import Optimizer
 from runtime.parallel import Ranks, shard, unsharded
+from runtime.pretrained import remembered_frame
 from runtime.readers import read_rows
 from runtime.step import warnings_of
 
