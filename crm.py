@@ -16,7 +16,6 @@ Shapes: L prompt tokens, G completions per prompt, T completion tokens, S tokens
 D hidden.
 """
 import copy
-import re
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ import torch
 from PIL import Image
 
 from data import MAX_PIXELS, MIN_PIXELS, PROMPTS, Frame, answers_of, load_prompt, model_size
+from runtime.cli import matcher
 from runtime.optim import on_device
 from runtime.pretrained import read_pretrained, remembered_frame, write_pretrained
 
@@ -122,8 +122,9 @@ class CRM:
 
     def trainable(self, pattern: str = "") -> dict[str, torch.nn.Parameter]:
         """The parameters that train, by name. A pattern freezes those whose name has no match of it."""
+        matches = matcher("trainable", pattern)
         for name, p in self.model.named_parameters():
-            if p.requires_grad and not re.search(pattern, name):
+            if p.requires_grad and not matches(name):
                 p.requires_grad_(False)
         chosen = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.freeze_vision = not any(p.requires_grad for p in self.model.model.visual.parameters())

@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from data import load_samples
-from runtime.metrics import mask_dice, paired_bootstrap, region_f1
+from runtime.metrics import mask_dice, region_f1
 from tools.boxes import regions
+from tools.intervals import paired_bootstrap
 from tools.oracle import filled
 from tools.predictions import read_predictions, shown
 

@@ -19,15 +19,13 @@ EMBEDDED = {"crm": ROOT / "demo/crm", "asm": ROOT / "demo/asm", "data": ROOT / "
 
 # ---------------------------------------------------------------- the flags that several scripts share
 
-def flag(default, help: str, choices=None, bare=None, low=None, high=None, above=None, off=None,
-         pattern=False):
+def flag(default, help: str, choices=None, bare=None, low=None, high=None, above=None, off=None):
     """One field of a Config: its default ("required" if it has none) and what --help says.
 
     choices: the values it may have; bare: the value when the flag stands alone; low, high: bounds, inclusive;
-    above: a lower bound, exclusive; off: a value outside the bounds that is allowed, and switches it off;
-    pattern: it is a regular expression."""
+    above: a lower bound, exclusive; off: a value outside the bounds that is allowed, and switches it off."""
     return field(default=default, metadata={"help": help, "choices": choices, "bare": bare, "low": low,
-                                            "high": high, "above": above, "off": off, "pattern": pattern})
+                                            "high": high, "above": above, "off": off})
 
 
 @dataclass
@@ -51,7 +49,7 @@ class RunConfig(ModelConfig):
     # data and run folder
     data: str | None = flag(None, "folder or .parquet file, see data.py")
     test_data: str | None = flag(None, "where the held-out split is, if not in --data")
-    only: str = flag("", "train only on super-categories whose name matches this regular expression", pattern=True)
+    only: str = flag("", "train only on super-categories whose name matches this regular expression")
     skip_bad_rows: bool = flag(False, "skip rows that cannot be used, and count them")
     out: str = flag("runs/new", "run folder")
     resume: str = flag("no", "continue from the last checkpoint in --out; auto: if there is one",
@@ -67,7 +65,7 @@ class RunConfig(ModelConfig):
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm", above=0)
     lora_rank: int = flag(0, "train LoRA matrices of this rank instead of the whole model (0: whole)", low=0)
     freeze_vision: bool = flag(False, "do not train the vision tower")
-    trainable: str = flag("", "train only parameters whose name matches this regular expression", pattern=True)
+    trainable: str = flag("", "train only parameters whose name matches this regular expression")
     checkpointing: bool = flag(False, "recompute activations in the backward pass to save memory")
     offload: bool = flag(False, "keep master weights, AdamW's moments and the reference in host memory")
     # reward: of training (GRPO) and of the held-out evaluation
@@ -138,7 +136,7 @@ def parse_args(config_class, doc: str, recipe: str | None = None, argv: list[str
     config = config_class(**values)
     for f in fields(config):
         value = getattr(config, f.name)
-        problem = "is required" if value == "required" else wrong_value(value, f.metadata)
+        problem = "is required" if value == "required" else out_of_range(value, f.metadata)
         if problem:
             parser.error(f"{dashed(f.name)} {problem}")
     for name in embedded(config):
@@ -176,17 +174,20 @@ def parse_weights(text: str) -> dict[str, float]:
     return weights
 
 
+def matcher(name: str, pattern: str):
+    """re.search for the regular expression that a flag gives; ValueError where it is none."""
+    try:
+        return re.compile(pattern).search
+    except re.error as error:
+        raise ValueError(f"{dashed(name)} {pattern}: not a regular expression ({error})") from None
+
+
 def dashed(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def wrong_value(value, rule) -> str:
-    """What is wrong with a number, by its flag's bounds, or with a regular expression; "" if nothing is."""
-    if rule["pattern"]:
-        try:
-            re.compile(value)
-        except re.error as error:
-            return f"{value}: not a regular expression ({error})"
+def out_of_range(value, rule) -> str:
+    """What is wrong with a number, by its flag's bounds; "" if nothing is."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return ""
     if not math.isfinite(value):

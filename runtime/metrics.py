@@ -1,11 +1,11 @@
-"""What is measured of completions: scores, their means over held-out questions, the intervals around them.
+"""What is measured of completions: scores, and their means over held-out questions.
 
 Held-out evaluation and evaluate.py's tables score a completion in one way: `prediction` takes its box and points to
 the image frame as they are, never clipped; a question's score is the mean over its completions. A completion with a
 problem (rewards.parse_answer) is a refusal. What can still be read of it counts; what cannot be read scores 0.
 """
 import hashlib
-from collections import defaultdict, namedtuple
+from collections import defaultdict
 from collections.abc import Iterator
 
 import numpy as np
@@ -14,8 +14,6 @@ from data import BadRow, OneBox, clip_to, fill_prompt, to_image
 from rewards import Answer, box_iou, parse_answer, point_dice, smooth_log, total_reward
 from runtime.parallel import Ranks
 from sampling import sample as sample_groups
-
-Interval = namedtuple("Interval", "mean low high")
 
 
 def prediction(sample, index: int, texts: list[str], frame, official: bool = False, answers=OneBox) -> dict:
@@ -139,19 +137,32 @@ def mask_dice(mask: np.ndarray, truth: np.ndarray) -> float:
     return float(2 * (mask & truth).sum() / max(1, mask.sum() + truth.sum()))
 
 
+def united_mask(asm, pixels: np.ndarray, parts) -> tuple[np.ndarray, list[float]]:
+    """The masks of some boxes and points, united. pixels (H, W, 3) uint8; parts: (bbox, points), image frame, either
+    may be None -> (H, W) bool, and the segmenter's own score of each part that has something. Coordinates are
+    clipped: the segmenter was not trained on boxes that leave their image."""
+    mask, scores = np.zeros(pixels.shape[:2], bool), []
+    for bbox, points in parts:
+        if bbox or points:
+            prompt = ([clip_to(pixels.shape[1::-1], xy)] if xy else None for xy in (bbox, points))
+            masks, (score, *_) = asm.segment(pixels, *prompt)
+            mask |= masks[0]
+            scores.append(float(score))
+    return mask, scores
+
+
 def mask_rewards(asm, sample, texts: list[str], frame, answers=OneBox, official: bool = False) -> list[float]:
     """The reward term mask_dice: S_log(Dice) of the frozen segmenter's mask for each completion, of several boxes the
     masks united; 0 without a box. frame: of the completions. BadRow where the sample has no true mask."""
     if sample.mask is None:
         raise BadRow(f"sample {sample.id}: no mask, which the mask_dice reward needs; drop it from --weights")
-    image, dice = np.asarray(sample.image), []
+    pixels, rewards = np.asarray(sample.image), []
     for answer in (answers.read(text, official) for text in texts):
-        masks = []
-        for part in answer.parts or [answer]:
-            bbox, points = (xy and [clip_to(sample.image.size, to_image(xy, frame))] for xy in (part.bbox, part.points))
-            masks += [asm.segment(image, bbox, points)[0][0]] if bbox else []
-        dice.append(smooth_log(mask_dice(np.any(masks, axis=0), sample.mask)) if masks else 0.0)
-    return dice
+        parts = [(to_image(part.bbox, frame), part.points and to_image(part.points, frame))
+                 for part in answer.parts or [answer] if part.bbox]
+        mask, _ = united_mask(asm, pixels, parts)
+        rewards.append(smooth_log(mask_dice(mask, sample.mask)) if parts else 0.0)
+    return rewards
 
 
 def medoid(answers: list[Answer]) -> tuple[int | None, float | None]:
@@ -212,18 +223,3 @@ def held_out_means(rows: list[dict]) -> dict[str, float]:
             if row[key] is not None:
                 values.setdefault(f"{row['kind']}/{key}", []).append(row[key])
     return {key: sum(scores) / len(scores) for key, scores in values.items()}
-
-
-def interval(values, draws: int = 2000, seed: int = 0) -> Interval | None:
-    """Mean and 95 % percentile bootstrap interval of the values that are not None; None if there are none."""
-    values = np.array([value for value in values if value is not None], dtype=float)
-    if not len(values):
-        return None
-    picks = np.random.default_rng(seed).integers(0, len(values), (draws, len(values)))
-    low, high = np.percentile(values[picks].mean(1), [2.5, 97.5])
-    return Interval(float(values.mean()), float(low), float(high))
-
-
-def paired_bootstrap(before, after, draws: int = 2000, seed: int = 0) -> Interval | None:
-    """`interval` of after - before over the same questions; one with None on either side is left out."""
-    return interval([b - a for a, b in zip(before, after) if None not in (a, b)], draws, seed)

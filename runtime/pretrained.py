@@ -47,7 +47,8 @@ def remembered_frame(path: str | Path) -> dict:
     file = Path(path) / FRAME_FILE
     saved = parse_object(read_text(file), file) if file.is_file() else {}
     for key, value in saved.items():
-        if type(value) is not FRAME_TYPES.get(key) or (key == "prompt" and value not in PROMPTS and "{query}" not in value):
+        lost = key == "prompt" and value not in PROMPTS and "{query}" not in str(value)
+        if type(value) is not FRAME_TYPES.get(key) or lost:
             raise ValueError(f"{file}: {key}: {value!r} is not what save writes there; mend or remove the file")
     return saved
 

@@ -56,12 +56,10 @@ def sample_indices(count: int, n: int, seed: int, step: int) -> list[int]:
 
 
 def load_splits(cfg: RunConfig):
-    """(training samples, held-out samples), each row's cheap properties checked; prints what was skipped."""
+    """(training samples, held-out samples), each row's cheap properties checked."""
     def load(path, split):
         samples = load_samples(path, split, cfg.skip_bad_rows)
         samples.check()
-        if samples.skipped:
-            print0(f"{path}, {split}: {len(samples.skipped)} bad rows skipped; first: {samples.skipped[0]}")
         return samples
 
     train = load(cfg.data, "train")

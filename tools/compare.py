@@ -3,7 +3,8 @@ from itertools import product
 
 import numpy as np
 
-from runtime.metrics import QUESTION_METRICS, paired_bootstrap
+from runtime.metrics import QUESTION_METRICS
+from tools.intervals import paired_bootstrap
 from tools.predictions import read_predictions
 
 

@@ -29,10 +29,12 @@ from data import Samples, box_from_mask, clip_to, load_samples
 from rewards import Box, Points
 from runtime.cli import print0
 from runtime.files import write_whole
-from runtime.metrics import QUESTION_METRICS, interval, mask_dice, paired_bootstrap
+from runtime.metrics import QUESTION_METRICS, mask_dice
 from runtime.readers import read_rows
 from tools.boxes import pieces
+from tools.intervals import interval, paired_bootstrap
 from tools.predictions import read_predictions, shown
+from tools.tables import percent
 
 COUNTS = (1, 2, 4, 8)                       # of points, and of pieces that get a box
 WRITTEN = "box, 2 points"                   # what a CRM writes
@@ -203,11 +205,6 @@ def summarise(rows: list[dict], others: list[dict]) -> dict:
 def some_pieces(row: dict) -> str:
     """A key of PIECES."""
     return next(name for name, most in PIECES.items() if row["pieces"] <= most)
-
-
-def percent(found: dict | None, sign: str = "") -> str:
-    form = "{:" + sign + ".1f} [{:" + sign + ".1f}, {:" + sign + ".1f}]"
-    return form.format(*(100 * found[key] for key in ("mean", "low", "high"))) if found else "–"
 
 
 def markdown(head: list[str], lines: list[list[str]]) -> list[str]:
