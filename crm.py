@@ -108,7 +108,7 @@ class CRM:
             model.model.visual.requires_grad_(False)
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.root, self.ref_root = None, None               # set by runtime.parallel.shard
+        self.root, self.ref_root = None, None               # set by tools.fsdp.shard
 
         to_id = tokenizer.convert_tokens_to_ids
         self.image_id, end, banned = to_id("<|image_pad|>"), to_id(list(END)), to_id(list(BANNED))
@@ -134,7 +134,7 @@ class CRM:
 
     def run(self, function: Callable, *args):
         """function(*args), which uses the weights: through the module whose hooks gather them where they are
-        sharded over ranks (runtime.parallel.shard), else plainly."""
+        sharded over ranks (tools.fsdp.shard), else plainly."""
         return function(*args) if self.root is None else self.root(function, *args)
 
     # ------------------------------------------------------------ from image and text to what the model reads

@@ -36,7 +36,6 @@ from crm import Group
 from data import BadRow, Sample, fill_prompt
 from rewards import reward_formula, total_reward
 from runtime.cli import RunConfig, exit_on, flag, parse_args, parse_weights, print0
-from runtime.metrics import mask_rewards
 from runtime.parallel import Ranks, equal_passes, unsharded
 from runtime.run import Run, learning_rate, load_policy, load_splits, sample_indices
 from runtime.step import PANELS, add_up, check_first_step, completion_rows, step_row, total_stats
@@ -146,6 +145,7 @@ def reward(sample: Sample, group: Group, cfg: Config, weights: dict[str, float],
     frame = group.prompt.frame
     terms = answers.reward_terms(group.texts, sample, frame, cfg.official)
     if asm:
+        from tools.mask_reward import mask_rewards
         for term, dice in zip(terms, mask_rewards(asm, sample, group.texts, frame, answers, cfg.official)):
             term["mask_dice"] = dice
     totals = [total_reward(term, cfg.mode, weights) for term in terms]

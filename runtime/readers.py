@@ -12,6 +12,7 @@ data.py checks; coordinates are pixels of the upright image:
 To add a reader, write the function and name it in READERS, by the pattern of a path or of what is in a folder.
 """
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 from runtime.files import parse_object, read_text
@@ -63,20 +64,13 @@ def file_in(folder: Path, name) -> Path:
     return file
 
 
-def read_parquet(path: Path, split: str) -> tuple[list[dict], list[str]]:
-    """U-MRG's parquet files, see tools/umrg.py."""
-    from tools.umrg import read
-    return read(path, split)
+def in_tools(module: str):
+    """The reader `read` of a module in tools/, which is imported once a path needs it."""
+    return lambda path, split: import_module(f"tools.{module}").read(path, split)
 
 
-def read_coco(path: Path, split: str) -> tuple[list[dict], list[str]]:
-    """COCO's json files, see tools/coco.py."""
-    from tools.coco import read
-    return read(path, split)
-
-
-READERS = {"samples.jsonl": read_folder, "**/*.parquet": read_parquet,      # pattern of a file: its reader
-           "**/*.json": read_coco}
+READERS = {"samples.jsonl": read_folder, "**/*.parquet": in_tools("umrg"),  # pattern of a file: its reader
+           "**/*.json": in_tools("coco")}
 
 
 def read_rows(path: Path, split: str | None) -> tuple[list[dict], list[str]]:

@@ -24,7 +24,7 @@ from runtime.cli import RunConfig, dashed, print0
 from runtime.files import parse_object, read_jsonl, read_text, read_torch, to_disk, write_whole
 from runtime.metrics import held_out, held_out_means
 from runtime.optim import Optimizer
-from runtime.parallel import Ranks, shard, unsharded
+from runtime.parallel import Ranks, unsharded
 from runtime.pretrained import remembered_frame
 from runtime.readers import read_rows
 from runtime.step import warnings_of
@@ -84,6 +84,7 @@ def load_policy(cfg: RunConfig, ranks: Ranks, reference: bool = False) -> tuple[
                    min_pixels=cfg.min_pixels, max_pixels=cfg.max_pixels, prompt=cfg.prompt, offload=cfg.offload)
     crm.trainable(cfg.trainable)
     if cfg.parallel == "fsdp":
+        from tools.fsdp import shard
         shard(crm, ranks, cfg.offload)
     return crm, Optimizer(crm.trainable(cfg.trainable), cfg.weight_decay, sharded=crm.root is not None,
                           offload=cfg.offload)
