@@ -1,6 +1,6 @@
 """Anatomical Segmentation Module: a frozen promptable segmenter turns an image, boxes and points into masks.
 
-    asm = load_asm("demo/asm", "cpu")                           # a folder written by save_asm
+    asm = load_asm("demo/asm", "cpu")                           # a folder: config.yaml, model.safetensors
     asm = load_asm("MedSAM2_latest.pt", "cuda")                 # a released checkpoint: {"model": state_dict}
     asm = load_asm("medsam:medsam_vit_b.pth", "cuda")           # tools/asm_sam.py: MedSAM and SAM-Med2D
     masks, scores = asm.segment(image, boxes=[[40, 30, 90, 80]], points=[[[60, 50], [75, 60]]])
@@ -17,19 +17,16 @@ Differences from the paper's released code:
 3. Images are RGB (the released demo feeds BGR).
 """
 from functools import partial
-from itertools import cycle
 from pathlib import Path
 
 import hydra
 import numpy as np
 import omegaconf
-import safetensors.torch
 import sam2
 import torch
 import torch.nn.functional as F
 import yaml
 from einops import rearrange
-from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 from runtime.files import load_weights, read_safetensors, read_torch
 
@@ -41,8 +38,6 @@ MEDSAM2 = {"image_size": 512, "sam_mask_decoder_extra_args": {
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as SAM 2 was trained
 # the prompt encoder's labels: the two corners of a box, a click on the target, a click beside it
 BOX_LABELS, POINT_LABEL, NEGATIVE_LABEL = (2, 3), (1,), (0,)
-OVERLAY_SIDE = 448  # pictures with a shorter long side are enlarged to it
-MASK_COLOUR, BOX_COLOUR, POINT_COLOURS = (20, 220, 190), (255, 196, 61), ((255, 82, 119), (176, 116, 255))
 
 
 def normalise(pixels):
@@ -192,7 +187,7 @@ def build_model(config, source):
 
 
 def load_sam2(path, device, multimask=False, image_size=None):
-    """An ASM from a folder written by `save_asm` or a MedSAM2 checkpoint. Arguments, errors: see load_asm."""
+    """An ASM from a folder or a MedSAM2 checkpoint. Arguments, errors: see load_asm."""
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such ASM; give a folder with config.yaml and model.safetensors, "
@@ -230,8 +225,8 @@ SEGMENTERS = {
 
 
 def load_asm(spec, device, multimask=False, image_size=None):
-    """A frozen segmenter from a spec: a folder written by `save_asm`, a file {"model": state_dict} of
-    sam2.1 hiera_t, or a prefix in SEGMENTERS with what belongs to it.
+    """A frozen segmenter from a spec: a folder with config.yaml and model.safetensors, a file
+    {"model": state_dict} of sam2.1 hiera_t, or a prefix in SEGMENTERS with what belongs to it.
     multimask   request three masks and keep the one with the best predicted score (SAM-Med2D always does)
     image_size  side of the network's square, a multiple of 32; None for the model's own. SAM 2 only
     FileNotFoundError or ValueError, one line naming the file and the key, if there is no such model.
@@ -243,45 +238,7 @@ def load_asm(spec, device, multimask=False, image_size=None):
     return load_sam2(spec, device, multimask, image_size)
 
 
-def save_asm(asm, folder, dtype=torch.float32):
-    """Write config.yaml and model.safetensors for load_asm. float16 halves the file; it loads as float32."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    omegaconf.OmegaConf.save(omegaconf.OmegaConf.create(asm.config), folder / "config.yaml")
-    weights = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in asm.model.state_dict().items()}
-    safetensors.torch.save_file(weights, folder / "model.safetensors")
-
-
 def overlay(image, mask=None, bbox=None, points=None):
-    """The picture with mask (tint, outline), box and key points drawn in; any of the three may be None.
-    image   PIL image or (H, W, 3) uint8 array
-    mask    (H, W) bool, else ValueError
-    bbox    (x1, y1, x2, y2), edges, image frame; points: any number of (x, y), pixel indices, image frame
-    ->      PIL RGB image, enlarged to a long side of 448 px if it is smaller, so that the lines are crisp
-    """
-    picture = (image if isinstance(image, Image.Image) else Image.fromarray(image)).convert("RGB")
-    enlargement = max(1.0, OVERLAY_SIDE / max(picture.size))
-    size = [max(1, round(side * enlargement)) for side in picture.size]
-    finer = 2 if max(size) <= 1024 else 1  # PIL draws hard edges: draw at twice the size, then shrink
-    canvas = picture.resize([finer * side for side in size], Image.Resampling.BICUBIC)
-    line = finer * max(2, round(max(size) / 280))
-    if mask is not None:
-        if np.shape(mask) != picture.size[::-1]:
-            raise ValueError(f"mask: {np.shape(mask)} is not the image's size, {picture.size[::-1]}")
-        inside = Image.fromarray(np.asarray(mask, dtype=bool).astype(np.uint8) * 255)
-        inside = inside.resize(canvas.size, Image.Resampling.BILINEAR).point(lambda grey: 255 * (grey > 127))
-        contour = ImageChops.subtract(inside, inside.filter(ImageFilter.MinFilter(line // 2 * 2 + 1)))
-        tint = inside.point(lambda grey: grey * 36 // 100)
-        canvas.paste(MASK_COLOUR, mask=ImageChops.lighter(tint, contour))
-    draw = ImageDraw.Draw(canvas)
-    factor = np.array(canvas.size) / picture.size  # image frame -> canvas
-    if bbox is not None:
-        (x1, y1), (x2, y2) = np.sort(np.reshape(bbox, (2, 2)), axis=0) * factor
-        # the dark halo keeps the line readable on bright tissue
-        for grow, width, colour in ((line, 2 * line, "#141414"), (line / 2, line, BOX_COLOUR)):
-            draw.rectangle((x1 - grow, y1 - grow, x2 + grow, y2 + grow), outline=colour, width=width)
-    for point, colour in zip([] if points is None else points, cycle(POINT_COLOURS)):
-        x, y = (np.array(point, dtype=float) + 0.5) * factor  # a point is a pixel's index: draw at its centre
-        for radius, fill in ((3.2 * line, "#141414"), (2.7 * line, "white"), (1.9 * line, colour)):
-            draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
-    return canvas.resize(size, Image.Resampling.LANCZOS)
+    """The picture with mask, box and key points drawn in, a PIL image; arguments as in tools/overlay.py."""
+    from tools.overlay import draw  # only when it is asked for
+    return draw(image, mask, bbox, points)

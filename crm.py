@@ -16,21 +16,18 @@ Shapes: L prompt tokens, G completions per prompt, T completion tokens, S tokens
 D hidden.
 """
 import copy
-import json
-import re
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from data import MAX_PIXELS, MIN_PIXELS, PROMPTS, Frame, answers_of, load_prompt, model_size
-from runtime.files import parse_object, read_pretrained, read_text
+from runtime.cli import matcher
+from runtime.optim import on_device
+from runtime.pretrained import read_pretrained, remembered_frame, write_pretrained
 
 # the chat format that the checkpoints were trained on, around the image and the user's text
 CHAT = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>",
@@ -39,8 +36,6 @@ END = ("<|im_end|>", "<|endoftext|>")       # either one ends a completion
 # never sampled, never scored: an image token in a completion would crash the next forward pass
 BANNED = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-FRAME_TYPES = {"resize": str, "min_pixels": int, "max_pixels": int, "prompt": str}
-FRAME_FILE = "frame.json"                   # what a checkpoint remembers: how its images were resized, its prompt
 
 
 @dataclass
@@ -67,29 +62,12 @@ class Group:
 
 
 def load_crm(path: str | Path, device="cpu", dtype=torch.float32, **options) -> "CRM":
-    """A CRM from a folder or a hub name; options are those of the class. ValueError, one line, where there is no
-    Qwen2.5-VL."""
-    if str(path).startswith((".", "/", "~")) or str(path).count("/") > 1 or Path(path).exists():
-        if not (Path(path) / "config.json").is_file():      # not a hub name: do not ask the hub
-            raise ValueError(f"--crm {path}: no folder with a config.json there")
+    """A CRM from a folder or a hub name; options are those of the class, and where they are None what the checkpoint
+    remembers. ValueError, one line, where there is no Qwen2.5-VL."""
     load_prompt(options.get("prompt") or "reasoning")       # a wrong --prompt is an error now, not after minutes
-    load, remembered = partial(read_pretrained, path), remembered_frame(path)
-    if (kind := load(AutoConfig).model_type) != "qwen2_5_vl":
-        raise ValueError(f"--crm {path}: its config.json says {kind!r}, not 'qwen2_5_vl'")
-    model = load(Qwen2_5_VLForConditionalGeneration, dtype=dtype, attn_implementation="sdpa")
-    options |= {key: value for key, value in remembered.items() if options.get(key) is None}
-    return CRM(model.to(device), load(AutoTokenizer), load(Qwen2VLImageProcessorPil), **options)
-
-
-def remembered_frame(path: str | Path) -> dict:
-    """The resize, min_pixels, max_pixels and prompt that a checkpoint was trained with; {} where it does not say.
-    ValueError where its frame.json says something else."""
-    file = Path(path) / FRAME_FILE
-    saved = parse_object(read_text(file), file) if file.is_file() else {}
-    for key, value in saved.items():
-        if type(value) is not FRAME_TYPES.get(key) or (key == "prompt" and value not in PROMPTS and "{query}" not in value):
-            raise ValueError(f"{file}: {key}: {value!r} is not what save writes there; mend or remove the file")
-    return saved
+    options |= {key: value for key, value in remembered_frame(path).items() if options.get(key) is None}
+    model, *processors = read_pretrained(path, dtype)
+    return CRM(model.to(device), *processors, **options)
 
 
 class CRM:
@@ -120,11 +98,7 @@ class CRM:
         self.ref_model = self.lora = None
         if reference and not lora_rank:
             self.ref_model = copy.deepcopy(model).eval().requires_grad_(False)
-        self.host_weights = []                              # (tensor on the device, its home in host memory)
-        if offload and self.ref_model:
-            self.ref_model.cpu()
-            tensors = *self.ref_model.parameters(), *self.ref_model.buffers()
-            self.host_weights = [(tensor, tensor.data) for tensor in tensors]
+        self.offloaded = self.ref_model.cpu() if offload and self.ref_model else None
         if lora_rank:
             from peft import LoraConfig, get_peft_model
             settings = LoraConfig(r=lora_rank, lora_alpha=lora_alpha or 2 * lora_rank, target_modules=LORA_TARGETS)
@@ -134,7 +108,7 @@ class CRM:
             model.model.visual.requires_grad_(False)
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.root, self.ref_root = None, None               # set by runtime.parallel.shard
+        self.root, self.ref_root = None, None               # set by runtime.fsdp.shard
 
         to_id = tokenizer.convert_tokens_to_ids
         self.image_id, end, banned = to_id("<|image_pad|>"), to_id(list(END)), to_id(list(BANNED))
@@ -148,10 +122,7 @@ class CRM:
 
     def trainable(self, pattern: str = "") -> dict[str, torch.nn.Parameter]:
         """The parameters that train, by name. A pattern freezes those whose name has no match of it."""
-        try:
-            matches = re.compile(pattern).search
-        except re.error as error:
-            raise ValueError(f"--trainable {pattern}: not a regular expression ({error})") from None
+        matches = matcher("trainable", pattern)
         for name, p in self.model.named_parameters():
             if p.requires_grad and not matches(name):
                 p.requires_grad_(False)
@@ -163,7 +134,7 @@ class CRM:
 
     def run(self, function: Callable, *args):
         """function(*args), which uses the weights: through the module whose hooks gather them where they are
-        sharded over ranks (runtime.parallel.shard), else plainly."""
+        sharded over ranks (runtime.fsdp.shard), else plainly."""
         return function(*args) if self.root is None else self.root(function, *args)
 
     # ------------------------------------------------------------ from image and text to what the model reads
@@ -226,38 +197,21 @@ class CRM:
         if self.lora is None and self.ref_model is None:
             raise ValueError("no reference model was kept: load_crm(..., reference=True)")
         policy = self.model, self.root
-        with torch.no_grad(), self.lora.disable_adapter() if self.lora else nullcontext():
+        switched_off = self.lora.disable_adapter() if self.lora else nullcontext()
+        with torch.no_grad(), switched_off, on_device(self.offloaded, self.device):
             try:
-                for tensor, home in self.host_weights:
-                    tensor.data = home.to(self.device)
                 if self.ref_model:
                     self.model, self.root = self.ref_model, self.ref_root
                 yield
             finally:
                 self.model, self.root = policy
-                for tensor, home in self.host_weights:
-                    tensor.data = home
 
     def save(self, path: str | Path) -> None:
         """A folder that from_pretrained and any server loads as it is. LoRA matrices are merged into its weights,
         and kept beside them, exact, in adapter/."""
-        model, weights = self.model, {}
-        for name, p in model.named_parameters(remove_duplicate=False):
-            if "lora_" not in name:
-                weights[name.replace(".base_layer", "")] = p.detach()
-        for name, layer in model.named_modules():
-            if hasattr(layer, "get_delta_weight"):                      # a linear layer with LoRA matrices
-                weight, delta = layer.base_layer.weight.detach(), layer.get_delta_weight("default").detach()
-                weights[f"{name}.weight"] = (weight.float() + delta.float()).to(weight.dtype).cpu()
-        model.generation_config.do_sample = True        # save_pretrained refuses a temperature without it
-        model.save_pretrained(path, state_dict=weights)
-        if self.lora:
-            self.lora.save_pretrained(Path(path) / "adapter")
         # so that a server's own resizing, and load_crm's, give the frame that this model was trained in
         self.image_processor.size = {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels}
-        for part in (self.tokenizer, self.image_processor):
-            part.save_pretrained(path)
-        (Path(path) / FRAME_FILE).write_text(json.dumps(self.frame()) + "\n")
+        write_pretrained(path, self.model, self.tokenizer, self.image_processor, self.lora, self.frame())
 
     def frame(self) -> dict:
         """What a checkpoint remembers (see remembered_frame); the prompt by its name where it has one."""

@@ -28,7 +28,7 @@ from scipy.ndimage import distance_transform_edt
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from rewards import KEY_POINTS, Box, Points, Terms, parse_answer, reward_terms, write_answer
-from runtime.cli import exit_on, print0
+from runtime.cli import exit_on, matcher, print0
 from runtime.files import read_text
 from runtime.images import load_image, load_mask, stored_size
 from runtime.readers import read_rows
@@ -208,8 +208,8 @@ def load_samples(path: str | Path, split: str = "train", skip_bad_rows: bool = F
     """The samples of one split, lazily: an image is decoded when its sample is asked for.
 
     path: a folder with samples.jsonl, or U-MRG parquet (see runtime/readers.py). A row that cannot be used raises
-    BadRow when asked for; with skip_bad_rows all are tried now, and bad ones left out, their messages in `.skipped`.
-    Repeated ids get a number. ValueError: nothing there, an unreadable file or column, no row left."""
+    BadRow when asked for; with skip_bad_rows all are tried now, bad ones left out and counted, their messages in
+    `.skipped`. Repeated ids get a number. ValueError: nothing there, an unreadable file or column, no row left."""
     rows, _ = read_rows(Path(path), split)
     for message in number_repeated_ids(rows)[:1]:
         print0(message)
@@ -218,6 +218,8 @@ def load_samples(path: str | Path, split: str = "train", skip_bad_rows: bool = F
         samples.rows = [row for row, _ in usable_rows(rows, samples.skipped)]
     if not samples.rows:
         raise ValueError(f"{path}: no usable sample in split {split!r}; the first bad row: {samples.skipped[0]}")
+    if samples.skipped:
+        print0(f"{path}, {split}: {len(samples.skipped)} bad rows skipped; first: {samples.skipped[0]}")
     return samples
 
 
@@ -238,10 +240,8 @@ class Samples(Sequence):
 
     def only(self, pattern: str) -> "Samples":
         """A view of those whose super-category has a match of a regular expression; ValueError if none."""
-        try:
-            rows = [row for row in self.rows if re.search(pattern, row["supercategory"])]
-        except re.error as error:
-            raise ValueError(f"--only {pattern}: not a regular expression ({error})") from None
+        matches = matcher("only", pattern)
+        rows = [row for row in self.rows if matches(row["supercategory"])]
         if not rows:
             raise ValueError(f"--only {pattern}: no sample has such a super-category")
         return Samples(rows, self.skipped)

@@ -23,7 +23,6 @@ one and the same completion.
 """
 import json
 import time
-from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -32,12 +31,12 @@ from tqdm import tqdm
 
 from asm import load_asm
 from crm import load_crm
-from data import BadRow, clip_to, load_prompt, load_samples
+from data import BadRow, load_prompt, load_samples
 from runtime.cli import EMBEDDED, ModelConfig, exit_on, flag, parse_args, print0
 from runtime.files import write_whole
-from runtime.metrics import QUESTION_METRICS, add_siblings, ask, interval, iou, mask_dice, mean, parsed, pdice
+from runtime.metrics import QUESTION_METRICS, add_siblings, ask, iou, mask_dice, mean, parsed, pdice, united_mask
 from runtime.parallel import Ranks
-from tools.compare import compare, percent
+from tools.compare import compare
 from tools.predictions import encode_mask, finished, from_file, in_order, read_predictions, shown
 
 # what the segmenter is given of a completion: whether the box, and how many points
@@ -93,50 +92,10 @@ def scores(p: dict) -> dict[str, float | None]:
     return {key: metric(p) for key, (_, metric) in METRICS.items()}
 
 
-def summarise(rows: list[dict]) -> dict:
-    """{"all": {"n": questions, metric: {mean, low, high, n} or None, …}, "supercategory": {name: the same},
-    "category": {…}, "wording": {…}, "refusals": {reason: count}}"""
-    def part(chosen: list[dict]) -> dict:
-        result = {"n": len(chosen)}
-        for key in METRICS:
-            defined = [value[key] for value in chosen if value[key] is not None]
-            result[key] = interval(defined)._asdict() | {"n": len(defined)} if defined else None
-        return result
-
-    values = [scores(row) for row in rows]
-    summary = {"all": part(values)}
-    for name in ("supercategory", "category", "wording"):
-        groups = sorted({row[name] for row in rows if row[name]})
-        summary[name] = {group: part([value for row, value in zip(rows, values) if row[name] == group])
-                         for group in groups}
-    problems = Counter(c["problem"] for row in rows for c in row["completions"] if c["problem"])
-    return {**summary, "refusals": dict(problems.most_common())}
-
-
-def table(summary: dict) -> str:
-    """The summary as Markdown, in percent."""
-    keys = [key for key in METRICS if summary["all"][key]]
-
-    def line(name: str, group: dict) -> str:
-        return f"| {name} | {group['n']} | " + " | ".join(percent(group[key]) for key in keys) + " |"
-
-    lines = ["Percent, mean over questions [95 % bootstrap interval; – of fewer than 5].", "",
-             "| | n | " + " | ".join(METRICS[key][0] for key in keys) + " |",
-             "|---" * (len(keys) + 2) + "|", line("all", summary["all"])]
-    for name in ("supercategory", "wording", "category"):
-        if summary[name]:
-            lines.append(f"| *by {name.replace('super', 'super-')}* |" + " |" * (len(keys) + 1))
-            lines += [line(*item) for item in summary[name].items()]
-    reasons = [f"- {count} × {reason}" for reason, count in summary["refusals"].items()]
-    return "\n".join([*lines, "", "Refusals:" if reasons else "Refusals: none.", *reasons]) + "\n"
-
-
 def report(rows: list[dict], folder: Path) -> None:
-    summary = summarise(rows)
-    write_whole(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
-    write_whole(folder / "table.md", table(summary))
-    print(table(summary).split("| *by category*")[0].rstrip())
-    print(f"tables {folder / 'table.md'}, numbers {folder / 'summary.json'}")
+    """table.md and summary.json, see tools/tables.py."""
+    from tools import tables
+    tables.report(rows, METRICS, folder)
 
 
 # ---------------------------------------------------------------- predictions
@@ -144,16 +103,10 @@ def report(rows: list[dict], folder: Path) -> None:
 def segment(asm, sample, completion: dict, kind: str) -> np.ndarray:
     """The mask from those parts of a completion that GIVEN[kind] names, (H, W) bool; empty if it has none. Of
     several boxes, the masks united."""
-    if "regions" in completion:
-        nothing = np.zeros((1, *sample.image.size[::-1]), bool)
-        return np.any([*nothing, *(segment(asm, sample, part, kind) for part in completion["regions"])], axis=0)
     use_box, n_points = GIVEN[kind]
-    bbox, points = completion["bbox"] if use_box else None, (completion["points"] or ())[:n_points]
-    if not bbox and not points:
-        return np.zeros(sample.image.size[::-1], bool)
-    # the segmenter was not trained on boxes that leave their image
-    bbox, points = ([clip_to(sample.image.size, xy)] if xy else None for xy in (bbox, points))
-    return asm.segment(np.asarray(sample.image), bbox, points)[0][0]
+    parts = [(part["bbox"] if use_box else None, (part["points"] or ())[:n_points])
+             for part in completion.get("regions", [completion])]
+    return united_mask(asm, np.asarray(sample.image), parts)[0]
 
 
 def add_masks(p: dict, sample, asm) -> dict:
@@ -176,9 +129,8 @@ def from_model(cfg: Config, samples, asm, ranks: Ranks) -> list[dict]:
     done = set(ranks.gather([row["index"] for row in finished(out)] if ranks.rank == 0 else []))
     todo = [i for i in range(len(samples)) if i not in done][ranks.rank::ranks.world]
     if todo:
-        sizes = {name: getattr(cfg, name) for name in ("resize", "min_pixels", "max_pixels", "prompt")}
-        crm = load_crm(cfg.crm, ranks.device, ranks.dtype(cfg.dtype),
-                       **{name: value for name, value in sizes.items() if value is not None})
+        crm = load_crm(cfg.crm, ranks.device, ranks.dtype(cfg.dtype), resize=cfg.resize, min_pixels=cfg.min_pixels,
+                       max_pixels=cfg.max_pixels, prompt=cfg.prompt)
         temperature = float(cfg.samples > 1) if cfg.temperature is None else cfg.temperature
         answered = ask(crm, samples, todo, {"": (cfg.samples, temperature)}, cfg.max_new_tokens, cfg.seed,
                        cfg.batch)
@@ -206,8 +158,6 @@ def main(cfg: Config) -> None:
             raise ValueError("--predictions needs no model: run it in one process, without torchrun")
         samples = load_samples(cfg.data, cfg.split, cfg.skip_bad_rows)[:cfg.limit or None]
         samples.check()
-        if samples.skipped:
-            print0(f"{cfg.data}, {cfg.split}: {len(samples.skipped)} bad rows left out; first: {samples.skipped[0]}")
         asm = None if cfg.asm == "none" else load_asm(cfg.asm, ranks.device)
         config, settings = out / "config.json", json.dumps(asdict(cfg), indent=2) + "\n"
         if config.exists() and config.read_text() != settings:

@@ -23,7 +23,7 @@ from asm import load_asm, overlay
 from crm import load_crm
 from data import clip_to, fill_prompt, load_image, to_image
 from runtime.cli import ModelConfig, exit_on, flag, parse_args
-from runtime.metrics import medoid
+from runtime.metrics import medoid, united_mask
 from runtime.parallel import Ranks
 from sampling import sample
 from tools.volumes import ScanConfig, read_view
@@ -71,13 +71,6 @@ def answer(crm, prompt, samples: int, max_new_tokens: int, temperature: float, s
             "problem": answers[kept or 0].problem}, completions, kept
 
 
-def draw(asm, image, completion: dict):
-    """The mask (H, W) of a completion's box and points, or of all its regions, and the lowest predicted quality."""
-    drawn = [asm.segment(np.asarray(image), *([xy] if xy else None for xy in (part["bbox"], part["points"])))
-             for part in completion.get("regions", [completion]) if part["bbox"] or part["points"]]
-    return np.any([masks[0] for masks, _ in drawn], axis=0), min(float(scores[0]) for _, scores in drawn)
-
-
 def rounded(xy) -> list[float] | None:
     """Coordinates for printing: flat, one decimal."""
     return None if xy is None else [round(v, 1) for v in np.ravel(xy).tolist()]
@@ -117,16 +110,17 @@ def main(cfg: Config) -> int:
     # 3. the anatomical segmentation module draws, in the image frame
     one = completions[kept]
     bbox, points = one["bbox"], one["points"]
-    mask, score = draw(asm, image, one)
+    parts = [(part["bbox"], part["points"]) for part in one.get("regions", [one])]
+    mask, scores = united_mask(asm, np.asarray(image), parts)
     Image.fromarray(np.uint8(mask) * 255).save(out / "mask.png")
     overlay(image, mask, bbox, points).save(out / "overlay.png")
-    result |= one | {"mask_score": score, "mask_pixels": int(mask.sum())}
+    result |= one | {"mask_score": min(scores), "mask_pixels": int(mask.sum())}
     result |= view.write(mask, bbox, points, out) if view else {}
     (out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     print(f"reasoning  {(one['reasoning'] or '(none)').strip()}")
     print(f"box        {rounded(bbox)}" + (f"  ({one['problem']})" if one["problem"] else ""))
     print(f"points     {rounded(points)}")
-    print(f"mask       {100 * mask.mean():.1f} % of the image, predicted quality {score:.2f}")
+    print(f"mask       {100 * mask.mean():.1f} % of the image, predicted quality {min(scores):.2f}")
     if result["agreement"] is not None:
         print(f"agreement  {result['agreement']:.2f} mean IoU with the other boxes of {cfg.samples} completions")
     if view:

@@ -36,7 +36,6 @@ from crm import Group
 from data import BadRow, Sample, fill_prompt
 from rewards import reward_formula, total_reward
 from runtime.cli import RunConfig, exit_on, flag, parse_args, parse_weights, print0
-from runtime.metrics import mask_rewards
 from runtime.parallel import Ranks, equal_passes, unsharded
 from runtime.run import Run, learning_rate, load_policy, load_splits, sample_indices
 from runtime.step import PANELS, add_up, check_first_step, completion_rows, step_row, total_stats
@@ -69,7 +68,6 @@ class Config(RunConfig):                        # model, data, optimizer, evalua
     minibatches: int = flag(2, "optimizer updates per rollout and epoch", low=1)
     inner_epochs: int = flag(1, "passes over a rollout", low=1)
     warmup: int = flag(0, "steps of linear warm-up", low=0)
-    schedule: str = flag("constant", "learning rate after warm-up", ("constant", "linear", "cosine"))
     pack_tokens: int = flag(8192, "most tokens scored at once; longer groups are split", low=1)
     max_skipped: int = flag(3, "steps in a row without a finite gradient after which the run ends", low=1)
     rollouts_every: int = flag(0, "steps between whole groups in rollouts.jsonl (0: at evaluations only)", low=0)
@@ -147,6 +145,7 @@ def reward(sample: Sample, group: Group, cfg: Config, weights: dict[str, float],
     frame = group.prompt.frame
     terms = answers.reward_terms(group.texts, sample, frame, cfg.official)
     if asm:
+        from tools.mask_reward import mask_rewards
         for term, dice in zip(terms, mask_rewards(asm, sample, group.texts, frame, answers, cfg.official)):
             term["mask_dice"] = dice
     totals = [total_reward(term, cfg.mode, weights) for term in terms]

@@ -24,15 +24,26 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import omegaconf
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 
 from asm import (ASM, BOX_LABELS, POINT_LABEL, SAM2_CONFIG, build_model, image_features, load_asm, normalise,
-                 read_config, save_asm)
+                 read_config)
 from data import load_samples
 
 HERE = Path(__file__).parent
 PROMPT_KINDS = ("box", "points", "box+points")
+
+
+def save_asm(asm, folder, dtype=torch.float32):
+    """Write config.yaml and model.safetensors for load_asm. float16 halves the file; it loads as float32."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    omegaconf.OmegaConf.save(omegaconf.OmegaConf.create(asm.config), folder / "config.yaml")
+    weights = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in asm.model.state_dict().items()}
+    safetensors.torch.save_file(weights, folder / "model.safetensors")
 
 
 def tiny_config(image_size=128, width=16, stages=(1, 1, 2, 1), global_blocks=(3,), neck=64):

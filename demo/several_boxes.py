@@ -17,10 +17,12 @@ from pathlib import Path
 import numpy as np
 
 from data import load_samples
-from runtime.metrics import mask_dice, paired_bootstrap, region_f1
+from runtime.metrics import mask_dice
 from tools.boxes import regions
+from tools.intervals import paired_bootstrap
 from tools.oracle import filled
 from tools.predictions import read_predictions, shown
+from tools.several import region_f1
 
 DATA, POOL = "demo/histology", "build/histology"
 LENGTH = "--max-new-tokens 320"

@@ -176,6 +176,14 @@ def parse_weights(text: str) -> dict[str, float]:
     return weights
 
 
+def matcher(name: str, pattern: str):
+    """re.search for the regular expression that a flag gives; ValueError where it is none."""
+    try:
+        return re.compile(pattern).search
+    except re.error as error:
+        raise ValueError(f"{dashed(name)} {pattern}: not a regular expression ({error})") from None
+
+
 def dashed(name: str) -> str:
     return "--" + name.replace("_", "-")
 

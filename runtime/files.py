@@ -7,13 +7,9 @@ from textwrap import shorten
 
 import safetensors.torch
 import torch
-from huggingface_hub.errors import StrictDataclassError
 
 UNREADABLE = (UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError,
               AssertionError, OverflowError, OSError)    # what torch.load raises on garbage, found by fuzzing
-
-UNLOADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, safetensors.SafetensorError,
-              StrictDataclassError)                     # what from_pretrained raises on a broken folder, found so, too
 
 
 def read_torch(file: str | Path, device="cpu", mmap: bool = False):
@@ -79,20 +75,6 @@ def read_safetensors(file: str | Path) -> dict[str, torch.Tensor]:
         return safetensors.torch.load_file(file)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{file}: not a safetensors file: {error}") from error
-
-
-def read_pretrained(path: str | Path, kind, **settings):
-    """kind.from_pretrained(path) of a folder or a hub name; ValueError names what is torn or does not fit."""
-    for file in Path(path).glob("*.json"):
-        try:
-            json.loads(read_text(file))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"--crm {file}: not JSON ({error})") from None
-    try:
-        return kind.from_pretrained(path, **settings)
-    except UNLOADABLE as error:
-        problem = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
-        raise ValueError(f"--crm {path}: cannot be loaded ({problem})") from None
 
 
 def load_weights(model: torch.nn.Module, weights: dict, source: str | Path) -> None:

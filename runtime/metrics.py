@@ -1,21 +1,20 @@
-"""What is measured of completions: scores, their means over held-out questions, the intervals around them.
+"""What is measured of completions: scores, and their means over held-out questions.
 
 Held-out evaluation and evaluate.py's tables score a completion in one way: `prediction` takes its box and points to
 the image frame as they are, never clipped; a question's score is the mean over its completions. A completion with a
 problem (rewards.parse_answer) is a refusal. What can still be read of it counts; what cannot be read scores 0.
 """
 import hashlib
-from collections import defaultdict, namedtuple
+from collections import defaultdict
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 
-from data import BadRow, OneBox, clip_to, fill_prompt, to_image
-from rewards import Answer, box_iou, parse_answer, point_dice, smooth_log, total_reward
+from data import OneBox, clip_to, fill_prompt, to_image
+from rewards import Answer, box_iou, parse_answer, point_dice, total_reward
 from runtime.parallel import Ranks
 from sampling import sample as sample_groups
-
-Interval = namedtuple("Interval", "mean low high")
 
 
 def prediction(sample, index: int, texts: list[str], frame, official: bool = False, answers=OneBox) -> dict:
@@ -60,20 +59,6 @@ def add_siblings(predictions: list[dict]) -> list[dict]:
     return predictions
 
 
-def iou_any(p: dict, completion: dict) -> float:
-    """IoU with the best of the true box and its siblings. Beyond `iou`: the right kind of thing, but the wrong one."""
-    boxes = p["truth"]["bbox"], *p["truth"]["siblings"]
-    return max(box_iou(completion["bbox"], box) for box in boxes) if completion["bbox"] else 0.0
-
-
-def among_siblings(score):
-    """A metric of the questions that have siblings (see add_siblings): score(p, n), n the siblings and itself."""
-    def metric(p: dict) -> float | None:
-        siblings = p["truth"].get("siblings")
-        return score(p, 1 + len(siblings)) if siblings and "bbox" in p["asked"] else None
-    return metric
-
-
 def pdice(p: dict, completion: dict, published: bool = False) -> float | None:
     """True pDice, or as published 2I/U; 0 without readable points, None where no points were asked for."""
     if "points" not in p["asked"]:
@@ -91,29 +76,23 @@ def named(p: dict, completion: dict) -> bool | None:
     return any(name in trace for name in p["names"]) if p["names"] else None
 
 
-def region_f1(p: dict, completion: dict, least: float | None = None) -> float | None:
-    """Soft F1 of the boxes' IoUs over the best assignment, or F1 of those with at least that IoU; None where one box
-    was asked for."""
-    if "regions" not in p["truth"]:
-        return None
-    from tools.boxes import soft_f1
-    ious = [[box_iou(part["bbox"], truth) if part["bbox"] else 0.0 for truth in p["truth"]["regions"]]
-            for part in completion["regions"]]
-    return soft_f1(ious if least is None else [[float(v >= least) for v in row] for row in ious],
-                   len(p["truth"]["regions"]))
-
-
-def count_error(p: dict, completion: dict) -> float | None:
-    """|n - m| / m of n boxes for m regions; None where one box was asked for."""
-    if "regions" not in p["truth"]:
-        return None
-    return abs(len(completion["regions"]) / len(p["truth"]["regions"]) - 1)
-
-
 def mean(p: dict, score, where=None) -> float | None:
     """Mean of score(p, completion) over the completions for which where(p, completion) is true; else None."""
     values = [score(p, c) for c in p["completions"] if where is None or where(p, c)]
     return sum(values) / len(values) if values and None not in values else None
+
+
+SEVERAL = {"iou_several": "IoU, of several", "iou_any": "IoU, any sibling", "iou_luck": "IoU, by luck",
+           "soft_f1": "soft F1", "f1_50": "F1, IoU ≥ 0.5", "count_error": "count error"}
+
+
+def of_several(key: str, p: dict) -> float | None:
+    """A metric of tools/several.py; None unless several in the image are meant by the words, or a box was asked for
+    each region."""
+    if not p["truth"].get("siblings") and "regions" not in p["truth"]:
+        return None
+    from tools.several import METRICS
+    return METRICS[key](p)
 
 
 QUESTION_METRICS = {       # name: (title, function of a prediction -> float, or None where undefined)
@@ -123,14 +102,7 @@ QUESTION_METRICS = {       # name: (title, function of a prediction -> float, or
     "iou_parsed": ("IoU, parsed", lambda p: mean(p, iou, where=parsed)),
     "named": ("named right", lambda p: mean(p, named)),
     "iou_named": ("IoU, named right", lambda p: mean(p, iou, where=named)),
-    # where several in the image are meant by the same words; by luck: one of the n picked blindly, as well drawn
-    "iou_several": ("IoU, of several", among_siblings(lambda p, n: mean(p, iou))),
-    "iou_any": ("IoU, any sibling", among_siblings(lambda p, n: mean(p, iou_any))),
-    "iou_luck": ("IoU, by luck", among_siblings(lambda p, n: mean(p, iou_any) / n)),
-    # where a box was asked for each region
-    "soft_f1": ("soft F1", lambda p: mean(p, region_f1)),
-    "f1_50": ("F1, IoU ≥ 0.5", lambda p: mean(p, lambda p, c: region_f1(p, c, 0.5))),
-    "count_error": ("count error", lambda p: mean(p, count_error)),
+    **{key: (title, partial(of_several, key)) for key, title in SEVERAL.items()},
 }
 
 
@@ -139,19 +111,18 @@ def mask_dice(mask: np.ndarray, truth: np.ndarray) -> float:
     return float(2 * (mask & truth).sum() / max(1, mask.sum() + truth.sum()))
 
 
-def mask_rewards(asm, sample, texts: list[str], frame, answers=OneBox, official: bool = False) -> list[float]:
-    """The reward term mask_dice: S_log(Dice) of the frozen segmenter's mask for each completion, of several boxes the
-    masks united; 0 without a box. frame: of the completions. BadRow where the sample has no true mask."""
-    if sample.mask is None:
-        raise BadRow(f"sample {sample.id}: no mask, which the mask_dice reward needs; drop it from --weights")
-    image, dice = np.asarray(sample.image), []
-    for answer in (answers.read(text, official) for text in texts):
-        masks = []
-        for part in answer.parts or [answer]:
-            bbox, points = (xy and [clip_to(sample.image.size, to_image(xy, frame))] for xy in (part.bbox, part.points))
-            masks += [asm.segment(image, bbox, points)[0][0]] if bbox else []
-        dice.append(smooth_log(mask_dice(np.any(masks, axis=0), sample.mask)) if masks else 0.0)
-    return dice
+def united_mask(asm, pixels: np.ndarray, parts) -> tuple[np.ndarray, list[float]]:
+    """The masks of some boxes and points, united. pixels (H, W, 3) uint8; parts: (bbox, points), image frame, either
+    may be None -> (H, W) bool, and the segmenter's own score of each part that has something. Coordinates are
+    clipped: the segmenter was not trained on boxes that leave their image."""
+    mask, scores = np.zeros(pixels.shape[:2], bool), []
+    for bbox, points in parts:
+        if bbox or points:
+            prompt = ([clip_to(pixels.shape[1::-1], xy)] if xy else None for xy in (bbox, points))
+            masks, (score, *_) = asm.segment(pixels, *prompt)
+            mask |= masks[0]
+            scores.append(float(score))
+    return mask, scores
 
 
 def medoid(answers: list[Answer]) -> tuple[int | None, float | None]:
@@ -212,18 +183,3 @@ def held_out_means(rows: list[dict]) -> dict[str, float]:
             if row[key] is not None:
                 values.setdefault(f"{row['kind']}/{key}", []).append(row[key])
     return {key: sum(scores) / len(scores) for key, scores in values.items()}
-
-
-def interval(values, draws: int = 2000, seed: int = 0) -> Interval | None:
-    """Mean and 95 % percentile bootstrap interval of the values that are not None; None if there are none."""
-    values = np.array([value for value in values if value is not None], dtype=float)
-    if not len(values):
-        return None
-    picks = np.random.default_rng(seed).integers(0, len(values), (draws, len(values)))
-    low, high = np.percentile(values[picks].mean(1), [2.5, 97.5])
-    return Interval(float(values.mean()), float(low), float(high))
-
-
-def paired_bootstrap(before, after, draws: int = 2000, seed: int = 0) -> Interval | None:
-    """`interval` of after - before over the same questions; one with None on either side is left out."""
-    return interval([b - a for a, b in zip(before, after) if None not in (a, b)], draws, seed)

@@ -18,13 +18,14 @@ import torch
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
-from crm import CRM, load_crm, remembered_frame
+from crm import CRM, load_crm
 from data import BadRow, load_samples
 from runtime.cli import RunConfig, dashed, print0
 from runtime.files import parse_object, read_jsonl, read_text, read_torch, to_disk, write_whole
 from runtime.metrics import held_out, held_out_means
 from runtime.optim import Optimizer
-from runtime.parallel import Ranks, shard, unsharded
+from runtime.parallel import Ranks, unsharded
+from runtime.pretrained import remembered_frame
 from runtime.readers import read_rows
 from runtime.step import warnings_of
 
@@ -55,12 +56,10 @@ def sample_indices(count: int, n: int, seed: int, step: int) -> list[int]:
 
 
 def load_splits(cfg: RunConfig):
-    """(training samples, held-out samples), each row's cheap properties checked; prints what was skipped."""
+    """(training samples, held-out samples), each row's cheap properties checked."""
     def load(path, split):
         samples = load_samples(path, split, cfg.skip_bad_rows)
         samples.check()
-        if samples.skipped:
-            print0(f"{path}, {split}: {len(samples.skipped)} bad rows skipped; first: {samples.skipped[0]}")
         return samples
 
     train = load(cfg.data, "train")
@@ -85,6 +84,7 @@ def load_policy(cfg: RunConfig, ranks: Ranks, reference: bool = False) -> tuple[
                    min_pixels=cfg.min_pixels, max_pixels=cfg.max_pixels, prompt=cfg.prompt, offload=cfg.offload)
     crm.trainable(cfg.trainable)
     if cfg.parallel == "fsdp":
+        from runtime.fsdp import shard
         shard(crm, ranks, cfg.offload)
     return crm, Optimizer(crm.trainable(cfg.trainable), cfg.weight_decay, sharded=crm.root is not None,
                           offload=cfg.offload)

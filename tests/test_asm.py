@@ -10,12 +10,12 @@ import yaml
 from PIL import Image
 
 import asm as asm_module
-from asm import (ASM, MEDSAM2, OVERLAY_SIDE, SAM2_CONFIG, SEGMENTERS, build_model, load_asm, overlay, prompt_tokens,
-                 read_config, save_asm)
+from asm import ASM, MEDSAM2, SAM2_CONFIG, SEGMENTERS, build_model, load_asm, overlay, prompt_tokens, read_config
 from tools.asm_sam import MedSAM, SAMMed2D, build_sam, released_name
+from tools.overlay import OVERLAY_SIDE
 from data import load_samples
 from demo.make_asm import (HERE, PARITY, PREPARED, PREPARED_SIDE, PROMPT_KINDS, dice, parity_case, parity_prompts,
-                           predictor_answers, tiny_config)
+                           predictor_answers, save_asm, tiny_config)
 from runtime.cli import ROOT
 
 BOXES = np.array([[10, 5, 60, 40], [30, 20, 90, 50], [100, 10, 180, 55]], dtype=float)

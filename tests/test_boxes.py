@@ -11,16 +11,16 @@ from hypothesis import strategies as st
 
 import rewards
 from conftest import noise_image
-from data import (BOXES_EXAMPLE, PROMPTS, Frame, OneBox, Sample, answers_of, box_from_mask, keypoints_from_mask,
-                  load_prompt, load_samples)
+from data import BOXES_EXAMPLE, PROMPTS, Frame, OneBox, Sample, answers_of, load_prompt, load_samples
 from evaluate import METRICS, add_masks, scores
 from rewards import MODES, total_reward, write_answer
 from runtime.cli import ROOT, ModelConfig, parse_args
-from runtime.metrics import add_siblings, mask_rewards, prediction
+from runtime.metrics import add_siblings, prediction
 from test_oracle import MASKS, NINE, SIDE, TWO, Filler, Perfect, sample
 from test_scripts import rows, run
 from tools import boxes
 from tools.boxes import read, regions, reward_terms, score, soft_f1, target_text, write_boxes
+from tools.mask_reward import mask_rewards
 from tools.oracle import EACH, measure, split_loss
 
 FRAME = Frame((SIDE, SIDE), (SIDE, SIDE))

@@ -7,9 +7,10 @@ import torch
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 from conftest import noise_image, random_crm
-from crm import load_crm, remembered_frame
+from crm import load_crm
 from data import PROMPTS
 from runtime.optim import Optimizer
+from runtime.pretrained import remembered_frame
 from sampling import sample
 from scoring import logp
 

@@ -7,7 +7,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
-import crm
 import evaluate
 import infer
 import sampling
@@ -16,7 +15,7 @@ import train_grpo
 import train_sft
 from asm import load_asm
 from bench import parity
-from runtime import parallel
+from runtime import parallel, pretrained
 from runtime.cli import parse_args
 from test_asm import noise_image, small_sam
 
@@ -104,7 +103,7 @@ def gpu(monkeypatch):
         monkeypatch.setitem(settings, GPU.type, value)
     # a tensor of a class of its own, which the pretence cannot wrap: the mask that it stands for
     monkeypatch.setattr(scoring, "causal_lower_right", lambda T, S: torch.ones(T, S, dtype=torch.bool, device=GPU).tril(S - T))
-    model = crm.Qwen2_5_VLForConditionalGeneration
+    model = pretrained.Qwen2_5_VLForConditionalGeneration
     monkeypatch.setattr(model, "from_pretrained", on_host(model.from_pretrained))
     move = model.to
     monkeypatch.setattr(model, "to", lambda self, device: [move(self, device), self.tie_weights()][0])  # it unties them here

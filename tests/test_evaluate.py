@@ -13,8 +13,9 @@ import crm as crm_module
 import evaluate
 from conftest import noise_image, ranks
 from data import Frame, Sample, load_samples, model_size, to_model
+from evaluate import METRICS
 from runtime.cli import parse_args
-from tools import pictures, predictions
+from tools import pictures, predictions, tables
 from tools.predictions import decode_mask, encode_mask
 from test_scripts import ROOT, rows, run
 
@@ -65,8 +66,8 @@ def test_several_completions_are_averaged_voted_and_passed_at_n():
     score = evaluate.scores(row)
     assert score["iou"] == (0.5 + 0 + 0.5 + 1) / 4 and score["refused"] == 0.25 and score["iou50"] == 0.75
     assert score["voted"] == 0.5 and score["best"] == 1 and score["pass"] == 1
-    assert evaluate.summarise([row])["all"]["pass"]["mean"] == 1
-    assert evaluate.summarise([line(0, [[0, 0, 5, 10]])])["all"]["pass"] is None
+    assert tables.summarise([row], METRICS)["all"]["pass"]["mean"] == 1
+    assert tables.summarise([line(0, [[0, 0, 5, 10]])], METRICS)["all"]["pass"] is None
 
 
 def test_names_and_wordings_get_their_columns_where_the_data_has_them():
@@ -75,11 +76,11 @@ def test_names_and_wordings_get_their_columns_where_the_data_has_them():
         row["completions"][0]["text"] = f"<think>{think}</think>"
         return row
 
-    summary = evaluate.summarise([asked(0, "The Liver", "seen"), asked(1, "a spleen", "unseen")])
+    summary = tables.summarise([asked(0, "The Liver", "seen"), asked(1, "a spleen", "unseen")], METRICS)
     assert summary["all"]["named"]["mean"] == 0.5 and summary["all"]["iou_named"] == \
         {"mean": 0.5, "low": 0.5, "high": 0.5, "n": 1}
     assert summary["wording"]["unseen"]["named"]["mean"] == 0 and summary["wording"]["unseen"]["iou_named"] is None
-    text = evaluate.table(summary)
+    text = tables.table(summary, METRICS)
     assert "| named right | IoU, named right |" in text and "*by wording*" in text
 
 

@@ -17,6 +17,7 @@ from runtime.cli import ROOT
 TOP = sorted(path for path in ROOT.glob("*.py") if not path.name.startswith("test_"))
 RUNTIME = sorted((ROOT / "runtime").glob("*.py"))
 OURS = {path.stem for path in TOP} | {"runtime", "tools", "tests", "bench", "paper", "demo"}
+READING_PATH = ("rewards.py", "crm.py", "sampling.py", "scoring.py", "train_grpo.py")
 SCRIPTS = {"train_grpo", "train_sft", "infer", "evaluate"}
 
 
@@ -46,6 +47,8 @@ def test_arrows_point_one_way(file, allowed):
 def test_nothing_at_the_top_or_in_runtime_imports_a_script_or_what_stands_beside_the_house():
     for path in [*TOP, *RUNTIME]:
         assert not imports(path) & (SCRIPTS | {"tests", "bench", "paper", "demo"}), path.name
+    for path in RUNTIME:
+        assert "tools" not in imports(path, inside_functions=False), path.name
 
 
 def test_files_and_functions_can_be_read_in_one_sitting():
@@ -55,6 +58,12 @@ def test_files_and_functions_can_be_read_in_one_sitting():
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.FunctionDef) and (path.name, node.name) != ("train_grpo.py", "main"):
                 assert node.end_lineno - node.lineno < 70, (path.name, node.name)
+
+
+def test_the_algorithm_and_the_house_can_be_read_in_an_afternoon():
+    lines = {path: path.read_text().count("\n") for path in [*TOP, *RUNTIME]}
+    assert sum(lines[ROOT / name] for name in READING_PATH) <= 1250
+    assert sum(lines.values()) <= 3780
 
 
 def test_the_loop_of_grpo_has_at_most_90_lines():

@@ -11,7 +11,6 @@ from PIL import Image
 
 from data import box_from_mask, load_samples
 from paper.make_umrg import clean, find, main, parse, split_of
-from paper.umrg_review import review_page
 from paper.umrg_words import Item, problem, template
 
 

@@ -9,12 +9,13 @@ from conftest import noise_image, random_crm
 from data import Frame, Sample, to_model
 from rewards import smooth_log, write_answer
 from runtime import metrics
-from runtime.metrics import (QUESTION_METRICS, held_out, held_out_means, interval, mask_dice, paired_bootstrap,
-                             mask_rewards, prediction)
+from runtime.metrics import QUESTION_METRICS, held_out, held_out_means, mask_dice, prediction
 from runtime.parallel import Ranks
 from runtime.step import add_up, step_row, total_stats, warnings_of
 from sampling import sample as sample_groups
 from tools.compare import change_text, summary_lines
+from tools.intervals import interval, paired_bootstrap
+from tools.mask_reward import mask_rewards
 
 BOX, PAIR = (10, 10, 20, 20), ((12, 12), (18, 18))
 

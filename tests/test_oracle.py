@@ -7,14 +7,14 @@ import pytest
 import torch
 from PIL import Image
 
-import evaluate
 from asm import load_asm, prompt_tokens
 from conftest import noise_image
 from data import Frame, Sample, box_from_mask, keypoints_from_mask, load_samples
+from evaluate import METRICS
 from runtime.cli import ROOT
 from runtime.metrics import QUESTION_METRICS, add_siblings, mask_dice, prediction
 from runtime.parallel import Ranks
-from tools import oracle
+from tools import oracle, tables
 from tools.oracle import (GROUPS, PARTS, WRITTEN, Prompt, deepest, filled, measure, measure_all, pieces, segment_all,
                           split_loss, spread_points, summarise, table, true_prompts)
 from test_scripts import rows, run
@@ -304,10 +304,10 @@ def test_other_images_other_categories_and_the_same_target_asked_again_are_no_si
 
 def test_tables_have_the_columns_where_siblings_exist_and_only_there():
     lines = [p | {"supercategory": "Histology", "dice": None} for p in among(NUCLEI, [NUCLEI[0]] * 9)]
-    text = evaluate.table(evaluate.summarise(lines))
+    text = tables.table(tables.summarise(lines, METRICS), METRICS)
     assert "| IoU, of several | IoU, any sibling | IoU, by luck |" in text and "| 100.0 [100.0, 100.0] | 11.1 [" in text
     one = [p | {"dice": None} for p in among(NUCLEI[:1], NUCLEI[:1])]
-    assert "sibling" not in evaluate.table(evaluate.summarise(one))
+    assert "sibling" not in tables.table(tables.summarise(one, METRICS), METRICS)
 
 
 # ---------------------------------------------------------------- the command

@@ -3,10 +3,9 @@ from itertools import product
 
 import numpy as np
 
-from runtime.metrics import QUESTION_METRICS, paired_bootstrap
+from runtime.metrics import QUESTION_METRICS
+from tools.intervals import FEW, paired_bootstrap
 from tools.predictions import read_predictions
-
-FEW = 5                         # of fewer questions a bootstrap interval says nothing: a dash is shown
 
 
 def compare(one: str, two: str, metrics: dict) -> None:
@@ -46,14 +45,6 @@ def summary_lines(before: list[dict], after: list[dict]) -> list[str]:
             if text := change_text([old[key] for old, _ in pairs], [new[key] for _, new in pairs]):
                 lines.append(f"  {f'{kind}, {wording}' if wording else kind:15} {key:10} {text}")
     return lines
-
-
-def percent(found: dict | None, sign: str = "") -> str:
-    """"37.5 [30.0, 45.0]" of an Interval as a dict, with its n; "–" where there is none."""
-    if not found:
-        return "–"
-    mean, *ends = (f"{100 * found[key]:{sign}.1f}" for key in ("mean", "low", "high"))
-    return f"{mean} [{', '.join(ends) if found['n'] >= FEW else '–'}]"
 
 
 def change_text(before: list, after: list, in_percent: bool = False) -> str:

@@ -29,10 +29,10 @@ from data import Samples, box_from_mask, clip_to, load_samples
 from rewards import Box, Points
 from runtime.cli import print0
 from runtime.files import write_whole
-from runtime.metrics import QUESTION_METRICS, interval, mask_dice, paired_bootstrap
+from runtime.metrics import QUESTION_METRICS, mask_dice
 from runtime.readers import read_rows
 from tools.boxes import pieces
-from tools.compare import percent
+from tools.intervals import interval, paired_bootstrap, percent
 from tools.predictions import read_predictions, shown
 
 COUNTS = (1, 2, 4, 8)                       # of points, and of pieces that get a box

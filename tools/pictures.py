@@ -7,9 +7,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from asm import BOX_COLOUR, MASK_COLOUR, POINT_COLOURS, overlay
+from asm import overlay
 from data import clip_to
 from runtime.metrics import iou
+from tools.overlay import BOX_COLOUR, MASK_COLOUR, POINT_COLOURS
 from tools.predictions import decode_mask, shown
 
 WHITE = (255, 255, 255)

@@ -1,0 +1,73 @@
+"""A Qwen2.5-VL as a folder: the model, its tokenizer and image processor, and what a checkpoint of ours remembers."""
+import json
+from pathlib import Path
+
+import safetensors
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from data import PROMPTS
+from runtime.files import parse_object, read_text
+
+UNLOADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, safetensors.SafetensorError,
+              StrictDataclassError)         # what from_pretrained raises on a broken folder, found by fuzzing
+FRAME_TYPES = {"resize": str, "min_pixels": int, "max_pixels": int, "prompt": str}
+FRAME_FILE = "frame.json"                   # how a checkpoint's images were resized, and its prompt
+
+
+def read_pretrained(path: str | Path, dtype):
+    """(model, tokenizer, image processor) of a folder or a hub name. ValueError, one line, names what is missing,
+    torn, or no Qwen2.5-VL."""
+    if str(path).startswith((".", "/", "~")) or str(path).count("/") > 1 or Path(path).exists():
+        if not (Path(path) / "config.json").is_file():      # not a hub name: do not ask the hub
+            raise ValueError(f"--crm {path}: no folder with a config.json there")
+    for file in Path(path).glob("*.json"):
+        try:
+            json.loads(read_text(file))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"--crm {file}: not JSON ({error})") from None
+
+    def load(kind, **settings):
+        try:
+            return kind.from_pretrained(path, **settings)
+        except UNLOADABLE as error:
+            problem = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+            raise ValueError(f"--crm {path}: cannot be loaded ({problem})") from None
+
+    if (kind := load(AutoConfig).model_type) != "qwen2_5_vl":
+        raise ValueError(f"--crm {path}: its config.json says {kind!r}, not 'qwen2_5_vl'")
+    model = load(Qwen2_5_VLForConditionalGeneration, dtype=dtype, attn_implementation="sdpa")
+    return model, load(AutoTokenizer), load(Qwen2VLImageProcessorPil)
+
+
+def remembered_frame(path: str | Path) -> dict:
+    """The resize, min_pixels, max_pixels and prompt that a checkpoint was trained with; {} where it does not say.
+    ValueError where its frame.json says something else."""
+    file = Path(path) / FRAME_FILE
+    saved = parse_object(read_text(file), file) if file.is_file() else {}
+    for key, value in saved.items():
+        lost = key == "prompt" and value not in PROMPTS and "{query}" not in str(value)
+        if type(value) is not FRAME_TYPES.get(key) or lost:
+            raise ValueError(f"{file}: {key}: {value!r} is not what save writes there; mend or remove the file")
+    return saved
+
+
+def write_pretrained(path: str | Path, model, tokenizer, image_processor, lora, frame: dict) -> None:
+    """The folder that read_pretrained reads. lora: the PEFT model around the model, or None; its matrices are merged
+    into the weights, and kept beside them in adapter/. frame: for remembered_frame."""
+    weights = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        if "lora_" not in name:
+            weights[name.replace(".base_layer", "")] = p.detach()
+    for name, layer in model.named_modules():
+        if hasattr(layer, "get_delta_weight"):                      # a linear layer with LoRA matrices
+            weight, delta = layer.base_layer.weight.detach(), layer.get_delta_weight("default").detach()
+            weights[f"{name}.weight"] = (weight.float() + delta.float()).to(weight.dtype).cpu()
+    model.generation_config.do_sample = True        # save_pretrained refuses a temperature without it
+    model.save_pretrained(path, state_dict=weights)
+    if lora:
+        lora.save_pretrained(Path(path) / "adapter")
+    tokenizer.save_pretrained(path)
+    image_processor.save_pretrained(path)
+    (Path(path) / FRAME_FILE).write_text(json.dumps(frame) + "\n")
