@@ -30,7 +30,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 from rewards import KEY_POINTS, Box, Points, Terms, parse_answer, reward_terms, write_answer
 from runtime.cli import exit_on, matcher, print0
 from runtime.files import read_text
-from runtime.images import load_image, load_mask, stored_size
+from runtime.images import headers_fit, load_image, load_mask
 from runtime.readers import read_rows
 
 STRIDE = 28                     # one visual token of Qwen2.5-VL: 2 x 2 patches of 14 pixels
@@ -251,7 +251,7 @@ class Samples(Sequence):
         where these do not fit together are they decoded."""
         for row in self.rows:
             _check(row)
-            if not _headers_fit(row):
+            if not headers_fit(row):
                 _sample(row)
 
 
@@ -300,17 +300,6 @@ def _check(row: dict) -> None:
         pairs = isinstance(points, list) and len(points) == KEY_POINTS and all(_are_numbers(p, 2) for p in points)
         _need(pairs, row, f"points: {points!r} is not {KEY_POINTS} pairs [x, y], as KEY_POINTS in rewards.py says; "
               "without any, they are taken from the mask")
-
-
-def _headers_fit(row: dict) -> bool:
-    """Whether image and mask have one size, as stored, with box and points inside; True where no header is at hand."""
-    try:
-        image, mask = (stored_size(row[key]) if isinstance(row[key], Path) else None for key in ("image", "mask"))
-    except ValueError:
-        return False
-    corners = np.reshape([*(row["bbox"] or ()), *np.ravel(row["points"] or ())], (-1, 2))
-    return image is None or (mask in (None, image) and max(row["bbox"] or [2]) > 1      # not fractions
-                             and bool(((corners >= -1) & (corners <= np.add(image, 1))).all()))
 
 
 def _sample(row: dict) -> Sample:

@@ -50,13 +50,21 @@ def load_mask(source: str | Path | bytes, of: str | Path | bytes | None = None) 
     return values > (127 if values.max() > 127 else 0)
 
 
-def stored_size(file: Path) -> tuple[int, int] | None:
-    """(width, height) in a picture's header, before EXIF turns it; None for DICOM and NIfTI. ValueError: as load_image."""
+def headers_fit(row: dict) -> bool:
+    """Whether image and mask of a row (see readers.py) are pictures of one size, before EXIF turns them, with box and
+    points in pixels inside. True where no header is at hand: of bytes, functions, DICOM, NIfTI."""
     from tools.volumes import is_scan
-    if is_scan(file):
-        return None
-    with _opened(file) as image:
-        return image.size
+    sizes = []
+    try:
+        for file in (row["image"], row["mask"]):
+            if isinstance(file, Path) and not is_scan(file):
+                with _opened(file) as picture:
+                    sizes.append(picture.size)
+    except ValueError:
+        return False
+    corners = np.reshape([*(row["bbox"] or ()), *np.ravel(row["points"] or ())], (-1, 2))
+    return not sizes or (sizes[0] == sizes[-1] and max(row["bbox"] or [2]) > 1          # else fractions
+                         and bool(((corners >= -1) & (corners <= np.add(sizes[0], 1))).all()))
 
 
 @contextmanager
