@@ -36,7 +36,6 @@ from runtime.cli import EMBEDDED, ModelConfig, exit_on, flag, parse_args, print0
 from runtime.files import write_whole
 from runtime.metrics import QUESTION_METRICS, add_siblings, ask, iou, mask_dice, mean, parsed, pdice, united_mask
 from runtime.parallel import Ranks
-from tools.compare import compare
 from tools.predictions import encode_mask, finished, from_file, in_order, read_predictions, shown
 
 # what the segmenter is given of a completion: whether the box, and how many points
@@ -149,6 +148,7 @@ def main(cfg: Config) -> None:
         if cfg.frame != "pixels" and not cfg.predictions:
             raise ValueError(f"--frame {cfg.frame} is the frame of a file of --predictions: give that, or no --frame")
         if cfg.compare:
+            from tools.compare import compare
             return compare(*cfg.compare, METRICS)
         if cfg.rescore:
             return report(read_predictions(cfg.rescore), Path(cfg.rescore))

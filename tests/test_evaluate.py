@@ -411,8 +411,8 @@ def test_curves_name_only_what_has_been_logged(tmp_path, monkeypatch):
 
 def test_the_interval_of_fewer_than_five_questions_is_a_dash():
     def cells(n):
-        summary = evaluate.summarise([line(i, [[0, 0, 5 + i, 10]]) for i in range(n)])
-        return evaluate.table(summary).splitlines()[4].split(" | ")
+        summary = tables.summarise([line(i, [[0, 0, 5 + i, 10]]) for i in range(n)], METRICS)
+        return tables.table(summary, METRICS).splitlines()[4].split(" | ")
 
     assert cells(4)[1:3] == ["4", "65.0 [–]"] and cells(5)[1:3] == ["5", "70.0 [58.0, 82.0]"]
 
