@@ -308,8 +308,29 @@ def test_the_mask_of_one_dicom_file_reads_back_equal(tmp_path, name):
     view = view_of(DICOM / name)
     mask = np.zeros(view.values.shape[:2], bool)
     mask[10:30, 12:50] = True
-    assert view.write(mask, None, None, tmp_path)["scan"]["mask"] == "mask.dcm"
-    assert np.array_equal(hd.seg.segread(tmp_path / "mask.dcm").pixel_array, mask)
+    scan, given = view.write(mask, None, None, tmp_path), pydicom.dcmread(DICOM / name, stop_before_pixels=True)
+    made = hd.seg.segread(tmp_path / "mask.dcm")
+    assert scan["scan"]["mask"] == "mask.dcm" and np.array_equal(made.pixel_array, mask)
+    # of the patient, the SEG has what the standard requires, and result.json nothing
+    assert {element.keyword for element in made if element.tag.group in (0x10, 0x32, 0x38)} == {
+        "PatientName", "PatientID", "PatientBirthDate", "PatientSex"} and made.StudyInstanceUID == given.StudyInstanceUID
+    assert not {"StudyDescription", "NameOfPhysiciansReadingStudy"} & set(made.dir())
+    assert not any(str(value) in str(scan) for key in ("PatientName", "PatientID") if (value := given.get(key)))
+
+
+def test_a_seg_says_nothing_of_a_patient_that_it_need_not(tmp_path):
+    hd = pytest.importorskip("highdicom")
+    secret = dict(AdditionalPatientHistory="Secret", OtherPatientNames="Secret", PatientAge="058Y", StudyDescription="Secret",
+                  PatientAddress="Secret", NameOfPhysiciansReadingStudy="Secret", AdmittingDiagnosesDescription="Secret",
+                  PhysiciansOfRecord="Secret", ConsultingPhysicianName="Secret", ReasonForVisit="Secret", Occupation="Secret",
+                  AdmissionID="Secret", RequestingService="Secret", ClinicalTrialSponsorName="Secret", PatientComments="Secret")
+    folder, _ = write_series(tmp_path / "ct", **secret, PatientIdentityRemoved="NO", StudyID="7")
+    view = view_of(folder)
+    view.write(np.ones(view.image.size[::-1], bool), None, None, tmp_path)
+    made = hd.seg.segread(tmp_path / "mask.dcm")
+    assert not secret.keys() & set(made.dir()) and b"Secret" not in (tmp_path / "mask.dcm").read_bytes()
+    assert (made.StudyID, made.PatientIdentityRemoved, made.PatientName) == ("7", "NO", "CompressedSamples^CT1")
+    assert made.ReferencedSeriesSequence and made.Modality == "SEG"
 
 
 def test_where_no_seg_can_be_made_a_line_says_why(tmp_path, monkeypatch):
@@ -372,6 +393,7 @@ def bad(tmp_path_factory):
         file.rename(file.with_name("A" + file.name))
     write_series(folder / "two", seed=1)
     write_series(folder / "gap")[0].joinpath("IM0005").unlink()
+    write_series(folder / "unplaced", ImagePositionPatient=None)
     write_series(folder / "torn")
     for file in (folder / "torn").iterdir():
         file.write_bytes(file.read_bytes()[:5_600])
@@ -382,6 +404,9 @@ def bad(tmp_path_factory):
     data = (NIFTI / "example4d.nii.gz").read_bytes()
     (folder / "torn.nii.gz").write_bytes(data[:len(data) // 2])
     (folder / "torn.nii").write_bytes((NIFTI / "anatomical.nii").read_bytes()[:30_000])
+    flat = bytearray(nib.Nifti1Image(np.zeros((20, 20, 20), np.uint8), np.eye(4)).to_bytes())
+    flat[312:328] = bytes(16)                   # srow_z: all voxels at one height
+    (folder / "flat.nii").write_bytes(flat)
     Image.new("L", (30, 30)).save(folder / "picture.png")
     return folder
 
@@ -389,6 +414,8 @@ def bad(tmp_path_factory):
 @pytest.mark.parametrize("flags, says", [
     ("{bad}/empty", "is a directory without DICOM: give"), ("{bad}/two", "has 2 series: give --series with one of"),
     ("{bad}/two --series 99", "has 0 series that end in 99"), ("{bad}/gap", "2.50 to 5.00 mm apart"),
+    ("{bad}/unplaced", "without positions, or of several sizes or directions: give one of its files"),
+    ("{bad}/flat.nii", "has a broken affine: correct its sform"),
     ("{bad}/torn", "cannot be decoded, in IM0"), ("{bad}/text.dcm", "text.dcm is not DICOM"),
     ("{bad}/a.png.dcm", "is not DICOM"), ("{bad}/text.nii.gz", "is not NIfTI"), ("{bad}/text.nii", "is not NIfTI"),
     ("{bad}/torn.nii.gz --frame 1", "is truncated"), ("{bad}/torn.nii --slice 24", "is truncated"),

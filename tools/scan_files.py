@@ -10,6 +10,7 @@ Nifti and Dicom have
 Their packages are imported here and only here (requirements-tools.txt); Refused names the one that is missing.
 """
 import math
+import re
 import struct
 import zlib
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ MOST_FRAMES = 100_000
 UNEVEN = 0.05                   # images are a volume if their distances differ by less than this share
 GEOMETRY = ("pixdim qform_code sform_code quatern_b quatern_c quatern_d qoffset_x qoffset_y qoffset_z srow_x srow_y "
             "srow_z xyzt_units").split()
+REQUIRED = ("PatientName PatientID PatientBirthDate PatientSex StudyDate StudyTime AccessionNumber "
+            "ReferringPhysicianName").split()                           # of patient and study, in a DICOM SEG
 UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError, RuntimeError,
               OSError, EOFError, MemoryError, SyntaxError, struct.error, zlib.error)
 
@@ -198,8 +201,19 @@ class Dicom:
                                        hd.UID(), 1, "MedReasoner", "reference implementation", "1", "0")
         except (*UNREADABLE, *self.errors) as error:
             return f"none: no DICOM SEG can refer to this file ({shorten(str(error), 200)})"
+        for element in [*made]:
+            if of_the_patient(element):
+                del made[element.tag]
         made.save_as(out / "mask.dcm")
         return "mask.dcm"
+
+
+def of_the_patient(element) -> bool:
+    """Whether an element of a DICOM SEG, which highdicom copies from the images, says something of patient or study
+    that the standard does not require there: age, history, other numbers, physicians, descriptions."""
+    group, name = element.tag.group, element.keyword
+    return name not in REQUIRED and (group in (0x10, 0x32, 0x38) or group in (0x08, 0x12, 0x40) and bool(re.search(
+        "Physician|Study|Patient(?!Identity)|Procedure|Diagnos|Accession|ClinicalTrial", name)))
 
 
 def is_dicom(file: Path) -> bool:
