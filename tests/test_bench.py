@@ -4,6 +4,7 @@ import torch
 from transformers import AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+import evaluate
 import train_grpo
 import train_sft
 from bench import memory, random_model
@@ -116,6 +117,9 @@ def test_recipes_parse_and_their_multi_node_commands_have_a_rendezvous():
                 assert (flag in command) == several, command
         assert "--nnodes" in text
     assert "cannot be reproduced" in (ROOT / "recipes/eval_7b.args").read_text()
+    for recipe in ("eval_7b", "slake_7b", "biomedparse_7b"):
+        cfg = parse_args(evaluate.Config, "", argv=[f"@recipes/{recipe}.args"], embedded=lambda config: [])
+        assert cfg.split == "test" and cfg.resize == "square:840"
 
 
 def test_random_models_have_large_key_biases_in_the_first_and_the_last_layer():

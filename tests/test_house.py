@@ -51,6 +51,16 @@ def test_nothing_at_the_top_or_in_runtime_imports_a_script_or_what_stands_beside
         assert "tools" not in imports(path, inside_functions=False), path.name
 
 
+def test_the_core_runs_without_the_packages_of_the_tools():
+    lines = (ROOT / "requirements-tools.txt").read_text().splitlines()
+    packages = {line.split("==")[0].split("[")[0] for line in lines}
+    assert {"pydicom", "nibabel", "highdicom"} < packages and all("  # " in line for line in lines)     # a reason each
+    for path in [*TOP, *RUNTIME]:
+        assert not imports(path) & packages, path.name
+    for path in (ROOT / "tools").glob("*.py"):                          # there, where they are used
+        assert not imports(path, inside_functions=False) & packages, path.name
+
+
 def test_files_and_functions_can_be_read_in_one_sitting():
     for path in [*TOP, *RUNTIME]:
         source = path.read_text()

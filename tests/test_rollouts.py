@@ -173,7 +173,7 @@ def test_the_page_stands_alone_and_is_small(run):
     code = re.sub(r"data:image/jpeg;base64,[A-Za-z0-9+/=]+", "", page).replace("http://www.w3.org/2000/svg", "")
     assert not re.search(r"https?:|wss?:|[\"'(]//|\bsrc=|@import|url\(|fetch\(|XMLHttp|<link|<iframe", code)
     assert "default-src 'none'" in page and page.count("data:image/jpeg;base64,") == 4 + 6
-    assert len(page.encode()) * 13 / 4 * 2 < 5e6            # the demo logs 13 steps of twice as large groups
+    assert len(page.encode()) * 9 / 4 * 2 < 5e6             # the demo logs 9 steps of twice as large groups
 
 
 def test_the_page_has_every_group_and_its_numbers(run, rows):
@@ -278,6 +278,11 @@ def test_a_browser_opens_the_page_moves_the_slider_and_hovers(copy, rows, tmp_pa
         assert page.run("document.querySelectorAll('.row.one').length") == 16
         assert page.run("window.bad") is None and page.run("document.images.length") == 0
         assert HOSTILE in page.run("document.querySelector('.card').textContent")
+        assert page.run("document.querySelectorAll('.card')[0].querySelectorAll('.view .gt').length") == 1   # true box
+        for g, c in enumerate(read_jsonl(copy / "rollouts.jsonl")[0]["completions"]):
+            flags = f"[...document.querySelector('.row.one[data-g=\"{g}\"]').querySelectorAll('.flag')]"
+            assert page.run(flags + ".map(e => e.textContent)") == ["cut"] * (not c["finished"]) + \
+                ["unparsed"] * bool(c["problem"])
 
         x, y = page.place("#step")
         page.click(x + 100, y)                                                      # steps 0 to 3: right of the middle
@@ -295,12 +300,13 @@ def test_a_browser_opens_the_page_moves_the_slider_and_hovers(copy, rows, tmp_pa
         page.move(5, 5)
         assert page.run("document.querySelectorAll('.on, .lit').length") == 0
 
-        for name in ("all good", "mixed", "all bad"):
-            page.click(*page.place(".filters button", ["all", "all good", "mixed", "all bad"].index(name)))
+        for i, name in enumerate(("all good", "mixed", "all bad", "unparsed"), 1):
+            page.click(*page.place(".filters button", i))
             good = [sum(bool(c["bbox"]) and box_iou(c["bbox"], row["truth"]["bbox"]) >= 0.5 for c in row["completions"])
                     for row in rows if row["step"] == 2]
             want = {"all good": good.count(4), "all bad": good.count(0)}
             want["mixed"] = len(good) - sum(want.values())
+            want["unparsed"] = sum(any(c["problem"] for c in row["completions"]) for row in rows if row["step"] == 2)
             assert page.run("document.querySelectorAll('.card').length") == want[name], name
         page.click(*page.place(".filters button", 0))
 
