@@ -22,28 +22,31 @@ from crm import CHAT
 from data import PROMPTS
 from demo.make_crm import tiny_crm
 from runtime.cli import ROOT
+from tools import pictures
 
 TEXTS = [PROMPTS["reasoning"], PROMPTS["direct"], *CHAT,
          "What could the elongated shadow on the left be? 0 1 2 3 4 5 6 7 8 9"] * 3
 
 
-# importing torch and transformers takes seconds: once is enough
+# importing torch and transformers takes seconds: once is enough, for the scripts and for what this file imports
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["train_grpo", "train_sft", "infer", "evaluate"])
+FORKS.set_forkserver_preload(["train_grpo", "train_sft", "infer", "evaluate", "tools.pictures", "pyarrow.parquet",
+                              "demo.make_crm", "pytest"])
 
 
 class Script:
     """`python script.py flags` in a process of its own, forked from one that has imported everything already.
     As subprocess.Popen: pid, poll(), returncode, send_signal(), communicate() -> (stdout, stderr).
-    before: a function that the process calls first."""
+    before: a function that the process calls first. curves: draw curves.png, which takes as long as all the rest of a
+    run as small as those of the tests."""
 
-    def __init__(self, *command, before=None, **env):
+    def __init__(self, *command, before=None, curves=False, **env):
         args = []
         for part in command:
             args += [str(part)] if isinstance(part, Path) else shlex.split(part)
         self.files = [Path(tempfile.mkstemp()[1]) for _ in range(2)]
         env = {"OMP_NUM_THREADS": "1"} | env
-        self.process = FORKS.Process(target=_script, args=(args, env, before, self.files))
+        self.process = FORKS.Process(target=_script, args=(args, env, before, curves, self.files))
         self.process.start()
         self.pid = self.process.pid
 
@@ -67,13 +70,15 @@ class Script:
         return out
 
 
-def _script(args, env, before, files):
+def _script(args, env, before, curves, files):
     for number, file in enumerate(files, 1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), number)
     os.chdir(ROOT)
     os.environ.update(env)
     warnings.simplefilter("ignore")
     torch.set_num_threads(int(env["OMP_NUM_THREADS"]))
+    if not curves:
+        pictures.curves = lambda *_: None
     if before:
         before()
     module = args[0] == "-m"

@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map
 
 import evaluate
 import infer
@@ -58,10 +57,16 @@ class Pretended(TorchDispatchMode):
         return dispatch(op, args, kwargs or {})
 
 
+def each(function, value):
+    """function of a value, or of all in a list or tuple."""
+    return type(value)(each(function, v) for v in value) if isinstance(value, (list, tuple)) else function(value)
+
+
 def dispatch(op, args, kwargs):
-    name, tensors = op.overloadpacket.__name__, [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-    there = [t for t in tensors if isinstance(t, OnGPU)]
-    here = [t for t in tensors if not isinstance(t, OnGPU)]
+    name, values = op.overloadpacket.__name__, []
+    each(values.append, [*args, *kwargs.values()])
+    there = [t for t in values if isinstance(t, OnGPU)]
+    here = [t for t in values if isinstance(t, torch.Tensor) and not isinstance(t, OnGPU)]
     assert all(t.device != GPU for t in here), f"{op}: the pretence has a hole"
     if there and name not in MAY_MEET and any(t.dim() for t in here):
         raise RuntimeError(f"{op}: tensors of the GPU and of the host, {[tuple(t.shape) for t in here]}")
@@ -69,11 +74,11 @@ def dispatch(op, args, kwargs):
         return 0                                                # the kernel for every device
     unwrap = lambda t: t.inner if isinstance(t, OnGPU) else t
     onto = torch.device(kwargs["device"]) == GPU if kwargs.get("device") else bool(there)
-    inner = {k: torch.device("cpu") if k == "device" and v else tree_map(unwrap, v) for k, v in kwargs.items()}
-    out = op(*tree_map(unwrap, args), **inner)
+    inner = {k: torch.device("cpu") if k == "device" and v else each(unwrap, v) for k, v in kwargs.items()}
+    out = op(*each(unwrap, args), **inner)
     known = {id(t.inner): t for t in there}                     # in-place: the same tensor again
     wrap = lambda t: known[id(t)] if id(t) in known else OnGPU(t) if onto and isinstance(t, torch.Tensor) else t
-    return tree_map(wrap, out)
+    return each(wrap, out)
 
 
 def numbers(at):
@@ -83,7 +88,7 @@ def numbers(at):
 
 
 def from_numbers(data, *, dtype=None, device=None):
-    out = FROM_NUMBERS(tree_map(lambda x: x.item() if isinstance(x, OnGPU) else x, data), dtype=dtype)
+    out = FROM_NUMBERS(each(lambda x: x.item() if isinstance(x, OnGPU) else x, data), dtype=dtype)
     return out if device is None else out.to(device)
 
 
@@ -121,12 +126,13 @@ def test_the_pretence_refuses_what_cuda_refuses(gpu):
             wrong()
 
 
-SMALL = "@recipes/demo.args --prompts 2 --group 3 --steps 2 --eval-limit 2 --eval-answers 2 --max-new-tokens 100"
-RUNS = [(train_grpo, SMALL + " --weights mask_dice=1"),
+SMALL = "@recipes/demo.args --prompts 2 --group 3 --max-new-tokens 100"
+RUNS = [(train_grpo, SMALL + " --weights mask_dice=1 --steps 1 --eval-limit 1 --eval-answers 2"),
         (train_grpo, SMALL + " --weights box_iou=1 --trainable . --minibatches 2 --inner-epochs 2 --resample 1 --checkpointing"
-                             " --dtype bfloat16 --entropy-coef 0.01 --steps 1"),
-        (train_grpo, SMALL + " --trainable lora --lora-rank 4 --kl-coef 0 --agg token --ratio sequence --norm batch --pack-tokens 300 --steps 1"),
-        (train_sft, "--steps 2 --batch 4 --lr 1e-6 --eval-limit 2 --max-new-tokens 100"),
+                             " --dtype bfloat16 --entropy-coef 0.01 --steps 1 --eval-every -1"),
+        (train_grpo, SMALL + " --trainable lora --lora-rank 4 --kl-coef 0 --agg token --ratio sequence --norm batch --pack-tokens 300"
+                             " --steps 2 --eval-every -1"),
+        (train_sft, "--steps 2 --batch 4 --lr 1e-6 --eval-limit 1 --eval-answers 2 --max-new-tokens 100"),
         (evaluate, "--limit 3 --samples 2 --max-new-tokens 100"),
         (infer, "--image demo/images/fundus.png --query where --samples 2")]
 
@@ -170,6 +176,7 @@ def test_the_first_sams_do_on_the_gpu_what_they_do_on_the_host(family, tmp_path,
 
 
 def test_the_parity_check_runs_where_the_model_is(gpu, monkeypatch):
-    monkeypatch.setattr(parity, "T", 12)
+    for size, small in (("P", 2), ("G", 2), ("T", 12)):
+        monkeypatch.setattr(parity, size, small)
     table = parity.parity("demo/crm", GPU)
     assert all(row["passed"] for name, row in table.items() if name.startswith("float32") and "passed" in row), table
