@@ -9,6 +9,8 @@ Of the boxes b_0 (as asked), b_1 … b_k and their IoUs v_i with the truth:
     IoU: mean of v_1 … v_k          drop: v_0 - IoU                 flips: share of [v_i >= 0.5] != [v_0 >= 0.5]
     worst: min of v_0 … v_k         hard pass: all v_i >= 0.5       refusals: of 1 … k
     as before: mean IoU(b_0, b_i)   consistency: mean IoU of all pairs of boxes
+    any sibling, by luck: IoU with the best of all that the question may mean in its image (runtime/metrics.py:
+    add_siblings), and that over their number; of the questions that may mean several
 
 A box that is missing has IoU 0 with everything. Consistency alone means nothing: a model that ignores its question has
 all of it. So there are three controls: another sample's question about this image, a grey image, and the same question
@@ -34,14 +36,15 @@ from paper.umrg_words import Chat
 from rewards import box_iou
 from runtime.cli import ModelConfig, exit_on, flag, parse_args, print0
 from runtime.files import write_whole
-from runtime.metrics import ask
+from runtime.metrics import add_siblings, ask
 from runtime.parallel import Ranks
 from tools.intervals import interval, paired_bootstrap
 
 FIXED = ASKED, OTHER, GREY = "as asked", "another sample's question", "a grey image"
 ALL, SAMPLED = "all wordings", "the same question, sampled"
 MEASURES = {"iou": "IoU", "worst": "worst", "drop": "drop", "hard_pass": "hard pass", "as_before": "as before",
-            "consistency": "consistency", "flips": "flips", "refused": "refusals"}
+            "consistency": "consistency", "flips": "flips", "refused": "refusals",
+            "iou_any": "IoU, any sibling", "iou_luck": "IoU, by luck"}
 
 
 @dataclass
@@ -193,8 +196,8 @@ def others_in(kinds) -> list[str]:
 
 
 def answers(crm, samples, texts: list[dict[str, str]], cfg, ranks) -> list[dict]:
-    """A row per sample: id, supercategory, truth, said {kind: {query, bbox, problem}}, and resampled, as many of these
-    as it has wordings. texts: {kind: question} per sample, FIXED included. Boxes in the image frame."""
+    """A row per sample: id, supercategory, truth, siblings, said {kind: {query, bbox, problem}}, and resampled, as many
+    of these as it has wordings. texts: {kind: question} per sample, FIXED included. Boxes in the image frame."""
     jobs = Jobs(samples, [(i, kind, text) for i, several in enumerate(texts) for kind, text in several.items()])
     most = max(len(others_in(several)) for several in texts)
     plain = Jobs(samples, [(i, ASKED, several[ASKED]) for i, several in enumerate(texts)])
@@ -206,10 +209,12 @@ def answers(crm, samples, texts: list[dict[str, str]], cfg, ranks) -> list[dict]
             index, kind, query = several.jobs[p["index"]]
             said = [{"query": query, "bbox": c["bbox"], "problem": c["problem"]} for c in p["completions"]]
             found.append((index, kind if several is jobs else "", said, p))
-    rows = {}
-    for index, kind, said, p in sorted(ranks.gather(found), key=lambda item: item[0]):
+    rows, found = {}, sorted(ranks.gather(found), key=lambda item: item[0])
+    add_siblings([p for _, kind, _, p in found if kind == ASKED])
+    for index, kind, said, p in found:
         row = rows.setdefault(index, {"id": p["id"], "supercategory": p["supercategory"], "truth": p["truth"]["bbox"],
-                                      "said": {}, "resampled": []})
+                                      "siblings": [], "said": {}, "resampled": []})
+        row["siblings"] = p["truth"].get("siblings", row["siblings"])
         if kind:
             row["said"][kind] = said[0]
         else:
@@ -219,14 +224,18 @@ def answers(crm, samples, texts: list[dict[str, str]], cfg, ranks) -> list[dict]
 
 # ---------------------------------------------------------------- measures
 
-def measures(truth, first: dict, others: list[dict]) -> dict[str, float | None]:
-    """MEASURES of the answers to one question (see above). Without others: those that the first alone has."""
+def measures(truth, first: dict, others: list[dict], siblings: Sequence = ()) -> dict[str, float | None]:
+    """MEASURES of the answers to one question (see above). Without others: those that the first alone has; siblings:
+    the boxes of what else it may mean."""
     def same(one: dict, two: dict) -> float:
         return box_iou(one["bbox"], two["bbox"]) if one["bbox"] and two["bbox"] else 0.0
 
     v = [same(answer, {"bbox": truth}) for answer in (first, *others)]
     found = {"iou": np.mean(v[1:] or v), "worst": min(v), "hard_pass": min(v) >= 0.5,
              "refused": np.mean([bool(answer["problem"]) for answer in others or [first]])}
+    if siblings:
+        best = np.mean([max(same(answer, {"bbox": box}) for box in (truth, *siblings)) for answer in others or [first]])
+        found |= {"iou_any": best, "iou_luck": best / (1 + len(siblings))}
     if others:
         found |= {"drop": v[0] - found["iou"], "flips": np.mean([(w >= 0.5) != (v[0] >= 0.5) for w in v[1:]]),
                   "as_before": np.mean([same(first, other) for other in others]),
@@ -243,7 +252,7 @@ def summarise(rows: list[dict]) -> dict:
               **{name: lambda row, name=name: [row["said"][name]] if name in row["said"] else []
                  for name in (*names, OTHER, GREY)},
               SAMPLED: lambda row: row["resampled"]}
-    found = {kind: [measures(row["truth"], row["said"][ASKED], of(row)) if kind == ASKED or of(row) else None
+    found = {kind: [measures(row["truth"], row["said"][ASKED], of(row), row["siblings"]) if kind == ASKED or of(row) else None
                     for row in rows] for kind, of in chosen.items()}
 
     def ends(values) -> dict | None:
@@ -263,13 +272,14 @@ def table(summary: dict) -> str:
     def cell(value: dict | None) -> str:
         return "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * value[k] for k in ("mean", "low", "high"))) if value else "–"
 
+    shown = [key for key in MEASURES if any(found[key] for found in summary["kinds"].values())]
     lines = [f"Percent, mean over {summary['n']} questions [95 % bootstrap interval].", "",
-             "| | n | " + " | ".join(MEASURES.values()) + " |", "|---" * (len(MEASURES) + 2) + "|"]
+             "| | n | " + " | ".join(MEASURES[key] for key in shown) + " |", "|---" * (len(shown) + 2) + "|"]
     for kind, found in summary["kinds"].items():
         if found["iou"]:
             if kind == OTHER:
-                lines.append("| *controls* |" + " |" * (len(MEASURES) + 1))
-            lines.append(f"| {kind} | {found['iou']['n']} | " + " | ".join(cell(found[key]) for key in MEASURES) + " |")
+                lines.append("| *controls* |" + " |" * (len(shown) + 1))
+            lines.append(f"| {kind} | {found['iou']['n']} | " + " | ".join(cell(found[key]) for key in shown) + " |")
     if beyond := summary["beyond"]:
         low, high = 100 * beyond["low"], 100 * beyond["high"]
         verdict = "It listens to the question" if low > 0 else "Not shown that it listens to the question"

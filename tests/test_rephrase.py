@@ -98,13 +98,22 @@ def test_measures_by_hand():
     found = measures(TRUTH, said(TRUTH), [said(HALF), said(AWAY), said(None)])
     assert found == pytest.approx({
         "iou": 0.5 / 3, "worst": 0, "drop": 1 - 0.5 / 3, "hard_pass": 0, "as_before": 0.5 / 3, "consistency": 0.5 / 6,
-        "flips": 2 / 3, "refused": 1 / 3})
+        "flips": 2 / 3, "refused": 1 / 3, "iou_any": None, "iou_luck": None})
     assert measures(TRUTH, said(HALF), [said(TRUTH)]) == pytest.approx({
         "iou": 1, "worst": 0.5, "drop": -0.5, "hard_pass": 1, "as_before": 0.5, "consistency": 0.5, "flips": 0,
-        "refused": 0})
+        "refused": 0, "iou_any": None, "iou_luck": None})
     alone = measures(TRUTH, said(HALF), [])
     assert alone["iou"] == alone["worst"] == 0.5 and alone["drop"] is alone["consistency"] is None
     assert measures(TRUTH, said(None), [said(None)])["consistency"] == 0         # two refusals do not agree
+
+
+def test_what_else_a_question_may_mean_counts_with_its_luck():
+    found = measures(TRUTH, said(TRUTH), [said(HALF), said(AWAY), said(None)], [AWAY, HALF])
+    assert found["iou"] == pytest.approx(0.5 / 3)
+    assert found["iou_any"] == pytest.approx(2 / 3) and found["iou_luck"] == pytest.approx(2 / 9)
+    rows = [row | {"siblings": [(500, 0, 510, 10)]} for row in answered(lambda meant: (500, 0, 510, 10), 3)]
+    assert "| IoU, any sibling | IoU, by luck |" in table(summarise(rows))
+    assert "sibling" not in table(summarise(answered(lambda meant: meant, 3)))
 
 
 def answered(model, count=20):
@@ -113,7 +122,7 @@ def answered(model, count=20):
     for i in range(count):
         truth, other = (10 * i, 0, 10 * i + 10, 10), (10 * i + 10, 0, 10 * i + 20, 10)
         meant = {ASKED: truth, "typos": truth, "frame": truth, OTHER: other, GREY: truth}
-        found.append({"id": str(i), "supercategory": "", "truth": truth, "resampled": [said(model(truth))] * 2,
+        found.append({"id": str(i), "supercategory": "", "truth": truth, "siblings": [], "resampled": [said(model(truth))] * 2,
                       "said": {kind: said(model(where)) for kind, where in meant.items()}})
     return found
 
