@@ -505,14 +505,14 @@ def hostile_texts(count, seed=0):
         yield text if index % 4 else text[:cut] + rng.choice(FRAGMENTS) + text[cut + rng.randrange(3):]
 
 
-def test_a_hundred_thousand_hostile_texts_never_raise_and_stay_within_0_and_1():
+def test_thousands_of_hostile_texts_never_raise_and_stay_within_0_and_1():
     read = 0
-    for index, text in enumerate(hostile_texts(100_000)):
+    for index, text in enumerate(hostile_texts(25_000)):
         terms = reward_terms(text, GT_BOX, GT_POINTS, official=index % 3 == 0)
         read += terms["answer_format"] == 1
         assert terms.keys() >= ALL_TERMS
         assert all(0 <= value <= 1 for value in terms.values()), (text, terms)
-    assert read > 5_000  # many of them got as far as the formulas
+    assert read > 1_250  # many of them got as far as the formulas
 
 
 @pytest.mark.parametrize("unit", [
