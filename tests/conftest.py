@@ -86,14 +86,14 @@ def _script(args, env, before, curves, files):
     (runpy.run_module if module else runpy.run_path)(sys.argv[0], run_name="__main__")
 
 
-def ranks(processes, *command, before=None):
-    """What torchrun starts, started here: one Script per rank."""
+def ranks(processes, *command, before=None, node=None):
+    """What torchrun starts, started here: one Script per rank. node: how many of them are on one machine."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    env = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": str(processes),
-           "LOCAL_WORLD_SIZE": str(processes)}
-    return [Script(*command, before=before, **env, RANK=str(r), LOCAL_RANK=str(r)) for r in range(processes)]
+    node = node or processes
+    env = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(node)}
+    return [Script(*command, before=before, **env, RANK=str(r), LOCAL_RANK=str(r % node)) for r in range(processes)]
 
 
 def random_crm(seed=0, **options):

@@ -2,7 +2,6 @@
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -25,9 +24,9 @@ WORK = ("train_grpo.py --crm demo/crm --data demo/data --prompts 4 --group 3 --m
 SAME = ("reward", "length", "finished", "parse_ok", "zero_std", "entropy", "loss", "kl", "grad_norm")
 
 
-def torchrun(processes, *command, check=0):
+def torchrun(processes, *command, check=0, node=None):
     """Rank 0's (stdout, stderr)."""
-    scripts = ranks(processes, *command)
+    scripts = ranks(processes, *command, node=node)
     said = [script.communicate(timeout=300) for script in scripts]
     assert {script.returncode for script in scripts} == {check}, said
     return said[0]
@@ -114,16 +113,7 @@ def test_a_checkpoint_of_one_process_is_resumed_sharded(alone, tmp_path):
 
 
 def test_shards_within_a_node_and_copies_across_nodes(alone, tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2",
-               "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}", *WORK.split(), "--parallel", "fsdp",
-               "--out", str(tmp_path / "run")]
-    nodes = [subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT, text=True) for _ in range(2)]
-    said = [node.communicate(timeout=300)[0] for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], said
+    torchrun(4, WORK, "--parallel fsdp --out", tmp_path / "run", node=2)
     same_run(tmp_path / "run", alone)
 
 
