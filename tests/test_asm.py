@@ -1,7 +1,4 @@
 """The segmenter: loading, refusing, prompting, drawing, and agreement with sam2's own predictor."""
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import safetensors.torch
@@ -13,10 +10,10 @@ import asm as asm_module
 from asm import ASM, MEDSAM2, SAM2_CONFIG, SEGMENTERS, build_model, load_asm, overlay, prompt_tokens, read_config
 from tools.asm_sam import MedSAM, SAMMed2D, build_sam, released_name
 from tools.overlay import OVERLAY_SIDE
+from conftest import Script
 from data import load_samples
 from demo.make_asm import (HERE, PARITY, PREPARED, PREPARED_SIDE, PROMPT_KINDS, dice, parity_case, parity_prompts,
                            predictor_answers, save_asm, tiny_config)
-from runtime.cli import ROOT
 
 BOXES = np.array([[10, 5, 60, 40], [30, 20, 90, 50], [100, 10, 180, 55]], dtype=float)
 POINTS = np.array([[[20, 20], [40, 30]], [[50, 30], [70, 40]], [[120, 30], [150, 40]]], dtype=float)
@@ -245,10 +242,20 @@ def test_an_unknown_spec_is_one_line_that_names_what_there_is(monkeypatch):
         assert "\n" not in str(refusal.value)
 
 
-def test_the_first_sam_is_imported_only_when_it_is_asked_for():
-    code = ("import sys; from asm import load_asm; load_asm('demo/asm', 'cpu'); assert 'tools.asm_sam' not in sys.modules\n"
-            "try: load_asm('medsam:nowhere', 'cpu')\nexcept FileNotFoundError: assert 'tools.asm_sam' in sys.modules")
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+def test_the_first_sam_is_imported_only_when_it_is_asked_for(tmp_path):
+    (tmp_path / "check.py").write_text("""
+import sys
+from asm import load_asm
+load_asm("demo/asm", "cpu")
+assert "tools.asm_sam" not in sys.modules
+try:
+    load_asm("medsam:nowhere", "cpu")
+except FileNotFoundError:
+    assert "tools.asm_sam" in sys.modules
+""")
+    script = Script(tmp_path / "check.py")
+    said = script.communicate()
+    assert script.returncode == 0, said
 
 
 # ---------------------------------------------------------------- segmenting
