@@ -59,7 +59,7 @@ class Config(RunConfig):                        # model, data, optimizer, evalua
     ratio: str = flag("token", "pi/pi_old per token, or its geometric mean per completion", ("token", "sequence"))
     clip_low: float = flag(0.2, "the ratio's lower bound is 1 - this", low=0)
     clip_high: float = flag(0.2, "the ratio's upper bound is 1 + this", low=0)
-    dual_clip: float = flag(3.0, "where A < 0, a token gains at least this x A (0: no bound)", low=0)
+    dual_clip: float = flag(3.0, "where A < 0, a token gains at least this x A (0: no bound)", low=1, off=0)
     kl: str = flag("k3", "estimator of the KL to the reference model", ("k1", "k2", "k3"))
     kl_coef: float = flag(0.01, "beta (0: no reference model is kept)", low=0)
     entropy_coef: float = flag(0.0, "bonus for entropy, decays linearly to 0 over the run", low=0)

@@ -222,6 +222,9 @@ def exit_on(*errors: type[Exception]):
     except errors as error:
         print("error:", one_line(str(error)), file=sys.stderr, flush=True)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:                   # outside a run, which finishes its step and saves
+        print("interrupted", file=sys.stderr, flush=True)
+        raise SystemExit(130) from None
 
 
 def one_line(message: str) -> str:

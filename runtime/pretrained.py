@@ -19,10 +19,14 @@ FRAME_FILE = "frame.json"                   # how a checkpoint's images were res
 def read_pretrained(path: str | Path, dtype):
     """(model, tokenizer, image processor) of a folder or a hub name. ValueError, one line, names what is missing,
     torn, or no Qwen2.5-VL."""
-    if str(path).startswith((".", "/", "~")) or str(path).count("/") > 1 or Path(path).exists():
-        if not (Path(path) / "config.json").is_file():      # not a hub name: do not ask the hub
-            raise ValueError(f"--crm {path}: no folder with a config.json there")
-    for file in Path(path).glob("*.json"):
+    folder = Path(path)
+    if checkpoints := sorted(folder.glob("step_*/")):
+        raise ValueError(f"--crm {path}: is the folder of a run; give a checkpoint in it, as {checkpoints[-1]}")
+    local = str(path).startswith((".", "/", "~")) or str(path).count("/") > 1 or folder.exists() \
+        or (folder.parent != Path() and folder.parent.exists())
+    if local and not (folder / "config.json").is_file():       # not a hub name: do not ask the hub
+        raise ValueError(f"--crm {path}: no folder with a config.json there")
+    for file in folder.glob("*.json"):
         try:
             json.loads(read_text(file))
         except (ValueError, RecursionError) as error:

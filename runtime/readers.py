@@ -2,11 +2,12 @@
 
 reader(path, split) -> (rows of that split, names of all splits), no image decoded. A row is a dict, which
 data.py checks; coordinates are pixels of the upright image:
-  where                                 "file, line 3": how messages call it
-  id, supercategory, category, think    strings; "" where there is none, but for the id
   query                                 the question
   image, mask                           a path, bytes, or a function that returns bytes; mask may be None
   bbox, points                          [x1, y1, x2, y2] and [[x, y], …], or None: taken from the mask
+and where there is more to say than DEFAULTS does:
+  where                                 "file, line 3": how messages call it
+  id, supercategory, category, think    strings
   extra                                 a dict of whatever else the data has
   problem                               "" or what could not be read, as in "image: is missing"
 To add a reader, write the function and name it in READERS, by the pattern of a path or of what is in a folder.
@@ -17,6 +18,9 @@ from pathlib import Path
 
 from runtime.files import parse_object, read_text
 
+DEFAULTS = {"mask": None, "bbox": None, "points": None, "supercategory": "", "category": "", "think": "", "extra": {},
+            "problem": ""}
+
 
 def read_folder(path: Path, split: str) -> tuple[list[dict], list[str]]:
     """samples.jsonl beside images/ and masks/, one object per line: image, query, and mask or bbox + points;
@@ -24,7 +28,10 @@ def read_folder(path: Path, split: str) -> tuple[list[dict], list[str]]:
     image's size; file names are relative to images/ and masks/. For DICOM and NIfTI, "scan": {"slice": 45} has keys of
     tools.volumes.ScanConfig, and the mask may be NIfTI on the same grid."""
     file, rows, splits = path / "samples.jsonl" if path.is_dir() else path, [], set()
-    for number, line in enumerate(read_text(file).splitlines(), 1):
+    text = read_text(file)
+    if text.lstrip().startswith("["):
+        raise ValueError(f"{file}: is a JSON array; one object per line is needed")
+    for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
         image, mask, problem = None, None, ""
@@ -89,6 +96,7 @@ def read_rows(path: Path, split: str | None) -> tuple[list[dict], list[str]]:
             if split is not None and not rows:
                 raise ValueError(f"{path}: no sample in split {split!r}; the splits there: "
                                  f"{', '.join(splits) or 'none'} (training wants train and test; evaluate.py has --split)")
-            return rows, splits
+            return [DEFAULTS | {"where": f"{path}, row {number}", "id": f"{path.stem}-{number}"} | row
+                    for number, row in enumerate(rows, 1)], splits
     names = " nor ".join(pattern.removeprefix("**/") for pattern in READERS)
     raise ValueError(f"{path}: neither {names}{' in it' if path.is_dir() else ''}; see runtime/readers.py")

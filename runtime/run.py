@@ -145,6 +145,7 @@ class Run:
             if changed:
                 raise ValueError(f"--resume: {'; '.join(changed)}: restore what {self.checkpoint} was trained with")
             optimizer.load(self.checkpoint, state)
+            print0(f"resuming from {self.checkpoint}")
         logs = {name: [row for row in self.read(name) if state and row["step"] <= self.start] for name in LOGS}
         for row in logs["metrics"]:
             self._remember(row)

@@ -183,3 +183,9 @@ def test_bad_input_is_one_line_and_status_2_with_the_flag_that_named_a_file(caps
         assert capsys.readouterr().err == says
     with pytest.raises(KeyError), exit_on(ValueError):          # a bug of ours stays one
         raise KeyError("x")
+
+
+def test_ctrl_c_outside_a_run_is_one_word_and_status_130(capsys):
+    with pytest.raises(SystemExit, match="130"), exit_on(ValueError):
+        raise KeyboardInterrupt
+    assert capsys.readouterr().err == "interrupted\n"

@@ -123,12 +123,20 @@ def test_a_frozen_vision_tower_gets_no_gradient():
 
 @pytest.mark.parametrize("make, says", [
     (lambda d: None, "no folder with a config.json"),
+    (lambda d: [(d / f"step_00000{n}").mkdir() for n in (4, 8)], "folder of a run; give a checkpoint in it, as .*step_000008"),
     (lambda d: (d / "config.json").write_text('{"model_type": "llama"}'), "'llama', not 'qwen2_5_vl'"),
     (lambda d: (d / "config.json").write_text('{"model_type": "qwen2_5_vl"}'), "cannot be loaded")])
 def test_a_folder_that_is_no_qwen2_5_vl_is_named(tmp_path, make, says):
     make(tmp_path)
     with pytest.raises(ValueError, match=f"(?s){tmp_path}.*{says}"):
         load_crm(tmp_path)
+
+
+def test_a_name_beside_existing_folders_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(ValueError, match="--crm runs/nope: no folder with a config.json there"):
+        load_crm("runs/nope")
 
 
 def test_prompts_have_a_place_for_the_question():

@@ -580,12 +580,28 @@ def test_python_data_py_prints_what_is_there_and_every_bad_row(folder, capsys):
         main([str(path), "--split", "nope"])
 
 
+def test_a_split_that_nothing_reads_by_itself_is_named(folder, capsys):
+    from tools.data_report import main
+    assert main([str(folder({}, {"split": "test"}, {"split": "Train"}, {"split": "validation"}))]) == 0
+    out = capsys.readouterr().out
+    assert "Train: 1 of 1 rows can be used\n  nothing reads a split of this name" in out
+    assert out.count("nothing reads a split") == 1
+
+
+def test_a_json_array_is_one_error_and_not_one_per_line(folder):
+    path = folder({})
+    (path / "samples.jsonl").write_text(f"[\n{(path / 'samples.jsonl').read_text()}]")
+    with pytest.raises(ValueError, match="samples.jsonl: is a JSON array; one object per line is needed"):
+        load_samples(path)
+
+
 def test_a_broken_line_is_a_bad_row_of_data_py_once_and_skipping_is_advised_only_where_it_helps(folder, capsys):
     from tools.data_report import main
     path = folder({}, {"split": "test"})
     (path / "samples.jsonl").write_text((path / "samples.jsonl").read_text() + '\n{"image": "a.png", "query')
     assert main([str(path)]) == 2
     out = capsys.readouterr().out
+    assert out.count(f"ids as {path.name}-2 ") == 1                                     # not the broken line's
     assert out.count("line 3, text: not JSON") == 1 and "train: 1 of 2 rows" in out and "--skip-bad-rows" not in out
     with pytest.raises(BadRow, match="line 3, text: not JSON.*fix the row or use --skip-bad-rows"):
         load_samples(path).check()
@@ -643,9 +659,8 @@ def test_without_a_test_split_training_starts_and_says_that_nothing_is_held_out(
 def read_names(path, split):
     """A reader as a user would write it: the file's name is the answer, the mask lies beside the image."""
     files = sorted(path.glob("*_mask.png")) if split == "train" else []
-    return [{"where": str(file), "id": file.stem, "query": f"Where is the {file.stem.removesuffix('_mask')}?", "problem": "",
-             "image": path / "images/a.png", "mask": file, "bbox": None, "points": None, "extra": {}, "think": "",
-             "category": "", "supercategory": ""} for file in files], ["train"]
+    return [{"query": f"Where is the {file.stem.removesuffix('_mask')}?", "image": path / "images/a.png", "mask": file}
+            for file in files], ["train"]
 
 
 def test_a_new_reader_is_a_function_and_its_name(folder, monkeypatch):
@@ -658,6 +673,7 @@ def test_a_new_reader_is_a_function_and_its_name(folder, monkeypatch):
     monkeypatch.setitem(readers.READERS, "*_mask.png", read_names)
     sample = load_samples(path)[0]
     assert sample.bbox == (10, 5, 30, 25) and sample.query == "Where is the liver?"
+    assert sample.id == f"{path.name}-1" and sample.think == sample.category == ""      # what it does not say
     with pytest.raises(ValueError, match="splits there: train"):
         load_samples(path, "test")
 

@@ -173,7 +173,9 @@ def test_missing_predictions_are_refusals_that_are_counted_and_reported(tmp_path
     (lambda a: [{"id": a[0]["id"]}], "", "line 1: an object with id"),
     (lambda a: a[:1] + [{"id": "x", "points": 5}], "", "line 2: an object with id"),
     (lambda a: [{"id": "x", "text": 5, "bbox": [1, 2, 3, 4]}], "", "line 1: an object with id"),
-], ids=["unknown", "repeated", "frame", "no id", "no answer", "points 5", "text 5"])
+    (lambda a: [], "", "p.jsonl: no line in it"),
+    (lambda a: [{"id": a[0]["id"], "bbox": [0.1, 0.2, 0.9, 0.95]}], "", "look like fractions of the image; give pixels"),
+], ids=["unknown", "repeated", "frame", "no id", "no answer", "points 5", "text 5", "empty", "fractions"])
 def test_predictions_that_cannot_be_meant_are_refused_with_one_line_and_nothing_written(
         tmp_path, tests, change, flags, says):
     _, error = predicted(tmp_path, change(list(answers(tests, "pixels"))), flags, check=2)

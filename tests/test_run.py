@@ -183,10 +183,11 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_it_used(cfg, capsys):
 # ---------------------------------------------------------------- resume
 
 
-def test_a_resumed_run_starts_from_the_newest_checkpoint_with_its_state(cfg):
+def test_a_resumed_run_starts_from_the_newest_checkpoint_with_its_state(cfg, capsys):
     train(begun(cfg), 5, save=(2, 4))
     run, optimizer = Run(replace(cfg, resume="auto"), Ranks()), StubOptimizer()
     assert run.begin(None, optimizer, 12) == 4 and optimizer.loaded == ("step_000004", 4) and run.state is None
+    assert f"resuming from {run.checkpoint}\n" in capsys.readouterr().out
     with pytest.raises(ValueError, match="has 4 steps already"):
         Run(replace(cfg, resume="auto"), Ranks()).begin(None, optimizer, 4)
 

@@ -105,7 +105,9 @@ def read_given(path: str) -> tuple[dict[str, dict], list[str]]:
             raise ValueError(f"{where}: id {row['id']!r} has an earlier line; one line per id")
         given[str(row["id"])] = row
         asked |= {"bbox", "points"} if "text" in parts else parts
-    return given, sorted(asked or {"bbox", "points"})
+    if not given:
+        raise ValueError(f"--predictions {path}: no line in it")
+    return given, sorted(asked)
 
 
 def model_sizes(cfg) -> tuple[str, int, int]:
@@ -128,7 +130,7 @@ def from_file(cfg, samples) -> list[dict]:
         raise ValueError(f"{where}: {len(unknown)} of {len(given)} ids are not in --data {cfg.data}, split "
                          f"{cfg.split}, the first: {min(unknown)!r}; those there are as {ids[0]!r}")
     sizes = model_sizes(cfg) if cfg.frame == "model" else None
-    rows, boxes, outside = [], 0, 0
+    rows, boxes, outside, fractions = [], 0, 0, 0
     for i, name in enumerate(ids):
         sample, row = samples[i], given.get(name, {"text": ""})
         size = sample.image.size
@@ -150,10 +152,13 @@ def from_file(cfg, samples) -> list[dict]:
         if completion["bbox"]:
             boxes += 1
             outside += any(v > 1.02 * side for v, side in zip(completion["bbox"][2:], size))
+            fractions += cfg.frame == "pixels" and max(completion["bbox"]) <= 1
         rows.append(p)
     if outside > boxes / 2:
         raise ValueError(f"{where}: {outside} of {boxes} boxes leave their image, so --frame {cfg.frame} is "
                          "wrong; give the frame they were written in")
+    if boxes and fractions == boxes:
+        raise ValueError(f"{where}: the boxes look like fractions of the image; give pixels, or thousandths and --frame norm1000")
     print0(f"{len(ids) - len(given)} of {len(ids)} questions have no prediction (refusals), "
            f"{outside} boxes leave their image")
     return add_siblings(rows)
