@@ -306,7 +306,7 @@ def test_a_minute_of_grpo_beats_its_start_by_more_than_chance(tmp_path):
 
 @pytest.mark.skipif(not shutil.which("make"), reason="make is needed")
 def test_make_help_has_a_line_for_every_target_and_the_readme_names_set_up_and_help():
-    said = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    said = subprocess.run(["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
     targets = re.findall(r"^\.PHONY: (\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert [line.split()[1] for line in said] == targets and all(len(line.split()) > 3 for line in said)
     assert all(f"`make {name}`" in (ROOT / "README.md").read_text() for name in ("setup", "help"))
