@@ -30,11 +30,10 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 from rewards import KEY_POINTS, Box, Points, Terms, parse_answer, reward_terms, write_answer
 from runtime.cli import exit_on, matcher, print0
 from runtime.files import read_text
-from runtime.images import headers_fit, load_image, load_mask
+from runtime.images import MAX_RATIO, headers_fit, load_image, load_mask
 from runtime.readers import read_rows
 
 STRIDE = 28                     # one visual token of Qwen2.5-VL: 2 x 2 patches of 14 pixels
-MAX_RATIO = 200                 # of an image's sides, the limit of Qwen's own resize
 MIN_PIXELS, MAX_PIXELS = 56 * 56, 840 * 840
 NO_TARGET = "bbox: is missing, or points are, and so is a mask to take them from"
 OR_SKIP = "; fix the row or use --skip-bad-rows"
@@ -207,7 +206,7 @@ def answers_of(template: str):
 def load_samples(path: str | Path, split: str = "train", skip_bad_rows: bool = False) -> "Samples":
     """The samples of one split, lazily: an image is decoded when its sample is asked for.
 
-    path: a folder with samples.jsonl, or U-MRG parquet (see runtime/readers.py). A row that cannot be used raises
+    path: a folder with samples.jsonl, or U-MRG's parquet (see runtime/readers.py, tools/umrg.py). A row that cannot be used raises
     BadRow when asked for; with skip_bad_rows all are tried now, bad ones left out and counted, their messages in
     `.skipped`. Repeated ids get a number. ValueError: nothing there, an unreadable file or column, no row left."""
     rows, _ = read_rows(Path(path), split)

@@ -40,14 +40,17 @@ def well_formed(p: dict, completion: dict) -> bool:
 
 
 def execute(name: str, seed: int, args) -> None:
-    """Train, evaluate, keep the result. A training run that is done is not repeated."""
+    """Train, evaluate, keep the result. A training run that is done is not repeated; its seconds
+    are None, then."""
     todo, seconds = commands(name, seed, args), []
     for command in todo:
         start = time.perf_counter()
         out = Path(command[command.index("--out") + 1])
-        last = out if "paper.careless" in command else out / f"step_{RUNS[name].longer * args.steps:06d}"
-        if not last.exists():
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        last = "frame.json" if "paper.careless" in command else f"step_{RUNS[name].longer * args.steps:06d}"
+        if (out / last).exists():
+            seconds.append(None)                                    # made before
+            continue
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         seconds.append(round(time.perf_counter() - start, 1))
     rows = [{"id": row["id"], "supercategory": row["supercategory"], "wording": row["wording"],
              "formed": round(mean(row, well_formed), 4),
@@ -61,7 +64,7 @@ def execute(name: str, seed: int, args) -> None:
               "questions": rows}
     write_whole(args.results / f"{name}-{seed}.json", json.dumps(result) + "\n")
     iou = 100 * np.mean([row["iou"] for row in rows])
-    print(f"{name}, seed {seed}: IoU {iou:.1f}, {sum(seconds):.0f} s", flush=True)
+    print(f"{name}, seed {seed}: IoU {iou:.1f}, {sum(s or 0 for s in seconds):.0f} s", flush=True)
 
 
 if __name__ == "__main__":

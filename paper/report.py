@@ -176,7 +176,7 @@ def report(results: dict[str, Result]) -> str:
     """RESULTS.md."""
     start, seeds = results["start"], [seed for r in results.values() for seed in r.seeds]
     dates = sorted({seed["date"] for seed in seeds})
-    minutes = sum(sum(seed["seconds"]) for seed in seeds) / 60
+    minutes = sum(s or 0 for seed in seeds for s in seed["seconds"]) / 60
     inside = lambda row: row["supercategory"] in SEEN.split("|")
     outside = lambda row: not inside(row)
     lines = ["# The paper's experiments, rerun", "",
@@ -211,7 +211,8 @@ def report(results: dict[str, Result]) -> str:
               "Of each run's first seed, with the seconds each took.", "", "```sh"]
     for r in results.values():
         first = r.seeds[0]
-        lines += [f"{command}    # {s:.0f} s" for command, s in zip(first["commands"], first["seconds"])]
+        lines += [command + ("    # made before" if s is None else f"    # {s:.0f} s")
+                  for command, s in zip(first["commands"], first["seconds"])]
     return "\n".join([*lines, "```", ""])
 
 

@@ -54,7 +54,7 @@ class RunConfig(ModelConfig):
     out: str = flag("runs/new", "run folder")
     resume: str = flag("no", "continue from the last checkpoint in --out; auto: if there is one",
                        ("no", "yes", "auto"), bare="yes")
-    parallel: str = flag("ddp", "how torchrun's ranks share the model, see parallel.py", ("ddp", "fsdp"))
+    parallel: str = flag("ddp", "how torchrun's ranks share the model, see runtime/parallel.py", ("ddp", "fsdp"))
     track: str | None = flag(None, "send the rows of metrics.jsonl to a tracker, too, see tools/track.py", TRACKERS)
     timeout: float = flag(30.0, "minutes that a rank waits for the others", above=0)
     # optimization
@@ -229,6 +229,6 @@ def exit_on(*errors: type[Exception]):
 
 def one_line(message: str) -> str:
     """A message as one line. One that begins with a file, as Python's own are made to, gets the flag that named it."""
-    text = re.sub(r"^\[Errno \d+\] (.*): '(.*)'$", r"\2: \1", " ".join(message.split()))
+    text = re.sub(r"^\[Errno \d+\] (.*): '([^']*)'$", r"\2: \1", " ".join(message.split()))
     flags = [word for word, value in zip(sys.argv, sys.argv[1:]) if word.startswith("--") and text.startswith(f"{value}: ")]
     return " ".join([*flags[:1], text])

@@ -9,6 +9,7 @@ from PIL import Image, ImageOps
 
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM")  # Pillow starts no other decoder
 MIN_SIDE = 14                   # an image smaller than one patch of Qwen2.5-VL holds nothing to ground
+MAX_RATIO = 200                 # of an image's sides, the limit of Qwen's own resize
 ORIENTATION = 0x0112            # the EXIF tag
 
 
@@ -63,7 +64,8 @@ def headers_fit(row: dict) -> bool:
     except ValueError:
         return False
     corners = np.reshape([*(row["bbox"] or ()), *np.ravel(row["points"] or ())], (-1, 2))
-    return not sizes or (sizes[0] == sizes[-1] and max(row["bbox"] or [2]) > 1          # else fractions
+    return not sizes or (sizes[0] == sizes[-1] and MIN_SIDE <= min(sizes[0]) and max(sizes[0]) <= MAX_RATIO * min(sizes[0])
+                         and max(row["bbox"] or [2]) > 1                                # else fractions
                          and bool(((corners >= -1) & (corners <= np.add(sizes[0], 1))).all()))
 
 

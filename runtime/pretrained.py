@@ -20,12 +20,13 @@ def read_pretrained(path: str | Path, dtype):
     """(model, tokenizer, image processor) of a folder or a hub name. ValueError, one line, names what is missing,
     torn, or no Qwen2.5-VL."""
     folder = Path(path)
-    if checkpoints := sorted(folder.glob("step_*/")):
-        raise ValueError(f"--crm {path}: is the folder of a run; give a checkpoint in it, as {checkpoints[-1]}")
+    if checkpoints := sorted(folder.glob("step_*[0-9]")):
+        raise ValueError(f"--crm {path}: is the folder of a run; give a checkpoint in it, such as {checkpoints[-1]}")
     local = str(path).startswith((".", "/", "~")) or str(path).count("/") > 1 or folder.exists() \
         or (folder.parent != Path() and folder.parent.exists())
     if local and not (folder / "config.json").is_file():       # not a hub name: do not ask the hub
-        raise ValueError(f"--crm {path}: no folder with a config.json there")
+        beside = "" if folder.exists() or folder.parent == Path() else f" (not looked for on the hub, as {folder.parent} is here)"
+        raise ValueError(f"--crm {path}: no folder with a config.json there{beside if folder.parent.exists() else ''}")
     for file in folder.glob("*.json"):
         try:
             json.loads(read_text(file))
@@ -51,8 +52,8 @@ def remembered_frame(path: str | Path) -> dict:
     file = Path(path) / FRAME_FILE
     saved = parse_object(read_text(file), file) if file.is_file() else {}
     for key, value in saved.items():
-        lost = key == "prompt" and value not in PROMPTS and "{query}" not in str(value)
-        if type(value) is not FRAME_TYPES.get(key) or lost:
+        known = type(value) is FRAME_TYPES.get(key)
+        if not known or (key == "prompt" and value not in PROMPTS and "{query}" not in value):
             raise ValueError(f"{file}: {key}: {value!r} is not what save writes there; mend or remove the file")
     return saved
 

@@ -123,7 +123,7 @@ def test_a_frozen_vision_tower_gets_no_gradient():
 
 @pytest.mark.parametrize("make, says", [
     (lambda d: None, "no folder with a config.json"),
-    (lambda d: [(d / f"step_00000{n}").mkdir() for n in (4, 8)], "folder of a run; give a checkpoint in it, as .*step_000008"),
+    (lambda d: [(d / f"step_00000{n}").mkdir() for n in (4, 8)], "folder of a run; give a checkpoint in it, such as .*step_000008"),
     (lambda d: (d / "config.json").write_text('{"model_type": "llama"}'), "'llama', not 'qwen2_5_vl'"),
     (lambda d: (d / "config.json").write_text('{"model_type": "qwen2_5_vl"}'), "cannot be loaded")])
 def test_a_folder_that_is_no_qwen2_5_vl_is_named(tmp_path, make, says):
@@ -155,7 +155,7 @@ def test_a_checkpoint_remembers_its_prompt_and_an_explicit_one_wins(tmp_path):
 
 
 @pytest.mark.parametrize("text, says", [
-    ("[1]", "not a JSON object"), ("{", "not JSON"), ('{"prompt": 5}', "prompt: 5"), ('{"prompt": "Where?"}', "prompt: 'Where"),
+    ("[1]", "not a JSON object"), ("{", "not JSON"), ('{"prompt": 5}', "prompt: 5"), ('{"prompt": ["a"]}', "prompt: ['a']"), ('{"prompt": "Where?"}', "prompt: 'Where"),
     ('{"min_pixels": "a"}', "min_pixels: 'a'"), ('{"max_pixels": 1.5}', "max_pixels: 1.5"), ('{"lora_rank": 4}', "lora_rank: 4"),
     ('{"resize": null}', "resize: None")])
 def test_a_frame_json_that_save_did_not_write_is_named(tmp_path, text, says):

@@ -498,12 +498,17 @@ def test_masks_of_0_and_1_are_masks_and_label_maps_are_named(tmp_path):
     ({"bbox": [1, 2, 30, 30], "points": [[20, 15], [34, 45]]}, "points: .* is outside the 60x40 image"),
     ({"mask": "narrow.png"}, "mask: is 50x40, its image 60x40"), ({"image": "text.png"}, "image: is not an image"),
     ({"bbox": [1, 2, 3, 4], "mask": None}, "bbox: is missing, or points are, and so is a mask"),
+    ({"image": "small.png", "mask": "small.png"}, "image: is 20x13: a side must have 14 pixels"),
+    ({"image": "long.png", "mask": "long.png"}, "image: of 3000x14 is too long and thin"),
 ])
 def test_each_usual_mistake_is_named_with_its_fix(folder, row, says):
     path = folder({}, row)
     noise_image(60, 40).save(path / "secret.png")
     Image.new("L", (50, 40), 255).save(path / "masks/narrow.png")
     (path / "images/text.png").write_text("no picture")
+    for name, size in (("small", (20, 13)), ("long", (3000, 14))):
+        noise_image(*size).save(path / f"images/{name}.png")
+        Image.new("L", size, 255).save(path / f"masks/{name}.png")
     samples = load_samples(path)
     with pytest.raises(BadRow, match=f"samples.jsonl, line 2, {says}"):
         samples[1]
@@ -571,7 +576,7 @@ def test_python_data_py_prints_what_is_there_and_every_bad_row(folder, capsys):
     out = capsys.readouterr().out
     for line in ("test: 1 of 1 rows", "train: 3 of 5 rows", "1 Brain / tumour", "60x40 (3)", "line 2, mask: no such file",
                  'line 4, bbox: is missing, but there is "box"', "line 6, id: 'a' is there already",
-                 f"ids as {path.name}-1 (the row's id, else the folder's name and the line)", "(none): not in the row"):
+                 f"ids look like {path.name}-1 (the row's id, else the folder's name and the line)", "(none): not in the row"):
         assert line in out
     sheet = np.asarray(Image.open(path / "sheet.png"))
     assert sheet.shape[:2] == (224 + 58, 6 * 224) and sheet[224:, :224].any() and not sheet[224:, -224:].any()   # id, query
@@ -601,7 +606,7 @@ def test_a_broken_line_is_a_bad_row_of_data_py_once_and_skipping_is_advised_only
     (path / "samples.jsonl").write_text((path / "samples.jsonl").read_text() + '\n{"image": "a.png", "query')
     assert main([str(path)]) == 2
     out = capsys.readouterr().out
-    assert out.count(f"ids as {path.name}-2 ") == 1                                     # not the broken line's
+    assert out.count(f"ids look like {path.name}-2 ") == 1                                     # not the broken line's
     assert out.count("line 3, text: not JSON") == 1 and "train: 1 of 2 rows" in out and "--skip-bad-rows" not in out
     with pytest.raises(BadRow, match="line 3, text: not JSON.*fix the row or use --skip-bad-rows"):
         load_samples(path).check()

@@ -166,7 +166,7 @@ def test_missing_predictions_are_refusals_that_are_counted_and_reported(tmp_path
 
 
 @pytest.mark.parametrize("change, flags, says", [
-    (lambda a: a + [dict(a[0], id="nobody")], "", "'nobody'; those there are as 'test_00000'"),
+    (lambda a: a + [dict(a[0], id="nobody")], "", "'nobody'; those there look like 'test_00000'"),
     (lambda a: a + [a[2]], "", "line 7: id"),
     (lambda a: a, "--frame model --resize square:56", "--frame model is wrong"),
     (lambda a: [{"bbox": [1, 2, 3, 4]}], "", "line 1: an object with id"),

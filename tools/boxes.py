@@ -11,9 +11,9 @@ parts and m regions, the term of the whole completion is a soft F1:
     term = 2 sum C_ij / (m + n)      over the one-to-one assignment with the largest sum of box_iou + point_dice
 
 So parts too many and too few both cost, their order does not matter, and one box for one region earns exactly what
-rewards.py gives. Of parts that hit nothing only the best counts, and only where no part hits: rewards.py gives a miss
-a little, as an attempt beats no answer, and that is given once. Only the formats' terms are not sums: think_format is that of the text, answer_format the lowest of
-its parts', and 0 without any.
+rewards.py gives. Of parts that hit nothing, or hardly, only the best counts, and only where no part hits: rewards.py
+gives a miss a little, as an attempt beats no answer, and that is given once. Only the formats' terms are not sums:
+think_format is that of the text, answer_format the lowest of its parts', and 0 without any.
 """
 import json
 from itertools import zip_longest
@@ -128,9 +128,9 @@ def score(text: str, truth: list[tuple[Box, Points]], official=False, frame: tup
     total = dict.fromkeys(single, 0.0)
     if texts:
         worth = np.array([[term["box_iou"] + term["point_dice"] for term in row] for row in terms])
-        pairs = sorted(zip(*_best(worth)[0]), key=lambda pair: -worth[pair])
-        hits = [terms[i][j] for i, j in pairs if max(terms[i][j]["box_iou"], terms[i][j]["point_dice"]) > MISS]
-        counted = hits or [terms[i][j] for i, j in pairs[:1]]
+        hit = np.array([[max(term["box_iou"], term["point_dice"]) > MISS for term in row] for row in terms])
+        pairs = [pair for pair in zip(*_best(worth * hit)[0]) if hit[pair]]
+        counted = [terms[i][j] for i, j in pairs or [np.unravel_index(worth.argmax(), worth.shape)]]
         total = {name: 2 * sum(term[name] for term in counted) / (len(texts) + len(truth)) for name in single}
     return total | {"think_format": single["think_format"],
                     "answer_format": ANSWER_FORMAT[answer.problem] if texts else 0.0}

@@ -26,12 +26,12 @@ def report(path: Path, split: str, all_problems: list[str], pictures: list[Image
         if i % max(1, len(rows) // ON_SHEET) == 0:
             pictures.append(picture(sample))
     print(f"{split}: {sizes.total()} of {len(rows)} rows can be used")
-    if not split.startswith(("train", "test", "val")):
+    if split != "train" and not split.startswith(("test", "val")) and path.suffix != ".parquet":
         print('  nothing reads a split of this name unless told to: "train" trains, "test" or "val" is held out')
     print("  sizes:", ", ".join(f"{size} ({count})" for size, count in sizes.most_common(8)))
     how = IDS.get(Path(rows[0]["where"].rpartition(", ")[0]).suffix)
     example = next((row for row in rows if not row["problem"]), rows[0])
-    print(f"  ids as {example['id']}" + (f" ({how})" if how else ""))
+    print(f"  ids look like {example['id']}" + (f" ({how})" if how else ""))
     unnamed = "; (none): not in the row, so not in a table of evaluate.py" if "(none)" in str(categories) else ""
     print(f"  rows, supercategory / category{unnamed}:")
     new = [problem for problem in problems if problem not in all_problems]      # a broken line is one of every split

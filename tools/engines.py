@@ -147,7 +147,7 @@ def main(cfg: Config) -> None:
             raise ValueError(f"--prompt {cfg.prompt}: the reward here is of one box; several train with train_grpo.py")
         samples = load_samples(cfg.data, cfg.split, cfg.skip_bad_rows)
         count = export(file, rows(samples, template, cfg.split, cfg.resize, cfg.max_pixels))
-    print0(f"{count} questions, {len(samples.skipped)} bad rows left out -> {file}")
+    print0(f"{count} questions -> {file}")
 
 
 if __name__ == "__main__":

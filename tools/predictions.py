@@ -128,7 +128,7 @@ def from_file(cfg, samples) -> list[dict]:
     given, asked = read_given(cfg.predictions)
     if unknown := list(given.keys() - set(ids)):
         raise ValueError(f"{where}: {len(unknown)} of {len(given)} ids are not in --data {cfg.data}, split "
-                         f"{cfg.split}, the first: {min(unknown)!r}; those there are as {ids[0]!r}")
+                         f"{cfg.split}, the first: {min(unknown)!r}; those there look like {ids[0]!r}")
     sizes = model_sizes(cfg) if cfg.frame == "model" else None
     rows, boxes, outside, fractions = [], 0, 0, 0
     for i, name in enumerate(ids):

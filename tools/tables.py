@@ -37,7 +37,7 @@ def table(summary: dict, metrics: dict) -> str:
     def line(name: str, group: dict) -> str:
         return f"| {name} | {group['n']} | " + " | ".join(percent(group[key]) for key in keys) + " |"
 
-    lines = ["Percent, mean over questions [95 % bootstrap interval; – of fewer than 5].", "",
+    lines = ["Percent, mean over questions [95 % bootstrap interval; – for fewer than 5].", "",
              "| | n | " + " | ".join(metrics[key][0] for key in keys) + " |",
              "|---" * (len(keys) + 2) + "|", line("all", summary["all"])]
     for name in ("supercategory", "wording", "category"):
