@@ -23,7 +23,8 @@ class Change:
     file: str                           # "" where a flag is all it takes
     edits: list[tuple[str, str]]        # text -> new text
     check: str                          # Python, run in the copy
-    still_green: str = ""               # tests of the changed file: arguments of pytest
+    still_green: str = ""               # tests of the changed file: arguments of pytest; none that starts a script, as
+                                        # conftest.py forks these off a process that imported the unchanged files
 
 
 CHANGES = [

@@ -1,4 +1,5 @@
-"""runtime/metrics.py and runtime/step.py: scores by hand, intervals that cover, held-out rows, warnings."""
+"""runtime/metrics.py, runtime/step.py, tools/intervals.py, tools/mask_reward.py: scores by hand, intervals that cover,
+held-out rows, warnings."""
 from types import SimpleNamespace
 
 import numpy as np

@@ -260,7 +260,8 @@ def test_sft_lowers_the_cross_entropy_and_resumes_exactly(tmp_path):
              "--schedule constant")
     run("train_sft.py", flags, "--steps 6 --out", tmp_path / "whole")
     run("train_sft.py", flags, "--steps 3 --out", tmp_path / "cut")
-    run("train_sft.py", flags, "--steps 6 --resume --out", tmp_path / "cut")
+    run("train_sft.py", flags, "--steps 6 --resume --out", tmp_path / "cut", curves=True)
+    assert (tmp_path / "cut/curves.png").exists()
     a, b = (load_file(tmp_path / name / "step_000006/model.safetensors") for name in ("whole", "cut"))
     assert all(torch.equal(a[k], b[k]) for k in a)
     losses = [row["loss"] for row in rows(tmp_path / "whole/metrics.jsonl")]
