@@ -22,11 +22,11 @@ def read_pretrained(path: str | Path, dtype):
     folder = Path(path)
     if checkpoints := sorted(folder.glob("step_*[0-9]")):
         raise ValueError(f"--crm {path}: is the folder of a run; give a checkpoint in it, such as {checkpoints[-1]}")
-    local = str(path).startswith((".", "/", "~")) or str(path).count("/") > 1 or folder.exists() \
-        or (folder.parent != Path() and folder.parent.exists())
-    if local and not (folder / "config.json").is_file():       # not a hub name: do not ask the hub
-        beside = "" if folder.exists() or folder.parent == Path() else f" (not looked for on the hub, as {folder.parent} is here)"
-        raise ValueError(f"--crm {path}: no folder with a config.json there{beside if folder.parent.exists() else ''}")
+    of_hub = not str(path).startswith((".", "/", "~")) and str(path).count("/") <= 1 and not folder.exists()
+    beside = of_hub and folder.parent != Path() and folder.parent.exists()          # runs/nope is meant as a folder
+    if (beside or not of_hub) and not (folder / "config.json").is_file():
+        why = f", nor looked for on the hub, as there is a folder {folder.parent}" if beside else ""
+        raise ValueError(f"--crm {path}: no folder with a config.json there{why}")
     for file in folder.glob("*.json"):
         try:
             json.loads(read_text(file))
