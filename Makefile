@@ -51,7 +51,7 @@ build/verl/ready: requirements.txt
 	build/verl/bin/python -m pip install --quiet --no-deps verl==0.9.1
 	touch $@
 
-# kills, signals and full disks, a hundred of them; about nine minutes on two cores
+# kills, signals and full disks, a hundred of them; about six minutes on two cores
 .PHONY: faults
 faults: setup
 	$(RUN) tests/test_faults.py
