@@ -206,9 +206,8 @@ def answers_of(template: str):
 def load_samples(path: str | Path, split: str = "train", skip_bad_rows: bool = False) -> "Samples":
     """The samples of one split, lazily: an image is decoded when its sample is asked for.
 
-    path: a folder with samples.jsonl, or U-MRG's parquet (see runtime/readers.py, tools/umrg.py). A row that cannot be used raises
-    BadRow when asked for; with skip_bad_rows all are tried now, bad ones left out and counted, their messages in
-    `.skipped`. Repeated ids get a number. ValueError: nothing there, an unreadable file or column, no row left."""
+    path: what a reader in runtime/readers.py reads. A row that cannot be used raises BadRow when asked for; with
+    skip_bad_rows all are tried now, bad ones left out and counted, their messages in `.skipped`. Repeated ids get a number. ValueError: nothing there, an unreadable file or column, no row left."""
     rows, _ = read_rows(Path(path), split)
     for message in number_repeated_ids(rows)[:1]:
         print0(message)

@@ -38,7 +38,7 @@ from runtime.cli import ModelConfig, exit_on, flag, parse_args, print0
 from runtime.files import write_whole
 from runtime.metrics import add_siblings, ask
 from runtime.parallel import Ranks
-from tools.intervals import interval, paired_bootstrap
+from tools.intervals import interval, paired_bootstrap, percent
 
 FIXED = ASKED, OTHER, GREY = "as asked", "another sample's question", "a grey image"
 ALL, SAMPLED = "all wordings", "the same question, sampled"
@@ -269,17 +269,14 @@ def summarise(rows: list[dict]) -> dict:
 
 def table(summary: dict) -> str:
     """The summary as Markdown, in percent."""
-    def cell(value: dict | None) -> str:
-        return "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * value[k] for k in ("mean", "low", "high"))) if value else "–"
-
     shown = [key for key in MEASURES if any(found[key] for found in summary["kinds"].values())]
-    lines = [f"Percent, mean over {summary['n']} questions [95 % bootstrap interval].", "",
+    lines = [f"Percent, mean over {summary['n']} questions [95 % bootstrap interval; – for fewer than 5].", "",
              "| | n | " + " | ".join(MEASURES[key] for key in shown) + " |", "|---" * (len(shown) + 2) + "|"]
     for kind, found in summary["kinds"].items():
         if found["iou"]:
             if kind == OTHER:
                 lines.append("| *controls* |" + " |" * (len(shown) + 1))
-            lines.append(f"| {kind} | {found['iou']['n']} | " + " | ".join(cell(found[key]) for key in shown) + " |")
+            lines.append(f"| {kind} | {found['iou']['n']} | " + " | ".join(percent(found[key]) for key in shown) + " |")
     if beyond := summary["beyond"]:
         low, high = 100 * beyond["low"], 100 * beyond["high"]
         verdict = "It listens to the question" if low > 0 else "Not shown that it listens to the question"

@@ -307,8 +307,8 @@ class Run:
         self.log("rollouts", *group_rows(step, cfg, self.ranks, crm, tests, roll_out, advantages, own))
 
     def finish(self, done: int, compare: bool) -> None:
-        """Print where everything is after `done` steps. compare: and, after all, the first and the last held-out
-        evaluation, compared."""
+        """Print where everything is after `done` steps. compare: if these are all, also what the last held-out
+        evaluation has changed since the first."""
         if done < self.steps:
             resume = "" if self.saved == "not saved" else "; the same command with --resume continues"
             print0(f"\nstopped at {done} of {self.steps} steps{resume}")

@@ -118,3 +118,11 @@ def test_a_completion_is_well_formed_with_both_blocks():
                            (think + answer.replace("}", ""), False)):
         completion = {"text": text, "problem": parse_answer(text).problem}
         assert well_formed({}, completion) == expected
+
+
+def test_a_command_that_was_not_repeated_has_no_seconds(tmp_path):
+    result(tmp_path, "start", 0, [0.1, 0.2])
+    file = tmp_path / "start-0.json"
+    file.write_text(file.read_text().replace("[30.0, 30.0]", "[null, 60.0]"))
+    text = report(read_results(tmp_path))
+    assert "1 minutes in all" in text and "a    # made before\nb    # 60 s\n" in text
