@@ -66,8 +66,7 @@ def load_crm(path: str | Path, device="cpu", dtype=torch.float32, **options) -> 
     remembers. ValueError, one line, where there is no Qwen2.5-VL."""
     load_prompt(options.get("prompt") or "reasoning")       # a wrong --prompt is an error now, not after minutes
     options |= {key: value for key, value in remembered_frame(path).items() if options.get(key) is None}
-    model, *processors = read_pretrained(path, dtype)
-    return CRM(model.to(device), *processors, **options)
+    return CRM(*read_pretrained(path, dtype, device), **options)
 
 
 class CRM:

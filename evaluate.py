@@ -34,9 +34,10 @@ from crm import load_crm
 from data import BadRow, load_prompt, load_samples
 from runtime.cli import EMBEDDED, ModelConfig, exit_on, flag, parse_args, print0
 from runtime.files import write_whole
-from runtime.metrics import QUESTION_METRICS, add_siblings, ask, iou, mask_dice, mean, parsed, pdice, united_mask
+from runtime.metrics import QUESTION_METRICS, ask, iou, mask_dice, mean, parsed, pdice, united_mask
 from runtime.parallel import Ranks
 from tools.predictions import encode_mask, finished, from_file, in_order, read_predictions, shown
+from tools.several import add_siblings
 
 # what the segmenter is given of a completion: whether the box, and how many points
 GIVEN = {"points": (False, 2), "box": (True, 0), "one": (True, 1), "both": (True, 2)}

@@ -2,17 +2,17 @@
 
     group, = sample(crm, [prompt], G=8, max_new_tokens=128, temperature=1.0, seed=0)
 
-Each prompt and its image go through the model once; its keys and values are stored once, and all G rows attend
-to them in one product. A decoding step is written out over the model's own modules, on tensors that stay in
-place: on a GPU it is recorded as a CUDA graph and replayed, without Python between its several hundred kernels.
-Rows that have ended leave the batch. What is sampled is softmax(logits / temperature) and nothing else; a
-checkpoint's own generation_config (Qwen's has a temperature of 1e-6) is never used.
+Each prompt and its image go through the model once; its keys and values are stored once, and all G rows attend to
+them in one product. A decoding step is written out over the model's own modules, on tensors that stay in place: on a
+GPU it is recorded as a CUDA graph and replayed, without Python between its several hundred kernels. Rows that have
+ended leave the batch. What is sampled is softmax(logits / temperature) and nothing else; a checkpoint's own
+generation_config (Qwen's has a temperature of 1e-6) is never used.
 
 Read next: scoring.py computes the same log-probabilities, differentiably.
 
-Shapes: P prompts, G completions each, N = P*G rows laid out (p g), L longest prompt, T completion tokens that
-the caches have room for, V vocabulary, D hidden, k key heads, r query heads per key head, d head size. After
-rows have left, P and G are those of the rows that remain.
+Shapes: P prompts, G completions each, N = P*G rows laid out (p g), L longest prompt, T completion tokens that the
+caches have room for, V vocabulary, D hidden, k key heads, r query heads per key head, d head size. After rows have
+left, n remain; the caches hold a (P, G) rectangle of slots, as small as these n fit into.
 """
 from collections.abc import Callable, Sequence
 
@@ -26,6 +26,7 @@ from crm import CRM, Group, Prompt
 
 ROOM = {"cpu": 16, "cuda": 128}         # tokens by which the caches of the completions grow
 CHECK_EVERY = {"cpu": 1, "cuda": 8}     # steps between two looks at which rows have ended: each look waits
+LEAVE = {"cpu": 0.1, "cuda": 0.25}      # rows leave when this part of them has ended: each time is a copy
 HOST_CACHE_BYTES = 4 * 2 ** 30          # keys and values of the prompts sampled at once, on a CPU
 
 
@@ -49,7 +50,7 @@ def sample(crm: CRM, prompts: Sequence[Prompt], G: int, max_new_tokens: int = 51
                 if batch.done.all():
                     break
                 batch.drop_finished()
-            batch.advance()
+            batch.advance(t)
         groups += batch.groups(prompts[chunk], crm.tokenizer)
     return groups
 
@@ -84,9 +85,7 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor, temperature: float):
 def scores_float32(q: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """q k^T in float32: (…, a, d), (…, b, d) -> (…, a, b). Qwen2.5's key biases make attention scores so large
     that bfloat16 rounds them by whole units; fused kernels, which score, keep float32, too."""
-    if q.dtype == torch.float32:
-        return q @ keys.mT
-    if q.is_cuda:
+    if q.is_cuda and q.dtype != torch.float32:
         product = torch.bmm(q.flatten(0, -3), keys.flatten(0, -3).mT, out_dtype=torch.float32)
         return product.unflatten(0, q.shape[:-2])
     return q.float() @ keys.float().mT
@@ -100,7 +99,7 @@ def attend(q, cache: "LayerCache", bias, scale: float) -> torch.Tensor:
     all_rows = rearrange(q, "p k g r d -> p k (g r) d")
     to_prompt = scores_float32(all_rows, cache.prompt_keys).unflatten(2, (G, r))            # (P, k, G, r, L)
     to_own = scores_float32(q, cache.own_keys)                                              # (P, k, G, r, T)
-    weights = torch.cat([to_prompt, to_own], -1).mul_(scale).add_(bias).softmax(-1).to(q.dtype)
+    weights = torch.add(bias, torch.cat([to_prompt, to_own], -1), alpha=scale).softmax(-1).to(q.dtype)
     from_prompt = weights[..., :L].flatten(2, 3) @ cache.prompt_values                      # (P, k, (G r), d)
     return from_prompt.unflatten(2, (G, r)) + weights[..., L:] @ cache.own_values
 
@@ -128,8 +127,7 @@ class Batch:
 
     uniform: (N, max_new_tokens) float64 in [0, 1), what each row draws its tokens with."""
 
-    def __init__(self, crm: CRM, prompts: Sequence[Prompt], G: int, uniform: np.ndarray, temperature: float,
-                 graphs: bool):
+    def __init__(self, crm: CRM, prompts: Sequence[Prompt], G: int, uniform: np.ndarray, temperature: float, graphs):
         self.crm, self.temperature, self.graphs = crm, temperature, graphs
         device, P, (N, limit) = crm.device, len(prompts), uniform.shape
         # what is written, for all N rows
@@ -138,13 +136,10 @@ class Batch:
         self.logp = torch.zeros(N, limit, device=device)
         self.lengths = torch.zeros(N, dtype=torch.long, device=device)
         self.done = torch.zeros(N, dtype=torch.bool, device=device)
-        # the rows that are still in the batch
-        self.shape = P, G
-        self.rows = torch.arange(N, device=device)
-        self.token = torch.zeros(N, dtype=torch.long, device=device)    # the newest token of each
+        # the n rows that are still in the batch
         self.t = torch.zeros(1, dtype=torch.long, device=device)        # completion tokens in the caches
-        self.written, self.room = 0, ROOM[device.type]                  # the same number, on the host
-        self.replay, self.warm = None, False            # the step's CUDA graph; whether its shape has run once
+        self.place(torch.arange(N, device=device).view(P, G))
+        self.room = ROOM[device.type]
         hidden, caches = prefill(crm, prompts)
         lengths = torch.tensor([len(p.ids) for p in prompts], device=device)
         self.position = torch.stack([p.positions.max() + 1 for p in prompts])               # (P,)
@@ -154,10 +149,10 @@ class Batch:
         self.bias = torch.zeros(unseen.shape, device=device).masked_fill(unseen, -torch.inf)[:, None, None, None]
         self.write(repeat(hidden, "p d -> (p g) d", g=G))
 
-    def advance(self) -> None:
-        """One more token per row. The first step of a shape runs as it is written, which readies libraries;
-        with graphs the second is recorded, and from then on replayed."""
-        if self.written == self.caches[0].own_keys.shape[3]:
+    def advance(self, t: int) -> None:
+        """Token t of every row. The first step of a shape runs as it is written, which readies libraries; with
+        graphs the second is recorded, and from then on replayed."""
+        if t > self.caches[0].own_keys.shape[3]:
             for cache in self.caches:
                 cache.grow(self.room)
             self.bias = pad(self.bias, (0, self.room), value=-torch.inf)
@@ -165,26 +160,27 @@ class Batch:
         if self.graphs and self.warm and self.replay is None:
             self.replay = record(self.step)
         (self.replay or self.step)()
-        self.written, self.warm = self.written + 1, True
+        self.warm = True
 
     def step(self) -> None:
         """The newest token of every row goes through the model, and the next one is drawn. All that changes
         from step to step is in tensors that stay in place."""
-        model, (P, G) = self.crm.model.model.language_model, self.shape
+        model, (P, G) = self.crm.model.model.language_model, self.row_at.shape
         self.bias.index_fill_(4, self.bias.shape[-1] - self.caches[0].own_keys.shape[3] + self.t, 0.0)
         x = model.embed_tokens(self.token)                                                      # (n, D)
-        position = repeat(self.position + self.t, "p -> three (p g) 1", three=3, g=G)
-        cos, sin = (c[:, 0] for c in model.rotary_emb(x, position))                             # (n, d)
+        position = (self.position + self.t)[self.slots // G].expand(3, 1, -1)
+        cos, sin = (c[0] for c in model.rotary_emb(x, position))                                # (n, d)
         for layer, cache in zip(model.layers, self.caches):
             attention, h, d = layer.self_attn, layer.input_layernorm(x), cache.own_keys.shape[-1]
             q, key, value = (projection(h).unflatten(-1, (-1, d)) for projection in
                              (attention.q_proj, attention.k_proj, attention.v_proj))            # (n, heads, d)
             q, key = apply_rotary_pos_emb(q, key, cos, sin)
+            q, key, value = (new.index_select(0, self.row_of) for new in (q, key, value))       # (P*G, heads, d)
             for own, new in ((cache.own_keys, key), (cache.own_values, value)):
                 own.index_copy_(3, self.t, rearrange(new, "(p g) k d -> p k g 1 d", p=P))
             q = rearrange(q, "(p g) (k r) d -> p k g r d", p=P, k=key.shape[1])
-            out = attend(q, cache, self.bias, attention.scaling)
-            x = x + attention.o_proj(rearrange(out, "p k g r d -> (p g) (k r d)"))
+            out = rearrange(attend(q, cache, self.bias, attention.scaling), "p k g r d -> (p g) (k r d)")
+            x = x + attention.o_proj(out.index_select(0, self.slots))
             x = x + layer.mlp(layer.post_attention_layernorm(x))
         self.t += 1
         self.write(model.norm(x))
@@ -201,22 +197,28 @@ class Batch:
         self.token.copy_(token)
 
     def drop_finished(self) -> None:
-        """Take finished rows out of the batch once that frees a quarter of it. It stays a rectangle: each prompt
-        that remains keeps as many rows as the one with the most unfinished."""
-        P, G = self.shape
-        live = ~self.done[self.rows].view(P, G)
-        unfinished = live.sum(1)
-        p, g = int((unfinished > 0).sum()), int(unfinished.max())
-        if p * g > 0.75 * P * G:
+        """Take finished rows out of the batch once they are enough of it. The caches stay a rectangle: each prompt
+        that remains keeps as many slots as the one with the most unfinished rows needs."""
+        if self.done[self.rows].sum() < LEAVE[self.rows.device.type] * len(self.rows):
             return
-        prompts = unfinished.argsort(descending=True, stable=True)[:p]
-        rows = live[prompts].sort(dim=1, descending=True, stable=True).indices[:, :g]           # (p, g)
-        stay = (prompts[:, None] * G + rows).flatten()
-        self.shape, self.replay, self.warm = (p, g), None, False
-        self.rows, self.token = self.rows[stay], self.token[stay]
+        row_at = torch.where(self.done[self.row_at], -1, self.row_at)
+        unfinished = (row_at >= 0).sum(1)
+        prompts = unfinished.argsort(descending=True, stable=True)[:int((unfinished > 0).sum())]
+        slots = row_at[prompts].sort(dim=1, descending=True).indices[:, :int(unfinished.max())]     # (p, g)
+        self.place(row_at[prompts[:, None], slots])
         self.position, self.bias = self.position[prompts], self.bias[prompts]
         for cache in self.caches:
-            cache.keep(prompts, rows)
+            cache.keep(prompts, slots)
+
+    def place(self, row_at: torch.Tensor) -> None:
+        """Which of the N rows is in which slot of the caches, (P, G); -1 where none is: such a slot computes what
+        another does, and nobody looks at it."""
+        filled = (row_at >= 0).flatten()
+        self.row_at, self.slots = row_at, filled.nonzero()[:, 0]
+        self.rows = row_at.flatten()[self.slots]                        # (n,) in order of their slots, (n,)
+        self.row_of = (filled.cumsum(0) - 1).clamp(min=0)               # (P*G,) which of the n a slot computes
+        self.token = self.tokens[self.rows, self.t]                     # (n,) the newest of each
+        self.replay, self.warm = None, False            # the step's CUDA graph; whether its shape has run once
 
     def groups(self, prompts: Sequence[Prompt], tokenizer) -> list[Group]:
         """What was written, one Group per prompt."""

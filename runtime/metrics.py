@@ -5,7 +5,6 @@ the image frame as they are, never clipped; a question's score is the mean over 
 problem (rewards.parse_answer) is a refusal. What can still be read of it counts; what cannot be read scores 0.
 """
 import hashlib
-from collections import defaultdict
 from collections.abc import Iterator
 from functools import partial
 
@@ -20,7 +19,7 @@ from sampling import sample as sample_groups
 def prediction(sample, index: int, texts: list[str], frame, official: bool = False, answers=OneBox) -> dict:
     """One question with its completions, as JSON can hold it; boxes and points in the image frame. kept: see medoid.
     names and wording come from the sample's extra: a list of names, and unseen_wording, true or false, else its kind.
-    image: a digest of the pixels, by which add_siblings finds the questions about one image. answers: see
+    image: a digest of the pixels, by which tools.several finds the questions about one image. answers: see
     data.answers_of; of several boxes bbox is the one around them, and regions has each with its points."""
     def shown(answer: Answer) -> dict:
         return {key: xy and to_image(xy, frame) for key, xy in (("bbox", answer.bbox), ("points", answer.points))}
@@ -45,18 +44,6 @@ def iou(p: dict, completion: dict) -> float | None:
     if "bbox" not in p["asked"]:
         return None
     return box_iou(completion["bbox"], p["truth"]["bbox"]) if completion["bbox"] else 0.0
-
-
-def add_siblings(predictions: list[dict]) -> list[dict]:
-    """truth.siblings of each prediction, in place: the true boxes that questions about the same image and category
-    have and it has not. What is not among these predictions is not known; a question without a category has none."""
-    boxes = defaultdict(set)
-    for p in predictions:
-        boxes[p.get("image"), p["category"]].add(tuple(p["truth"]["bbox"]))
-    for p in predictions:
-        known = boxes[p["image"], p["category"]] if p.get("image") and p["category"] else set()
-        p["truth"]["siblings"] = sorted(known - {tuple(p["truth"]["bbox"])})
-    return predictions
 
 
 def pdice(p: dict, completion: dict, published: bool = False) -> float | None:
@@ -162,6 +149,7 @@ def held_out(crm, samples, kinds: dict[str, tuple[int, float]], mode: str, weigh
              ranks: Ranks, max_new_tokens: int = 512, batch: int = 0, official: bool = False) -> list[dict]:
     """Every sample's question under every kind (see `ask`) -> one row per kind and sample, in that order: kind, index,
     id, wording, QUESTION_METRICS, and the mean reward (model frame, without mask_dice)."""
+    from tools.several import add_siblings
     weights = {name: weight for name, weight in weights.items() if name != "mask_dice"}
     mine, rows = range(len(samples))[ranks.rank::ranks.world], []
     for kind, sample, group, p in ask(crm, samples, mine, kinds, max_new_tokens, 0, batch, official):

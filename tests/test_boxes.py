@@ -15,13 +15,14 @@ from data import BOXES_EXAMPLE, PROMPTS, Frame, OneBox, Sample, answers_of, load
 from evaluate import METRICS, add_masks, scores
 from rewards import MODES, total_reward, write_answer
 from runtime.cli import ROOT, ModelConfig, parse_args
-from runtime.metrics import add_siblings, prediction
+from runtime.metrics import prediction
 from test_oracle import MASKS, NINE, SIDE, TWO, Filler, Perfect, sample
 from test_scripts import rows, run
 from tools import boxes
 from tools.boxes import read, regions, reward_terms, score, soft_f1, target_text, write_boxes
 from tools.mask_reward import mask_rewards
 from tools.oracle import EACH, measure, split_loss
+from tools.several import add_siblings
 
 FRAME = Frame((SIDE, SIDE), (SIDE, SIDE))
 THINK = "<think>It is there.</think>"

@@ -104,7 +104,8 @@ def gpu(monkeypatch):
 
     monkeypatch.setattr(torch, "tensor", from_numbers)
     monkeypatch.setattr(torch, "as_tensor", from_numbers)
-    for settings, value in ((scoring.LOGITS_CHUNK, 2 ** 21), (sampling.ROOM, 128), (sampling.CHECK_EVERY, 8)):
+    for settings, value in ((scoring.LOGITS_CHUNK, 2 ** 21), (sampling.ROOM, 128), (sampling.CHECK_EVERY, 8),
+                            (sampling.LEAVE, 0.25)):
         monkeypatch.setitem(settings, GPU.type, value)
     # a tensor of a class of its own, which the pretence cannot wrap: the mask that it stands for
     monkeypatch.setattr(scoring, "causal_lower_right", lambda T, S: torch.ones(T, S, dtype=torch.bool, device=GPU).tril(S - T))

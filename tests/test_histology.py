@@ -10,8 +10,9 @@ from data import load_samples
 from demo.histology import WORDS, draw, make_rows
 from demo.wordings import check
 from runtime.cli import ROOT
-from runtime.metrics import add_siblings, prediction
+from runtime.metrics import prediction
 from tools.oracle import pieces
+from tools.several import add_siblings
 
 DATA = ROOT / "demo/histology"
 

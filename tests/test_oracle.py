@@ -12,11 +12,12 @@ from conftest import noise_image
 from data import Frame, Sample, box_from_mask, keypoints_from_mask, load_samples
 from evaluate import METRICS
 from runtime.cli import ROOT
-from runtime.metrics import QUESTION_METRICS, add_siblings, mask_dice, prediction
+from runtime.metrics import QUESTION_METRICS, mask_dice, prediction
 from runtime.parallel import Ranks
 from tools import oracle, tables
 from tools.oracle import (GROUPS, PARTS, WRITTEN, Prompt, deepest, filled, measure, measure_all, pieces, segment_all,
                           split_loss, spread_points, summarise, table, true_prompts)
+from tools.several import add_siblings
 from test_scripts import rows, run
 
 SIDE = 120

@@ -55,15 +55,21 @@ def test_neither_how_caches_grow_nor_when_rows_leave_changes_a_completion(short,
 
 
 def test_rows_that_have_ended_leave_the_batch(short, prompts, monkeypatch):
-    sizes, step = [], sampling.Batch.step
+    sizes, slots, step = [], [], sampling.Batch.step
 
     def counted(batch):
+        assert batch.done[batch.rows].float().mean() < sampling.LEAVE["cpu"]
+        P, _, G = batch.caches[0].own_keys.shape[:3]
+        assert (P, G) == batch.row_at.shape and len(batch.token) == len(batch.rows) <= P * G
         sizes.append(len(batch.token))
+        slots.append(P * G)
         step(batch)
 
     monkeypatch.setattr(sampling.Batch, "step", counted)
     sample(short, prompts, 6, 30, seed=3)
-    assert sizes[0] == 18 and sizes == sorted(sizes, reverse=True) and sizes[-1] <= 4
+    for counts in (sizes, slots):
+        assert 9 < counts[0] <= 18 and counts == sorted(counts, reverse=True) and counts[-1] <= 4
+    assert sum(sizes) < sum(slots)                          # more leave than the rectangle shows
 
 
 @pytest.mark.parametrize("at_once", [1, 2])

@@ -1,9 +1,23 @@
-"""Metrics of questions that mean several: where the same words mean several things in one image (see add_siblings in
-runtime/metrics.py), and where a box was asked for each region (tools/boxes.py). p: a prediction of runtime/metrics.py.
+"""Metrics of questions that mean several: where the same words mean several things in one image (add_siblings),
+and where a box was asked for each region (tools/boxes.py). p: a prediction of runtime/metrics.py.
 """
+from collections import defaultdict
+
 from rewards import box_iou
 from runtime.metrics import iou, mean
 from tools.boxes import soft_f1
+
+
+def add_siblings(predictions: list[dict]) -> list[dict]:
+    """truth.siblings of each prediction, in place: the true boxes that questions about the same image and category
+    have and it has not. What is not among these predictions is not known; a question without a category has none."""
+    boxes = defaultdict(set)
+    for p in predictions:
+        boxes[p.get("image"), p["category"]].add(tuple(p["truth"]["bbox"]))
+    for p in predictions:
+        known = boxes[p["image"], p["category"]] if p.get("image") and p["category"] else set()
+        p["truth"]["siblings"] = sorted(known - {tuple(p["truth"]["bbox"])})
+    return predictions
 
 
 def iou_any(p: dict, completion: dict) -> float:
