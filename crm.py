@@ -26,8 +26,7 @@ from PIL import Image
 
 from data import MAX_PIXELS, MIN_PIXELS, PROMPTS, Frame, answers_of, load_prompt, model_size
 from runtime.cli import matcher
-from runtime.optim import on_device
-from runtime.pretrained import read_pretrained, remembered_frame, write_pretrained
+from runtime.pretrained import on_device, read_pretrained, remembered_frame, write_pretrained
 
 # the chat format that the checkpoints were trained on, around the image and the user's text
 CHAT = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>",

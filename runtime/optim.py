@@ -6,7 +6,6 @@ backward pass makes them, and the model's weights are the copy's rounding. Where
 FSDP, whose shards are, there is no copy.
 """
 import math
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -121,17 +120,3 @@ class Optimizer:
         else:
             dcp.load(own, checkpoint_id=folder / "optimizer")
         self._copy_to_model()
-
-
-@contextmanager
-def on_device(model, device):
-    """Inside, a model whose home is host memory is on the device. Without effect where there is none (None)."""
-    tensors = [*model.parameters(), *model.buffers()] if model else []
-    homes = [tensor.data for tensor in tensors]
-    try:
-        for tensor, home in zip(tensors, homes):
-            tensor.data = home.to(device)
-        yield
-    finally:
-        for tensor, home in zip(tensors, homes):
-            tensor.data = home

@@ -1,5 +1,6 @@
-"""A Qwen2.5-VL as a folder: the model, its tokenizer and image processor, and what a checkpoint of ours remembers."""
+"""A Qwen2.5-VL as a folder and in memory: model, tokenizer, image processor, what a checkpoint of ours remembers."""
 import json
+from contextlib import contextmanager
 from pathlib import Path
 
 import safetensors
@@ -13,7 +14,7 @@ from runtime.files import parse_object, read_text
 
 UNLOADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, safetensors.SafetensorError,
               StrictDataclassError)         # what from_pretrained raises on a broken folder, found by fuzzing
-FEW_ROWS = 64                               # completions at once
+FEW_ROWS, LARGE = 64, 2 ** 20               # rows of a product and weights of a layer, see FewRowsLinear
 FRAME_TYPES = {"resize": str, "min_pixels": int, "max_pixels": int, "prompt": str}
 FRAME_FILE = "frame.json"                   # how a checkpoint's images were resized, and its prompt
 
@@ -47,14 +48,14 @@ def read_pretrained(path: str | Path, dtype, device="cpu"):
     model = load(Qwen2_5_VLForConditionalGeneration, dtype=dtype, attn_implementation="sdpa")
     if torch.device(device).type == "cpu":
         for module in model.modules():
-            if type(module) is torch.nn.Linear:
+            if type(module) is torch.nn.Linear and module.weight.numel() >= LARGE:
                 module.__class__ = FewRowsLinear
     return model.to(device), load(AutoTokenizer), load(Qwen2VLImageProcessorPil)
 
 
 class FewRowsLinear(torch.nn.Linear):
-    """A linear layer of which a CPU takes a few rows as W x^T: in float32 that reads the weights of a real model two to
-    four times as fast as x W^T (bench/README.md). Whatever decodes token by token has few rows."""
+    """A linear layer of which a CPU takes a few rows as W x^T: in float32 that reads large weights two to four times as
+    fast as x W^T (bench/README.md). Whatever decodes token by token has few rows."""
 
     def forward(self, x):
         if x.dtype != torch.float32 or x.shape[:-1].numel() > FEW_ROWS:
@@ -93,3 +94,17 @@ def write_pretrained(path: str | Path, model, tokenizer, image_processor, lora, 
     tokenizer.save_pretrained(path)
     image_processor.save_pretrained(path)
     (Path(path) / FRAME_FILE).write_text(json.dumps(frame) + "\n")
+
+
+@contextmanager
+def on_device(model, device):
+    """Inside, a model whose home is host memory is on the device. Without effect where there is none (None)."""
+    tensors = [*model.parameters(), *model.buffers()] if model else []
+    homes = [tensor.data for tensor in tensors]
+    try:
+        for tensor, home in zip(tensors, homes):
+            tensor.data = home.to(device)
+        yield
+    finally:
+        for tensor, home in zip(tensors, homes):
+            tensor.data = home
