@@ -36,6 +36,7 @@ from runtime.cli import EMBEDDED, ModelConfig, exit_on, flag, parse_args, print0
 from runtime.files import write_whole
 from runtime.metrics import QUESTION_METRICS, ask, iou, mask_dice, mean, parsed, pdice, united_mask
 from runtime.parallel import Ranks
+from tools import tables
 from tools.predictions import encode_mask, finished, from_file, in_order, read_predictions, shown
 from tools.several import add_siblings
 
@@ -92,12 +93,6 @@ def scores(p: dict) -> dict[str, float | None]:
     return {key: metric(p) for key, (_, metric) in METRICS.items()}
 
 
-def report(rows: list[dict], folder: Path) -> None:
-    """table.md and summary.json, see tools/tables.py."""
-    from tools import tables
-    tables.report(rows, METRICS, folder)
-
-
 # ---------------------------------------------------------------- predictions
 
 def segment(asm, sample, completion: dict, kind: str) -> np.ndarray:
@@ -152,7 +147,7 @@ def main(cfg: Config) -> None:
             from tools.compare import compare
             return compare(*cfg.compare, METRICS)
         if cfg.rescore:
-            return report(read_predictions(cfg.rescore), Path(cfg.rescore))
+            return tables.report(read_predictions(cfg.rescore), METRICS, Path(cfg.rescore))
         ranks, out, start = Ranks.start(), Path(cfg.out), time.perf_counter()
         load_prompt(cfg.prompt or "reasoning")      # a wrong one is an error before anything is written
         if cfg.predictions and ranks.world > 1:
@@ -176,7 +171,7 @@ def main(cfg: Config) -> None:
             write_whole(out / "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
             for path in out.glob("part-*.jsonl"):
                 path.unlink()
-            report(rows, out)
+            tables.report(rows, METRICS, out)
             from tools.pictures import examples
             examples(rows, samples, out / "examples.png")
             print0(f"examples {out / 'examples.png'}, {time.perf_counter() - start:.0f} s in all")

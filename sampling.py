@@ -26,7 +26,7 @@ from crm import CRM, Group, Prompt
 
 ROOM = {"cpu": 16, "cuda": 128}         # tokens by which the caches of the completions grow
 CHECK_EVERY = {"cpu": 1, "cuda": 8}     # steps between two looks at which rows have ended: each look waits
-LEAVE = {"cpu": 0.1, "cuda": 0.25}      # rows leave when this part of them has ended: each time is a copy
+LEAVE = {"cpu": 0.1, "cuda": 0.25}      # rows leave once this part of them has ended: each time is a copy
 HOST_CACHE_BYTES = 4 * 2 ** 30          # keys and values of the prompts sampled at once, on a CPU
 
 
@@ -197,7 +197,7 @@ class Batch:
         self.token.copy_(token)
 
     def drop_finished(self) -> None:
-        """Take finished rows out of the batch once they are enough of it. The caches stay a rectangle: each prompt
+        """Take finished rows out of the batch once they are LEAVE of it. The caches stay a rectangle: each prompt
         that remains keeps as many slots as the one with the most unfinished rows needs."""
         if self.done[self.rows].sum() < LEAVE[self.rows.device.type] * len(self.rows):
             return

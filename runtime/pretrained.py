@@ -19,9 +19,20 @@ FRAME_TYPES = {"resize": str, "min_pixels": int, "max_pixels": int, "prompt": st
 FRAME_FILE = "frame.json"                   # how a checkpoint's images were resized, and its prompt
 
 
+class FewRowsLinear(torch.nn.Linear):
+    """A linear layer of which a CPU takes a few rows as W x^T: in float32 that reads large weights two to four times as
+    fast as x W^T (bench/README.md). Whatever decodes token by token has few rows."""
+
+    def forward(self, x):
+        if x.dtype != torch.float32 or x.shape[:-1].numel() > FEW_ROWS:
+            return super().forward(x)
+        out = (self.weight @ x.mT).mT
+        return out if self.bias is None else out + self.bias
+
+
 def read_pretrained(path: str | Path, dtype, device="cpu"):
     """(model, tokenizer, image processor) of a folder or a hub name. ValueError, one line, names what is missing,
-    torn, or no Qwen2.5-VL."""
+    torn, or no Qwen2.5-VL. On a CPU large linear layers become FewRowsLinear."""
     folder = Path(path)
     if checkpoints := sorted(folder.glob("step_*[0-9]")):
         raise ValueError(f"--crm {path}: is the folder of a run; give a checkpoint in it, such as {checkpoints[-1]}")
@@ -51,17 +62,6 @@ def read_pretrained(path: str | Path, dtype, device="cpu"):
             if type(module) is torch.nn.Linear and module.weight.numel() >= LARGE:
                 module.__class__ = FewRowsLinear
     return model.to(device), load(AutoTokenizer), load(Qwen2VLImageProcessorPil)
-
-
-class FewRowsLinear(torch.nn.Linear):
-    """A linear layer of which a CPU takes a few rows as W x^T: in float32 that reads large weights two to four times as
-    fast as x W^T (bench/README.md). Whatever decodes token by token has few rows."""
-
-    def forward(self, x):
-        if x.dtype != torch.float32 or x.shape[:-1].numel() > FEW_ROWS:
-            return super().forward(x)
-        out = (self.weight @ x.mT).mT
-        return out if self.bias is None else out + self.bias
 
 
 def remembered_frame(path: str | Path) -> dict:

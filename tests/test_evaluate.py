@@ -123,7 +123,7 @@ def test_2500_predictions_score_in_20_seconds_without_a_model(tmp_path):
     lines = [line(i, [[0, 0, 5 + i % 5, 10]], supercategory=f"S{i % 15}", category=f"c{i % 108}",
                   dice={"points": 0.1, "box": 0.2, "one": 0.2, "both": 0.3}) for i in range(2500)]
     folder, start = save(tmp_path / "e", lines), time.perf_counter()
-    evaluate.report(evaluate.read_predictions(folder), folder)
+    evaluate.tables.report(evaluate.read_predictions(folder), evaluate.METRICS, folder)
     assert time.perf_counter() - start < 20
 
 

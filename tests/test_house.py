@@ -73,7 +73,7 @@ def test_files_and_functions_can_be_read_in_one_sitting():
 def test_the_algorithm_and_the_house_can_be_read_in_an_afternoon():
     lines = {path: path.read_text().count("\n") for path in [*TOP, *RUNTIME]}
     assert sum(lines[ROOT / name] for name in READING_PATH) <= 1250
-    assert sum(lines.values()) <= 3795
+    assert sum(lines.values()) <= 3790
 
 
 def test_the_loop_of_grpo_has_at_most_90_lines():
