@@ -47,8 +47,9 @@ def call(service):
     return call
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def opened(call):
+    """chest.png, uploaded anew for each test: only the latest files are kept, whatever test uploaded them."""
     status, answer = call("/image?name=chest.png", PICTURE.read_bytes())
     assert status == 200 and answer["name"] == "chest.png"
     return answer
@@ -135,13 +136,10 @@ def test_only_the_latest_images_are_kept(call, service):
         Image.new("RGB", (20, 20 + i)).save(file, "PNG")
     keys = [call("/image?name=a", file.getvalue())[1]["id"] for file in files]
     assert list(service.files) == keys[1:]
+    assert call("/image?name=a", files[1].getvalue())[1]["id"] == keys[1]
+    assert list(service.files) == keys[2:] + keys[1:2]                  # opened once more, it is the latest
     status, answer = call("/segment", {"id": keys[0], "bbox": [1, 1, 9, 9]})
     assert status == 404 and "choose it again" in answer["error"]
-
-
-@pytest.fixture
-def kept(call):                                                         # after other tests, too
-    return call("/image?name=chest.png", PICTURE.read_bytes())[1]["id"]
 
 
 @pytest.mark.parametrize("name, body", [
@@ -259,10 +257,10 @@ def test_a_slice_that_is_not_there_is_one_line(call, scan, path, choice, told):
     assert "upload" not in answer["error"] and "/tmp" not in answer["error"]
 
 
-def test_a_picture_has_no_slices(call, kept):
-    status, answer = call("/view", {"id": kept, "scan": {"slice": 3}})
+def test_a_picture_has_no_slices(call, opened):
+    status, answer = call("/view", {"id": opened["id"], "scan": {"slice": 3}})
     assert status == 400 and "chest.png is neither DICOM nor NIfTI: leave out --slice" in answer["error"]
-    assert call("/view", {"id": kept})[1]["scan"] is None
+    assert call("/view", {"id": opened["id"]})[1]["scan"] is None
 
 
 # ---------------------------------------------------------------- what is refused
@@ -276,8 +274,8 @@ def test_a_foreign_host_is_refused(call, method, path, host):
     assert status == (400 if host == "[::1" else 403) and list(answer) == ["error"]
 
 
-def test_only_pages_of_this_server_may_post(call, service, kept):
-    segment, own = {"id": kept, "bbox": BOX}, f"127.0.0.1:{service.server_port}"
+def test_only_pages_of_this_server_may_post(call, service, opened):
+    segment, own = {"id": opened["id"], "bbox": BOX}, f"127.0.0.1:{service.server_port}"
     others = "https://evil.example", "null", f"https://{own}", "http://127.0.0.1:1", f"http://{own}.evil.example"
     for origin in others:
         status, answer = call("/segment", segment, Origin=origin)
@@ -318,8 +316,8 @@ def test_a_body_needs_its_length(service, length):
     ({"query": "x" * 2001}, "2000"), ({"query": ["x"]}, "the question"), ({"samples": 0}, "samples"),
     ({"samples": 9}, "samples"), ({"samples": "4"}, "samples"), ({"samples": True}, "samples"),
     ({"samples": 1.0}, "samples")])
-def test_a_question_that_cannot_be_asked_is_one_line(call, kept, change, told):
-    status, answer = call("/ask", {"id": kept, "query": QUESTION, "samples": 1} | change)
+def test_a_question_that_cannot_be_asked_is_one_line(call, opened, change, told):
+    status, answer = call("/ask", {"id": opened["id"], "query": QUESTION, "samples": 1} | change)
     assert status == 400 and told in answer["error"] and "\n" not in answer["error"]
 
 
@@ -328,8 +326,8 @@ def test_a_question_that_cannot_be_asked_is_one_line(call, kept, change, told):
     (BOX, [[1, 2, 3]]), (BOX, [1, 2]), (BOX, []), (BOX, [[1, 2], [3]]), ([1, 2, 3, 10 ** 40], None),
     ([1, 2, 3, 1e300], None),
     ([1, 2, 3, float("nan")], None), ([1, 2, 3, None], None), (False, None)])
-def test_a_box_that_is_none_is_one_line(call, kept, bbox, points):
-    status, answer = call("/segment", {"id": kept, "bbox": bbox, "points": points})
+def test_a_box_that_is_none_is_one_line(call, opened, bbox, points):
+    status, answer = call("/segment", {"id": opened["id"], "bbox": bbox, "points": points})
     assert status == 400 and list(answer) == ["error"] and "\n" not in answer["error"] and answer["error"]
 
 
@@ -359,11 +357,12 @@ def test_the_page_and_its_pictures(call):
     assert call("/examples/fundus.png", method="GET") == (200, (ROOT / "demo/images/fundus.png").read_bytes())
 
 
-def test_a_model_whose_logits_are_not_finite_is_one_line(call, kept, monkeypatch):
+def test_a_model_whose_logits_are_not_finite_is_one_line(call, opened, monkeypatch):
     def fail(*_):
         raise FloatingPointError("the model's logits\nare not finite")
     monkeypatch.setattr(infer, "sample", fail)
-    assert call("/ask", {"id": kept, "query": QUESTION}) == (500, {"error": "the model's logits are not finite"})
+    status, answer = call("/ask", {"id": opened["id"], "query": QUESTION})
+    assert status == 500 and answer == {"error": "the model's logits are not finite"}
 
 
 @pytest.mark.parametrize("flags, told", [("--crm ./nowhere --port 0", "nowhere"), ("--port 99999", "--port"),

@@ -103,7 +103,8 @@ class Service(ThreadingHTTPServer):
         read(name, content, astuple(ScanConfig()))              # one that is broken is not kept
         key = hashlib.blake2b(content + name.encode(), digest_size=8).hexdigest()
         with self.lock:
-            self.files = dict([*(self.files | {key: (name, content)}).items()][-KEPT:])
+            others = [item for item in self.files.items() if item[0] != key]
+            self.files = dict([*others, (key, (name, content))][-KEPT:])                # the latest last
         return self.view({"id": key})
 
     def find(self, request: dict):
