@@ -214,12 +214,18 @@ def test_every_switch_of_a_study_changes_the_run_and_none_breaks_it(tmp_path):
 
 
 def test_neither_the_size_of_packs_nor_offloading_changes_a_number(tmp_path):
-    flags = "--freeze-vision --minibatches 2 --steps 2 --norm none --out"
+    """One step of four updates: a second step would sample from weights that differ in their last digits, and one
+    draw at the edge of a token's probability makes another completion."""
+    flags = "--freeze-vision --inner-epochs 2 --steps 1 --norm none --out"
     run("train_grpo.py", SMALL, flags, tmp_path / "fast")
     run("train_grpo.py", SMALL, "--pack-tokens 1 --offload", flags, tmp_path / "slow")
-    for fast, slow in zip(*(rows(tmp_path / name / "metrics.jsonl") for name in ("fast", "slow")), strict=True):
-        for key in ("reward", "length", "entropy", "kl", "loss", "grad_norm"):
-            assert fast.get(key) == pytest.approx(slow.get(key), rel=1e-3, abs=1e-6), key
+    (fast,), (slow,) = (rows(tmp_path / name / "metrics.jsonl") for name in ("fast", "slow"))
+    for key in ("reward", "length", "entropy", "kl", "loss", "grad_norm"):
+        assert fast[key] == pytest.approx(slow[key], rel=1e-4, abs=1e-7), key
+    start, fast, slow = (load_file(folder / "model.safetensors") for folder in (
+        ROOT / "demo/crm", tmp_path / "fast/step_000001", tmp_path / "slow/step_000001"))
+    moved = max((fast[name] - start[name].float()).abs().max() for name in fast)
+    assert moved > 5e-5 and all((fast[name] - slow[name]).abs().max() < 0.05 * moved for name in fast)
 
 
 def test_bad_gradients_are_skipped_and_a_run_of_them_ends_the_run(tmp_path, monkeypatch, capfd):
