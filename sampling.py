@@ -12,7 +12,7 @@ Read next: scoring.py computes the same log-probabilities, differentiably.
 
 Shapes: P prompts, G completions each, N = P*G rows laid out (p g), L longest prompt, T completion tokens that the
 caches have room for, V vocabulary, D hidden, k key heads, r query heads per key head, d head size. After rows have
-left, n remain; the caches hold a (P, G) rectangle of slots, as small as these n fit into.
+left, n of N remain.
 """
 from collections.abc import Callable, Sequence
 
@@ -91,35 +91,30 @@ def scores_float32(q: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     return q.float() @ keys.float().mT
 
 
-def attend(q, cache: "LayerCache", bias, scale: float) -> torch.Tensor:
-    """The newest token of every row attends to its prompt and to its own completion, under one softmax.
-
-    q (P, k, G, r, d), bias (P, 1, 1, 1, L + T) -> (P, k, G, r, d)"""
-    (G, r), L = q.shape[2:4], cache.prompt_keys.shape[2]
-    all_rows = rearrange(q, "p k g r d -> p k (g r) d")
-    to_prompt = scores_float32(all_rows, cache.prompt_keys).unflatten(2, (G, r))            # (P, k, G, r, L)
-    to_own = scores_float32(q, cache.own_keys)                                              # (P, k, G, r, T)
-    weights = torch.add(bias, torch.cat([to_prompt, to_own], -1), alpha=scale).softmax(-1).to(q.dtype)
-    from_prompt = weights[..., :L].flatten(2, 3) @ cache.prompt_values                      # (P, k, (G r), d)
-    return from_prompt.unflatten(2, (G, r)) + weights[..., L:] @ cache.own_values
+def attend(q, keys, values, bias, scale: float):
+    """Attention to some of the keys, and the logsumexp of its scores, with which it joins that to the others.
+    q (…, a, d), keys and values (…, s, d), bias broadcastable to (…, a, s) -> (…, a, d), (…, a, 1), float32"""
+    scores = torch.add(bias, scores_float32(q, keys), alpha=scale)
+    weights = scores.softmax(-1)
+    lse = scores.amax(-1, keepdim=True) - weights.amax(-1, keepdim=True).log()      # a weight is exp(score - lse)
+    return (weights.to(q.dtype) @ values).float(), lse
 
 
 class LayerCache:
-    """One layer's keys and values: of the prompts (P, k, L, d), of the completions so far (P, k, G, T, d)."""
+    """One layer's keys and values: of the prompts (k, P, L, d), of the completions so far (k, n, T, d)."""
 
-    def __init__(self, prompt_keys, prompt_values, G: int, room: int):
-        P, k, _, d = prompt_keys.shape
+    def __init__(self, prompt_keys, prompt_values, n: int, room: int):
+        k, _, _, d = prompt_keys.shape
         self.prompt_keys, self.prompt_values = prompt_keys, prompt_values
-        self.own_keys, self.own_values = (prompt_keys.new_zeros(P, k, G, room, d) for _ in range(2))
+        self.own_keys, self.own_values = (prompt_keys.new_zeros(k, n, room, d) for _ in range(2))
 
     def grow(self, room: int) -> None:
         self.own_keys, self.own_values = (pad(x, (0, 0, 0, room)) for x in (self.own_keys, self.own_values))
 
     def keep(self, prompts, rows) -> None:
-        """Keep some prompts (p,) and, of each, some rows (p, g)."""
-        self.prompt_keys, self.prompt_values = self.prompt_keys[prompts], self.prompt_values[prompts]
-        self.own_keys, self.own_values = (
-            x[prompts[:, None], :, rows].transpose(1, 2).contiguous() for x in (self.own_keys, self.own_values))
+        """Keep some of the P prompts and some of the n rows."""
+        self.prompt_keys, self.prompt_values = (x[:, prompts] for x in (self.prompt_keys, self.prompt_values))
+        self.own_keys, self.own_values = (x[:, rows] for x in (self.own_keys, self.own_values))
 
 
 class Batch:
@@ -129,7 +124,7 @@ class Batch:
 
     def __init__(self, crm: CRM, prompts: Sequence[Prompt], G: int, uniform: np.ndarray, temperature: float, graphs):
         self.crm, self.temperature, self.graphs = crm, temperature, graphs
-        device, P, (N, limit) = crm.device, len(prompts), uniform.shape
+        device, (N, limit) = crm.device, uniform.shape
         # what is written, for all N rows
         self.uniform = torch.from_numpy(uniform).to(device)
         self.tokens = torch.full((N, limit), int(crm.end[-1]), device=device)
@@ -138,24 +133,25 @@ class Batch:
         self.done = torch.zeros(N, dtype=torch.bool, device=device)
         # the n rows that are still in the batch
         self.t = torch.zeros(1, dtype=torch.long, device=device)        # completion tokens in the caches
-        self.place(torch.arange(N, device=device).view(P, G))
+        self.rows = torch.arange(N, device=device)
+        self.place(self.rows // G)
         self.room = ROOM[device.type]
         hidden, caches = prefill(crm, prompts)
         lengths = torch.tensor([len(p.ids) for p in prompts], device=device)
-        self.position = torch.stack([p.positions.max() + 1 for p in prompts])               # (P,)
-        self.caches = [LayerCache(keys, values, G, self.room) for keys, values in caches]
-        L = caches[0][0].shape[2]
-        unseen = torch.arange(L + self.room, device=device) >= lengths[:, None]     # padding, and the future
-        self.bias = torch.zeros(unseen.shape, device=device).masked_fill(unseen, -torch.inf)[:, None, None, None]
+        self.position = torch.stack([p.positions.max() + 1 for p in prompts])[self.prompt_of]       # (n,)
+        self.caches = [LayerCache(keys, values, N, self.room) for keys, values in caches]
+        padding = torch.arange(caches[0][0].shape[2], device=device) >= lengths[:, None, None]
+        self.padding = torch.zeros(padding.shape, device=device).masked_fill(padding, -torch.inf)   # (P, 1, L)
+        self.future = torch.full((self.room,), -torch.inf, device=device)                           # (T,)
         self.write(repeat(hidden, "p d -> (p g) d", g=G))
 
     def advance(self, t: int) -> None:
         """Token t of every row. The first step of a shape runs as it is written, which readies libraries; with
         graphs the second is recorded, and from then on replayed."""
-        if t > self.caches[0].own_keys.shape[3]:
+        if t > self.caches[0].own_keys.shape[2]:
             for cache in self.caches:
                 cache.grow(self.room)
-            self.bias = pad(self.bias, (0, self.room), value=-torch.inf)
+            self.future = pad(self.future, (0, self.room), value=-torch.inf)
             self.replay, self.warm = None, False
         if self.graphs and self.warm and self.replay is None:
             self.replay = record(self.step)
@@ -165,25 +161,32 @@ class Batch:
     def step(self) -> None:
         """The newest token of every row goes through the model, and the next one is drawn. All that changes
         from step to step is in tensors that stay in place."""
-        model, (P, G) = self.crm.model.model.language_model, self.row_at.shape
-        self.bias.index_fill_(4, self.bias.shape[-1] - self.caches[0].own_keys.shape[3] + self.t, 0.0)
+        model = self.crm.model.model.language_model
+        self.future.index_fill_(0, self.t, 0.0)
         x = model.embed_tokens(self.token)                                                      # (n, D)
-        position = (self.position + self.t)[self.slots // G].expand(3, 1, -1)
-        cos, sin = (c[0] for c in model.rotary_emb(x, position))                                # (n, d)
+        cos, sin = (c[0] for c in model.rotary_emb(x, (self.position + self.t).expand(3, 1, -1)))       # (n, d)
         for layer, cache in zip(model.layers, self.caches):
-            attention, h, d = layer.self_attn, layer.input_layernorm(x), cache.own_keys.shape[-1]
+            attention, h, d = layer.self_attn, layer.input_layernorm(x), cache.own_keys.shape[3]
             q, key, value = (projection(h).unflatten(-1, (-1, d)) for projection in
                              (attention.q_proj, attention.k_proj, attention.v_proj))            # (n, heads, d)
             q, key = apply_rotary_pos_emb(q, key, cos, sin)
-            q, key, value = (new.index_select(0, self.row_of) for new in (q, key, value))       # (P*G, heads, d)
             for own, new in ((cache.own_keys, key), (cache.own_values, value)):
-                own.index_copy_(3, self.t, rearrange(new, "(p g) k d -> p k g 1 d", p=P))
-            q = rearrange(q, "(p g) (k r) d -> p k g r d", p=P, k=key.shape[1])
-            out = rearrange(attend(q, cache, self.bias, attention.scaling), "p k g r d -> (p g) (k r d)")
-            x = x + attention.o_proj(out.index_select(0, self.slots))
+                own.index_copy_(2, self.t, rearrange(new, "n k d -> k n 1 d"))
+            q = rearrange(q, "n (k r) d -> k n r d", k=key.shape[1])
+            x = x + attention.o_proj(rearrange(self.attend(q, cache, attention.scaling), "k n r d -> n (k r d)"))
             x = x + layer.mlp(layer.post_attention_layernorm(x))
         self.t += 1
         self.write(model.norm(x))
+
+    def attend(self, q: torch.Tensor, cache: LayerCache, scale: float) -> torch.Tensor:
+        """The newest token of every row attends to its prompt, together with the prompt's other rows, and to its
+        own completion; joined as under one softmax. q (k, n, r, d) -> the same shape."""
+        P, r = cache.prompt_keys.shape[1], q.shape[2]
+        by_prompt = rearrange(q.index_select(1, self.row_of), "k (p g) r d -> k p (g r) d", p=P)
+        prompt, prompt_lse = (rearrange(x, "k p (g r) d -> k (p g) r d", r=r).index_select(1, self.slots) for x in
+                              attend(by_prompt, cache.prompt_keys, cache.prompt_values, self.padding, scale))
+        own, own_lse = attend(q, cache.own_keys, cache.own_values, self.future, scale)
+        return prompt.lerp(own, torch.sigmoid(own_lse - prompt_lse)).to(q.dtype)
 
     def write(self, hidden: torch.Tensor) -> None:
         """Draw token t of every row in the batch; write it down unless the row has ended. hidden (n, D)."""
@@ -197,26 +200,23 @@ class Batch:
         self.token.copy_(token)
 
     def drop_finished(self) -> None:
-        """Take finished rows out of the batch once they are LEAVE of it. The caches stay a rectangle: each prompt
-        that remains keeps as many slots as the one with the most unfinished rows needs."""
-        if self.done[self.rows].sum() < LEAVE[self.rows.device.type] * len(self.rows):
+        """Take finished rows out of the batch once they are LEAVE of it, and prompts without rows."""
+        stay = (~self.done[self.rows]).nonzero()[:, 0]
+        if len(stay) > (1 - LEAVE[stay.device.type]) * len(self.rows):
             return
-        row_at = torch.where(self.done[self.row_at], -1, self.row_at)
-        unfinished = (row_at >= 0).sum(1)
-        prompts = unfinished.argsort(descending=True, stable=True)[:int((unfinished > 0).sum())]
-        slots = row_at[prompts].sort(dim=1, descending=True).indices[:, :int(unfinished.max())]     # (p, g)
-        self.place(row_at[prompts[:, None], slots])
-        self.position, self.bias = self.position[prompts], self.bias[prompts]
+        prompts, prompt_of = self.prompt_of[stay].unique(return_inverse=True)
+        self.rows, self.position, self.padding = self.rows[stay], self.position[stay], self.padding[prompts]
         for cache in self.caches:
-            cache.keep(prompts, slots)
+            cache.keep(prompts, stay)
+        self.place(prompt_of)
 
-    def place(self, row_at: torch.Tensor) -> None:
-        """Which of the N rows is in which slot of the caches, (P, G); -1 where none is: such a slot computes what
-        another does, and nobody looks at it."""
-        filled = (row_at >= 0).flatten()
-        self.row_at, self.slots = row_at, filled.nonzero()[:, 0]
-        self.rows = row_at.flatten()[self.slots]                        # (n,) in order of their slots, (n,)
-        self.row_of = (filled.cumsum(0) - 1).clamp(min=0)               # (P*G,) which of the n a slot computes
+    def place(self, prompt_of: torch.Tensor) -> None:
+        """prompt_of (n,) ascending: the prompt of each row. Rows attend to their prompt in a (P, G) rectangle of slots,
+        G the most rows that a prompt has. An empty slot computes what row 0 does, and nobody looks at it."""
+        self.prompt_of, n = prompt_of, torch.arange(len(prompt_of), device=prompt_of.device)
+        count = prompt_of.bincount()
+        self.slots = prompt_of * count.max() + n - (count.cumsum(0) - count)[prompt_of]             # (n,)
+        self.row_of = n.new_zeros(len(count) * int(count.max())).index_copy_(0, self.slots, n)      # (P*G,)
         self.token = self.tokens[self.rows, self.t]                     # (n,) the newest of each
         self.replay, self.warm = None, False            # the step's CUDA graph; whether its shape has run once
 
@@ -240,7 +240,7 @@ class Batch:
 
 def prefill(crm: CRM, prompts: Sequence[Prompt]):
     """Each prompt once through the model -> the hidden state of its last token (P, D), and of every layer the
-    keys and values (P, k, L, d), padded on the right."""
+    keys and values (k, P, L, d), padded on the right."""
     hidden, layers = [], [([], []) for _ in crm.model.model.language_model.layers]
     for prompt, features in zip(prompts, crm.image_features(prompts)):
         x, positions = crm.embed(prompt, features)
@@ -250,7 +250,7 @@ def prefill(crm: CRM, prompts: Sequence[Prompt]):
             for side, kept in zip(layer, (cache.keys, cache.values)):
                 side.append(kept[0])                                                            # (k, l, d)
     L = max(len(p.ids) for p in prompts)
-    padded = [tuple(torch.stack([pad(x, (0, 0, 0, L - x.shape[1])) for x in side]) for side in layer)
+    padded = [tuple(torch.stack([pad(x, (0, 0, 0, L - x.shape[1])) for x in side], 1) for side in layer)
               for layer in layers]
     return torch.stack(hidden), padded
 

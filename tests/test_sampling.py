@@ -58,11 +58,15 @@ def test_rows_that_have_ended_leave_the_batch(short, prompts, monkeypatch):
     sizes, slots, step = [], [], sampling.Batch.step
 
     def counted(batch):
+        """The caches hold the rows in the batch and their prompts; the rectangle of slots is as small as can be."""
         assert batch.done[batch.rows].float().mean() < sampling.LEAVE["cpu"]
-        P, _, G = batch.caches[0].own_keys.shape[:3]
-        assert (P, G) == batch.row_at.shape and len(batch.token) == len(batch.rows) <= P * G
-        sizes.append(len(batch.token))
-        slots.append(P * G)
+        cache, n, per_prompt = batch.caches[0], len(batch.rows), (batch.rows // 6).unique(return_counts=True)[1]
+        assert n == len(batch.token) == len(batch.position) == cache.own_keys.shape[1]
+        assert len(per_prompt) == len(batch.padding) == cache.prompt_keys.shape[1]
+        assert torch.equal(batch.row_of[batch.slots], torch.arange(n))
+        assert len(batch.row_of) == len(per_prompt) * per_prompt.max()
+        sizes.append(n)
+        slots.append(len(batch.row_of))
         step(batch)
 
     monkeypatch.setattr(sampling.Batch, "step", counted)
@@ -70,7 +74,24 @@ def test_rows_that_have_ended_leave_the_batch(short, prompts, monkeypatch):
     assert sizes[0] == sum(int((group.lengths > 1).sum()) for group in groups) == 16        # two have one token only
     for counts in (sizes, slots):
         assert counts == sorted(counts, reverse=True) and counts[-1] <= 4
-    assert sum(sizes) < sum(slots)                          # more leave than the rectangle shows
+    assert sum(sizes) < sum(slots)                          # the caches hold fewer than the rectangle
+
+
+@pytest.mark.parametrize("size", [1.0, 300.0])
+def test_attention_to_two_parts_is_that_to_all_keys_under_one_softmax(size):
+    """Also where scores are large, and where one part outweighs the other by hundreds of nats."""
+    torch.manual_seed(0)
+    q, keys, values = torch.randn(2, 5, 3, 8), torch.randn(2, 5, 9, 8), torch.randn(2, 5, 9, 8)
+    keys[0, :, :4] += size / 10
+    bias = torch.zeros(5, 1, 9)
+    bias[1, 0, 2:4] = bias[3, 0, 7:] = -torch.inf                                   # padding, and the future
+    expected = (size * (q @ keys.mT) + bias).softmax(-1) @ values
+    (one, one_lse), (two, two_lse) = (sampling.attend(q, keys[:, :, part], values[:, :, part], bias[..., part], size)
+                                      for part in (slice(0, 4), slice(4, 9)))
+    torch.testing.assert_close(one.lerp(two, torch.sigmoid(two_lse - one_lse)), expected, atol=2e-5, rtol=1e-4)
+    whole, lse = sampling.attend(q, keys, values, bias, size)
+    torch.testing.assert_close(whole, expected, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(lse, torch.logaddexp(one_lse, two_lse), atol=0, rtol=1e-6)
 
 
 @pytest.mark.parametrize("at_once", [1, 2])
