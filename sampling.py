@@ -12,7 +12,7 @@ Read next: scoring.py computes the same log-probabilities, differentiably.
 
 Shapes: P prompts, G completions each, N = P*G rows laid out (p g), L longest prompt, T completion tokens that the
 caches have room for, V vocabulary, D hidden, k key heads, r query heads per key head, d head size. After rows have
-left, n of N remain.
+left, n of N remain, P counts the prompts that still have rows, and G is the most rows of one.
 """
 from collections.abc import Callable, Sequence
 
@@ -84,15 +84,15 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor, temperature: float):
 
 def scores_float32(q: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """q k^T in float32: (…, a, d), (…, b, d) -> (…, a, b). Qwen2.5's key biases make attention scores so large
-    that bfloat16 rounds them by whole units; fused kernels, which score, keep float32, too."""
+    that bfloat16 rounds them by whole units; the fused kernels of scoring.py keep float32, too."""
     if q.is_cuda and q.dtype != torch.float32:
         product = torch.bmm(q.flatten(0, -3), keys.flatten(0, -3).mT, out_dtype=torch.float32)
         return product.unflatten(0, q.shape[:-2])
     return q.float() @ keys.float().mT
 
 
-def attend(q, keys, values, bias, scale: float):
-    """Attention to some of the keys, and the logsumexp of its scores, with which it joins that to the others.
+def attend_to(q, keys, values, bias, scale: float):
+    """Attention to some of the keys, and the logsumexp of the scores, by which it is joined with that to the rest.
     q (…, a, d), keys and values (…, s, d), bias broadcastable to (…, a, s) -> (…, a, d), (…, a, 1), float32"""
     scores = torch.add(bias, scores_float32(q, keys), alpha=scale)
     weights = scores.softmax(-1)
@@ -133,7 +133,7 @@ class Batch:
         self.done = torch.zeros(N, dtype=torch.bool, device=device)
         # the n rows that are still in the batch
         self.t = torch.zeros(1, dtype=torch.long, device=device)        # completion tokens in the caches
-        self.rows = torch.arange(N, device=device)
+        self.rows = torch.arange(N, device=device)                      # (n,) which of the N, ascending
         self.place(self.rows // G)
         self.room = ROOM[device.type]
         hidden, caches = prefill(crm, prompts)
@@ -149,10 +149,10 @@ class Batch:
         """Token t of every row. The first step of a shape runs as it is written, which readies libraries; with
         graphs the second is recorded, and from then on replayed."""
         if t > self.caches[0].own_keys.shape[2]:
+            self.replay, self.warm = None, False            # first, as in drop_finished
             for cache in self.caches:
                 cache.grow(self.room)
             self.future = pad(self.future, (0, self.room), value=-torch.inf)
-            self.replay, self.warm = None, False
         if self.graphs and self.warm and self.replay is None:
             self.replay = record(self.step)
         (self.replay or self.step)()
@@ -179,13 +179,13 @@ class Batch:
         self.write(model.norm(x))
 
     def attend(self, q: torch.Tensor, cache: LayerCache, scale: float) -> torch.Tensor:
-        """The newest token of every row attends to its prompt, together with the prompt's other rows, and to its
-        own completion; joined as under one softmax. q (k, n, r, d) -> the same shape."""
+        """The newest token of every row attends to its prompt, in one product with the prompt's other rows, and to its
+        own completion, whose share of their joint softmax is sigmoid(own_lse - prompt_lse). q (k, n, r, d) -> same."""
         P, r = cache.prompt_keys.shape[1], q.shape[2]
         by_prompt = rearrange(q.index_select(1, self.row_of), "k (p g) r d -> k p (g r) d", p=P)
         prompt, prompt_lse = (rearrange(x, "k p (g r) d -> k (p g) r d", r=r).index_select(1, self.slots) for x in
-                              attend(by_prompt, cache.prompt_keys, cache.prompt_values, self.padding, scale))
-        own, own_lse = attend(q, cache.own_keys, cache.own_values, self.future, scale)
+                              attend_to(by_prompt, cache.prompt_keys, cache.prompt_values, self.padding, scale))
+        own, own_lse = attend_to(q, cache.own_keys, cache.own_values, self.future, scale)
         return prompt.lerp(own, torch.sigmoid(own_lse - prompt_lse)).to(q.dtype)
 
     def write(self, hidden: torch.Tensor) -> None:
@@ -200,23 +200,23 @@ class Batch:
         self.token.copy_(token)
 
     def drop_finished(self) -> None:
-        """Take finished rows out of the batch once they are LEAVE of it, and prompts without rows."""
+        """Take finished rows out of the batch once they are LEAVE of it, and prompts that have none left."""
         stay = (~self.done[self.rows]).nonzero()[:, 0]
         if len(stay) > (1 - LEAVE[stay.device.type]) * len(self.rows):
             return
         prompts, prompt_of = self.prompt_of[stay].unique(return_inverse=True)
         self.rows, self.position, self.padding = self.rows[stay], self.position[stay], self.padding[prompts]
+        self.place(prompt_of)                           # first, as it frees the memory of the step's CUDA graph
         for cache in self.caches:
             cache.keep(prompts, stay)
-        self.place(prompt_of)
 
     def place(self, prompt_of: torch.Tensor) -> None:
         """prompt_of (n,) ascending: the prompt of each row. Rows attend to their prompt in a (P, G) rectangle of slots,
-        G the most rows that a prompt has. An empty slot computes what row 0 does, and nobody looks at it."""
-        self.prompt_of, n = prompt_of, torch.arange(len(prompt_of), device=prompt_of.device)
-        count = prompt_of.bincount()
-        self.slots = prompt_of * count.max() + n - (count.cumsum(0) - count)[prompt_of]             # (n,)
-        self.row_of = n.new_zeros(len(count) * int(count.max())).index_copy_(0, self.slots, n)      # (P*G,)
+        G the most rows that a prompt has. An empty slot repeats the row before it, and nobody looks at it."""
+        self.prompt_of, count = prompt_of, prompt_of.bincount()
+        filled = (torch.arange(int(count.max()), device=count.device) < count[:, None]).flatten()
+        self.slots = filled.nonzero()[:, 0]                             # (n,) the slot of each row
+        self.row_of = filled.cumsum(0) - 1                              # (P*G,) the row in each slot
         self.token = self.tokens[self.rows, self.t]                     # (n,) the newest of each
         self.replay, self.warm = None, False            # the step's CUDA graph; whether its shape has run once
 

@@ -68,7 +68,7 @@ class Config(RunConfig):                        # model, data, optimizer, evalua
     minibatches: int = flag(2, "optimizer updates per rollout and epoch", low=1)
     inner_epochs: int = flag(1, "passes over a rollout", low=1)
     warmup: int = flag(0, "steps of linear warm-up", low=0)
-    pack_tokens: int = flag(8192, "most tokens scored at once; longer groups are split", low=1)
+    pack_tokens: int = flag(10240, "most tokens scored at once; longer groups are split", low=1)
     max_skipped: int = flag(3, "steps in a row without a finite gradient after which the run ends", low=1)
     rollouts_every: int = flag(0, "steps between whole groups in rollouts.jsonl (0: at evaluations only)", low=0)
 

@@ -307,7 +307,7 @@ if __name__ == "__main__":
     if args.flags is None:
         args.flags = AT_SIZE.get(args.random_model, "")
     if args.random_model:
-        args.crm, args.ours = f"build/random-{args.random_model}", "--pack-tokens 8192 " + args.ours
+        args.crm, args.ours = f"build/random-{args.random_model}", "--pack-tokens 10240 " + args.ours
         if not Path(args.crm).exists():
             measure(sys.executable, "-m", "bench.random_model", args.random_model, "--out", args.crm)
     if args.parity:
