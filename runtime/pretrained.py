@@ -20,8 +20,8 @@ FRAME_FILE = "frame.json"                   # how a checkpoint's images were res
 
 
 class FewRowsLinear(torch.nn.Linear):
-    """A linear layer of which a CPU takes a few rows as W x^T: in float32 that reads large weights two to four times as
-    fast as x W^T (bench/README.md). Whatever decodes token by token has few rows."""
+    """A linear layer of which a CPU takes a few rows as W x^T: in float32 that reads large weights up to four times as
+    fast as x W^T, depending on the machine (bench/README.md). Whatever decodes token by token has few rows."""
 
     def forward(self, x):
         if x.dtype != torch.float32 or x.shape[:-1].numel() > FEW_ROWS:

@@ -255,7 +255,7 @@ def test_large_key_biases_in_bfloat16_do_not_part_sampler_and_scorer(monkeypatch
         for projection, bias in ((layer.self_attn.k_proj, 100.0), (layer.self_attn.q_proj, 5.0)):
             projection.bias.data.unflatten(0, (-1, layer.self_attn.head_dim))[:, :4] += bias
     prompts = [crm.encode(s.image, PROMPTS["reasoning"].replace("{query}", s.query)) for s in
-               (samples[i] for i in range(2))]
+               (samples[i] for i in range(8))]              # fewer, and the mean depends on the CPU
 
     def mean_gap():
         groups = sample(crm, prompts, 4, 40, seed=0)
@@ -264,6 +264,6 @@ def test_large_key_biases_in_bfloat16_do_not_part_sampler_and_scorer(monkeypatch
 
     with torch.no_grad():
         float32 = mean_gap()
-        assert float32 < 0.015                          # 0.008 to 0.010, by how the CPU adds up bfloat16 products
+        assert float32 < 0.01
         monkeypatch.setattr(sampling, "scores_float32", lambda q, keys: (q @ keys.mT).float())
-        assert mean_gap() > 1.5 * float32               # so the biases are large enough to show it
+        assert mean_gap() > 2 * float32                 # so the biases are large enough to show it

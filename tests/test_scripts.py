@@ -214,14 +214,15 @@ def test_every_switch_of_a_study_changes_the_run_and_none_breaks_it(tmp_path):
 
 
 def test_neither_the_size_of_packs_nor_offloading_changes_a_number(tmp_path):
-    """One step of four updates: a second step would sample from weights that differ in their last digits, and one
-    draw at the edge of a token's probability makes another completion."""
-    flags = "--freeze-vision --inner-epochs 2 --steps 1 --norm none --out"
+    """Of two steps with four updates each, the first to rounding. The second samples from weights that differ in their
+    last digits, and one draw at the edge of a token's probability makes another completion."""
+    flags = "--freeze-vision --inner-epochs 2 --steps 2 --save-every 1 --norm none --out"
     run("train_grpo.py", SMALL, flags, tmp_path / "fast")
     run("train_grpo.py", SMALL, "--pack-tokens 1 --offload", flags, tmp_path / "slow")
-    (fast,), (slow,) = (rows(tmp_path / name / "metrics.jsonl") for name in ("fast", "slow"))
-    for key in ("reward", "length", "entropy", "kl", "loss", "grad_norm"):
-        assert fast[key] == pytest.approx(slow[key], rel=1e-4, abs=1e-7), key
+    metrics = (rows(tmp_path / name / "metrics.jsonl") for name in ("fast", "slow"))
+    for fast, slow, bound in zip(*metrics, (1e-4, 0.1), strict=True):
+        for key in ("reward", "length", "entropy", "kl", "loss", "grad_norm"):
+            assert fast[key] == pytest.approx(slow[key], rel=bound, abs=1e-3 * bound), key
     start, fast, slow = (load_file(folder / "model.safetensors") for folder in (
         ROOT / "demo/crm", tmp_path / "fast/step_000001", tmp_path / "slow/step_000001"))
     moved = max((fast[name] - start[name].float()).abs().max() for name in fast)
