@@ -9,16 +9,16 @@ help:
 	@awk '/^# / && !about { about = substr($$0, 3) } /^$$/ { about = "" } \
 	      /^[a-z-]+:/ && about { sub(/:.*/, ""); printf "make %-10s %s\n", $$0, about }' Makefile
 
-# the environment .venv, with what requirements.txt and requirements-tools.txt list
+# the environment .venv, with what requirements.txt and requirements-extras.txt list
 .PHONY: setup
 setup: $(VENV)/ready
 
-$(VENV)/ready: requirements.txt requirements-tools.txt
+$(VENV)/ready: requirements.txt requirements-extras.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet -r requirements.txt
 	SAM2_BUILD_CUDA=0 $(RUN) -m pip install --quiet --no-deps --no-build-isolation $(SAM2)
-	$(RUN) -m pip install --quiet -r requirements-tools.txt
+	$(RUN) -m pip install --quiet -r requirements-extras.txt
 	touch $@
 
 # GRPO on the embedded default, the held-out split before and after, then one real chest CT image
@@ -28,7 +28,7 @@ demo: setup
 	$(RUN) train_grpo.py
 	$(RUN) infer.py --crm "$$(ls -d runs/demo/step_* | tail -1)" --out out/demo --samples 8 --image demo/images/chest_ct_patient.png \
 	    --query "What could the dark air-filled field on the left of the chest represent?"
-	$(RUN) -m tools.rollouts runs/demo
+	$(RUN) -m extras.rollouts runs/demo
 	@echo "the curve is runs/demo/curves.png, the overlay out/demo/overlay.png, a page of groups that learn runs/demo/rollouts.html"
 
 # every test, on a CPU
@@ -36,11 +36,11 @@ demo: setup
 test: setup
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist worksteal
 
-# tools/engines.py under verl's own reward manager and data set, in an environment of its own; on a CPU
+# extras/engines.py under verl's own reward manager and data set, in an environment of its own; on a CPU
 .PHONY: test-verl
 test-verl: setup build/verl/ready
 	rm -rf build/verl/data
-	$(RUN) -m tools.engines --data demo/data --split test --out build/verl/data/test.parquet
+	$(RUN) -m extras.engines --data demo/data --split test --out build/verl/data/test.parquet
 	HF_HOME=build/verl/data build/verl/bin/python tests/check_verl.py build/verl/data/test.parquet
 
 # verl declares a torch and transformers of its own; what is checked here runs with ours

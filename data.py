@@ -48,7 +48,7 @@ PROMPTS = {                     # the only copies; --prompt takes a text file wi
                  f"<think>what you see, what it is, where it lies</think>{EXAMPLE}\n{ADVICE}",
     "direct": "{query}\nPoint to the region that is meant, in pixels of this image, and write nothing else:\n"
               f"{EXAMPLE}\n{ADVICE}",
-    # several boxes, see tools/boxes.py
+    # several boxes, see extras/boxes.py
     "multi": "{query}\nReason first, then point to every region that is meant, in pixels of this image:\n"
              f"<think>what you see, what it is, where it lies</think>{BOXES_EXAMPLE}\n"
              f"A tight box for each region; points i, {KEY_POINTS} of them, lie well inside the region of box i.",
@@ -180,7 +180,7 @@ def as_written(bbox: Box, points: Points, frame: Frame) -> tuple[Box, Points]:
 
 
 class OneBox:
-    """What the prompts "reasoning" and "direct" ask for. tools/boxes.py has the same four names for several boxes."""
+    """What the prompts "reasoning" and "direct" ask for. extras/boxes.py has the same four names for several boxes."""
     read, target_text = staticmethod(parse_answer), staticmethod(target_text)
 
     @staticmethod
@@ -196,10 +196,10 @@ class OneBox:
 
 
 def answers_of(template: str):
-    """What a prompt asks for: OneBox, or tools.boxes where it has "boxes" in quotes, a user's own prompt, too."""
+    """What a prompt asks for: OneBox, or extras.boxes where it has "boxes" in quotes, a user's own prompt, too."""
     if '"boxes"' not in template:
         return OneBox
-    from tools import boxes
+    from extras import boxes
     return boxes
 
 
@@ -331,6 +331,6 @@ def _sample(row: dict) -> Sample:
 
 
 if __name__ == "__main__":
-    from tools.data_report import main
+    from extras.data_report import main
     with exit_on(ValueError, OSError):
         raise SystemExit(main())

@@ -5,7 +5,7 @@
     python evaluate.py --predictions gpt.jsonl --frame norm1000 --out eval/gpt    # of another model
     python evaluate.py --rescore eval/demo                            # the tables again, without any model
     python evaluate.py --compare eval/sft eval/grpo                   # paired differences
-    python evaluate.py --oracle eval/demo --out eval/oracle           # whose loss it is, see tools/oracle.py
+    python evaluate.py --oracle eval/demo --out eval/oracle           # whose loss it is, see extras/oracle.py
 
 Writes predictions.jsonl (all that scoring needs), summary.json, table.md and examples.png into --out. An interrupted
 evaluation resumes. Every number is a mean over questions with its 95 % bootstrap interval. A new metric is one line of
@@ -15,7 +15,7 @@ A refusal is a completion with a problem, so refusals are 1 - parse rate. What c
 box beside malformed points); what cannot be read scores 0. Coordinates are scored as they were written; they are
 clipped only for the segmenter and the pictures.
 
-A line of a file of --predictions (python -m tools.predictions; ids: python data.py PATH), or "text" for a completion:
+A line of a file of --predictions (python -m extras.predictions; ids: python data.py PATH), or "text" for a completion:
     {"id": "mine-3", "bbox": [30, 40, 90, 95], "points": [[50, 60], [70, 80]]}
 
 Differences from the paper: a true pDice beside its 2I/U; intervals; the mask from points, from the box and from both of
@@ -36,9 +36,9 @@ from runtime.cli import EMBEDDED, ModelConfig, exit_on, flag, parse_args, print0
 from runtime.files import write_whole
 from runtime.metrics import QUESTION_METRICS, ask, iou, mask_dice, mean, parsed, pdice, united_mask
 from runtime.parallel import Ranks
-from tools import tables
-from tools.predictions import encode_mask, finished, from_file, in_order, read_predictions, shown
-from tools.several import add_siblings
+from extras import tables
+from extras.predictions import encode_mask, finished, from_file, in_order, read_predictions, shown
+from extras.several import add_siblings
 
 # what the segmenter is given of a completion: whether the box, and how many points
 GIVEN = {"points": (False, 2), "box": (True, 0), "one": (True, 1), "both": (True, 2)}
@@ -144,7 +144,7 @@ def main(cfg: Config) -> None:
         if cfg.frame != "pixels" and not cfg.predictions:
             raise ValueError(f"--frame {cfg.frame} is the frame of a file of --predictions: give that, or no --frame")
         if cfg.compare:
-            from tools.compare import compare
+            from extras.compare import compare
             return compare(*cfg.compare, METRICS)
         if cfg.rescore:
             return tables.report(read_predictions(cfg.rescore), METRICS, Path(cfg.rescore))
@@ -159,7 +159,7 @@ def main(cfg: Config) -> None:
         if config.exists() and config.read_text() != settings:
             raise ValueError(f"--out {out}: an evaluation with other flags is in there; give another --out")
         if cfg.oracle:
-            from tools.oracle import oracle
+            from extras.oracle import oracle
             return oracle(cfg, samples, asm, ranks)
         rows = cfg.predictions and [add_masks(p, samples[p["index"]], asm) for p in from_file(cfg, samples)]
         ranks.wait()                                # nobody writes before all have looked
@@ -172,7 +172,7 @@ def main(cfg: Config) -> None:
             for path in out.glob("part-*.jsonl"):
                 path.unlink()
             tables.report(rows, METRICS, out)
-            from tools.pictures import examples
+            from extras.pictures import examples
             examples(rows, samples, out / "examples.png")
             print0(f"examples {out / 'examples.png'}, {time.perf_counter() - start:.0f} s in all")
         ranks.stop()

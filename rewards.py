@@ -56,7 +56,7 @@ class Answer:
     bbox: Box | None
     points: Points | None
     problem: str  # "" or one short reason, a key of ANSWER_FORMAT
-    parts: tuple["Answer", ...] = ()  # where several boxes were asked for (tools/boxes.py): each with its points
+    parts: tuple["Answer", ...] = ()  # where several boxes were asked for (extras/boxes.py): each with its points
 
 
 def write_answer(bbox, points) -> str:

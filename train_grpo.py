@@ -141,11 +141,11 @@ class Rollout(Group):
 
 
 def reward(sample: Sample, group: Group, cfg: Config, weights: dict[str, float], asm, answers) -> Rollout:
-    """Every term of every completion, and the totals. answers: what the prompt asks for, data.OneBox or tools.boxes."""
+    """Every term of every completion, and the totals. answers: what the prompt asks for, data.OneBox or extras.boxes."""
     frame = group.prompt.frame
     terms = answers.reward_terms(group.texts, sample, frame, cfg.official)
     if asm:
-        from tools.mask_reward import mask_rewards
+        from extras.mask_reward import mask_rewards
         for term, dice in zip(terms, mask_rewards(asm, sample, group.texts, frame, answers, cfg.official)):
             term["mask_dice"] = dice
     totals = [total_reward(term, cfg.mode, weights) for term in terms]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from tools.engines import export, reward, rows, trl_dataset
+from extras.engines import export, reward, rows, trl_dataset
 
 # Qwen's chat with one image and one text, as crm.CHAT writes it
 TEMPLATE = ("{% for m in messages %}"

@@ -6,7 +6,7 @@
 The embedded CRM never saw these pictures. So it first learns from 2,000 other questions of the same generator, 140
 steps of 16, once with --prompt reasoning and once with --prompt multi; then 25 steps of GRPO on the 120 training
 questions, 8 x 8 completions a step. The table has greedy completions on the 90 test questions: soft F1 of boxes over
-the pieces (tools/boxes.py), where one box is a set of one; Dice of the boxes merely filled, without a network; Dice of
+the pieces (extras/boxes.py), where one box is a set of one; Dice of the boxes merely filled, without a network; Dice of
 the mask from boxes and points (demo/asm). Differences are paired over questions, intervals are 95 % bootstrap.
 """
 import argparse
@@ -18,11 +18,11 @@ import numpy as np
 
 from data import load_samples
 from runtime.metrics import mask_dice
-from tools.boxes import regions
-from tools.intervals import paired_bootstrap
-from tools.oracle import filled
-from tools.predictions import read_predictions, shown
-from tools.several import region_f1
+from extras.boxes import regions
+from extras.intervals import paired_bootstrap
+from extras.oracle import filled
+from extras.predictions import read_predictions, shown
+from extras.several import region_f1
 
 DATA, POOL = "demo/histology", "build/histology"
 LENGTH = "--max-new-tokens 320"

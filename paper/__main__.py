@@ -28,7 +28,7 @@ from paper.report import CURVES, picture, read_results, report
 from rewards import parse_answer
 from runtime.files import write_whole
 from runtime.metrics import mean
-from tools.predictions import read_predictions
+from extras.predictions import read_predictions
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"

@@ -38,8 +38,8 @@ from runtime.cli import ModelConfig, exit_on, flag, parse_args, print0
 from runtime.files import write_whole
 from runtime.metrics import ask
 from runtime.parallel import Ranks
-from tools.intervals import interval, paired_bootstrap, percent
-from tools.several import add_siblings
+from extras.intervals import interval, paired_bootstrap, percent
+from extras.several import add_siblings
 
 FIXED = ASKED, OTHER, GREY = "as asked", "another sample's question", "a grey image"
 ALL, SAMPLED = "all wordings", "the same question, sampled"

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from paper.experiments import GRPO, RUNS, SEEN, TABLES
-from tools.intervals import paired_bootstrap
+from extras.intervals import paired_bootstrap
 
 HERE = Path(__file__).parent
 METRICS = {"iou": "IoU", "pdice": "pDice", "named": "named right", "iou_named": "IoU, named right",

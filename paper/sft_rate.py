@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from evaluate import scores
-from tools.predictions import read_predictions
+from extras.predictions import read_predictions
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m paper.sft_rate", description=__doc__,

@@ -2,8 +2,8 @@
 # recipes/soft_7b.args on verl 0.9 (pip install "verl[vllm]==0.9.1", in an environment of its own), 64 GPUs of 80 GB.
 # Ray over all nodes first (ray start --head; on the others ray start --address HOST:6379), then, from the root of this
 # repository, which every node has under the same path, once:
-#   python -m tools.engines --data U-MRG-14K --split train --out train.parquet --resize square:840
-#   python -m tools.engines --data U-MRG-14K --split test --out test.parquet --resize square:840
+#   python -m extras.engines --data U-MRG-14K --split train --out train.parquet --resize square:840
+#   python -m extras.engines --data U-MRG-14K --split test --out test.parquet --resize square:840
 #   sh recipes/verl_soft_7b.sh                      # flags given here win, as in: ... trainer.nnodes=1
 # and back:
 #   python -m verl.model_merger merge --backend fsdp --local_dir runs/verl_soft_7b/global_step_480/actor --target_dir merged
@@ -13,7 +13,7 @@ set -e
 set -- \
     actor_rollout_ref.model.path=lingshu-medical-mllm/Lingshu-7B                                `# --crm` \
     data.train_files="$PWD/train.parquet" data.val_files="$PWD/test.parquet"                    `# --data` \
-    reward.custom_reward_function.path="$PWD/tools/engines.py" \
+    reward.custom_reward_function.path="$PWD/extras/engines.py" \
     reward.custom_reward_function.name=compute_score \
     +reward.custom_reward_function.reward_kwargs.mode=soft                                      `# --mode` \
     algorithm.adv_estimator=grpo algorithm.norm_adv_by_std_in_grpo=True                         `# --norm group` \

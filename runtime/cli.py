@@ -55,7 +55,7 @@ class RunConfig(ModelConfig):
     resume: str = flag("no", "continue from the last checkpoint in --out; auto: if there is one",
                        ("no", "yes", "auto"), bare="yes")
     parallel: str = flag("ddp", "how torchrun's ranks share the model, see runtime/parallel.py", ("ddp", "fsdp"))
-    track: str | None = flag(None, "send the rows of metrics.jsonl to a tracker, too, see tools/track.py", TRACKERS)
+    track: str | None = flag(None, "send the rows of metrics.jsonl to a tracker, too, see extras/track.py", TRACKERS)
     timeout: float = flag(30.0, "minutes that a rank waits for the others", above=0)
     # optimization
     steps: int = flag(100, "optimizer steps", low=1)
@@ -105,7 +105,7 @@ class Parser(argparse.ArgumentParser):
         except (ValueError, RecursionError) as error:
             self.error(f"an @file is not UTF-8 text, or names itself ({type(error).__name__})")
         if unknown:
-            from tools.foreign_names import explain
+            from extras.foreign_names import explain
             self.error(explain(unknown[0], names))
         return vars(given)
 
@@ -123,7 +123,7 @@ def parse_args(config_class, doc: str, recipe: str | None = None, argv: list[str
     parser = Parser(description=doc, fromfile_prefix_chars="@", allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     if {"-h", "--help"} & set(argv):
-        from tools.foreign_names import table
+        from extras.foreign_names import table
         parser.epilog = table(names)
     for f in fields(config_class):
         add_flag(parser, f)

@@ -19,7 +19,7 @@ from sampling import sample as sample_groups
 def prediction(sample, index: int, texts: list[str], frame, official: bool = False, answers=OneBox) -> dict:
     """One question with its completions, as JSON can hold it; boxes and points in the image frame. kept: see medoid.
     names and wording come from the sample's extra: a list of names, and unseen_wording, true or false, else its kind.
-    image: a digest of the pixels, by which tools.several finds the questions about one image. answers: see
+    image: a digest of the pixels, by which extras.several finds the questions about one image. answers: see
     data.answers_of; of several boxes bbox is the one around them, and regions has each with its points."""
     def shown(answer: Answer) -> dict:
         return {key: xy and to_image(xy, frame) for key, xy in (("bbox", answer.bbox), ("points", answer.points))}
@@ -74,11 +74,11 @@ SEVERAL = {"iou_several": "IoU, of several", "iou_any": "IoU, any sibling", "iou
 
 
 def of_several(key: str, p: dict) -> float | None:
-    """A metric of tools/several.py; None unless several in the image are meant by the words, or a box was asked for
+    """A metric of extras/several.py; None unless several in the image are meant by the words, or a box was asked for
     each region."""
     if not p["truth"].get("siblings") and "regions" not in p["truth"]:
         return None
-    from tools.several import METRICS
+    from extras.several import METRICS
     return METRICS[key](p)
 
 
@@ -149,7 +149,7 @@ def held_out(crm, samples, kinds: dict[str, tuple[int, float]], mode: str, weigh
              ranks: Ranks, max_new_tokens: int = 512, batch: int = 0, official: bool = False) -> list[dict]:
     """Every sample's question under every kind (see `ask`) -> one row per kind and sample, in that order: kind, index,
     id, wording, QUESTION_METRICS, and the mean reward (model frame, without mask_dice)."""
-    from tools.several import add_siblings
+    from extras.several import add_siblings
     weights = {name: weight for name, weight in weights.items() if name != "mask_dice"}
     mine, rows = range(len(samples))[ranks.rank::ranks.world], []
     for kind, sample, group, p in ask(crm, samples, mine, kinds, max_new_tokens, 0, batch, official):

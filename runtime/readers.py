@@ -26,7 +26,7 @@ def read_folder(path: Path, split: str) -> tuple[list[dict], list[str]]:
     """samples.jsonl beside images/ and masks/, one object per line: image, query, and mask or bbox + points;
     optional id, split ("train" if missing), supercategory, category, think. Masks are 0/255 or 0/1, of their
     image's size; file names are relative to images/ and masks/. For DICOM and NIfTI, "scan": {"slice": 45} has keys of
-    tools.volumes.ScanConfig, and the mask may be NIfTI on the same grid."""
+    extras.volumes.ScanConfig, and the mask may be NIfTI on the same grid."""
     file, rows, splits = path / "samples.jsonl" if path.is_dir() else path, [], set()
     text = read_text(file)
     if text.lstrip().startswith("["):
@@ -48,7 +48,7 @@ def read_folder(path: Path, split: str) -> tuple[list[dict], list[str]]:
             image = file_in(file.parent / "images", fields.get("image"))
             mask = file_in(file.parent / "masks", fields["mask"]) if fields.get("mask") else None
             if "scan" in fields:
-                from tools.volumes import png_bytes
+                from extras.volumes import png_bytes
                 image = partial(png_bytes, image, fields["scan"])
                 mask = mask and partial(png_bytes, mask, fields["scan"], mask=True)
         except (ValueError, OSError) as error:
@@ -77,8 +77,8 @@ def file_in(folder: Path, name) -> Path:
 
 
 def in_tools(module: str):
-    """The reader `read` of a module in tools/, which is imported once a path needs it."""
-    return lambda path, split: import_module(f"tools.{module}").read(path, split)
+    """The reader `read` of a module in extras/, which is imported once a path needs it."""
+    return lambda path, split: import_module(f"extras.{module}").read(path, split)
 
 
 READERS = {"samples.jsonl": read_folder, "**/*.parquet": in_tools("umrg"),  # pattern of a file: its reader

@@ -103,7 +103,7 @@ class Run:
         self.is_first, self.stop, self.saved = ranks.rank == 0, False, "not saved"
         self.first, self.warned, self.skipped, self.tracker = {}, set(), 0, None
         if config.track:
-            from tools.track import need
+            from extras.track import need
             need(config.track)
         self._check_folder()
         self.checkpoint, self.state = self._newest_checkpoint() if config.resume != "no" else (None, None)
@@ -159,7 +159,7 @@ class Run:
                     write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
             write_whole(self.folder / "config.json", json.dumps(asdict(self.config), indent=2) + "\n")
             if self.config.track:
-                from tools.track import Tracker
+                from extras.track import Tracker
                 self.tracker = Tracker(self.config.track, self.folder, asdict(self.config), logs["metrics"])
         for number in (signal.SIGINT, signal.SIGTERM):              # last: a tracker may have set its own
             signal.signal(number, self._stop)
@@ -303,7 +303,7 @@ class Run:
         cfg = self.config
         if step and not self.evaluation_due(step) and not (cfg.rollouts_every and step % cfg.rollouts_every == 0):
             return
-        from tools.rollouts import group_rows
+        from extras.rollouts import group_rows
         self.log("rollouts", *group_rows(step, cfg, self.ranks, crm, tests, roll_out, advantages, own))
 
     def finish(self, done: int, compare: bool) -> None:
@@ -313,18 +313,18 @@ class Run:
             resume = "" if self.saved == "not saved" else "; the same command with --resume continues"
             print0(f"\nstopped at {done} of {self.steps} steps{resume}")
         elif self.is_first and compare:
-            from tools.compare import report
+            from extras.compare import report
             report(self.read("held_out"), self.read("metrics"))
         if self.tracker:
             self.tracker.finish()
         print0(f"weights {self.saved}, numbers {self.folder / 'metrics.jsonl'}, picture {self.folder / 'curves.png'}")
         if (self.folder / "rollouts.jsonl").exists():
-            print0(f"to see groups of completions learn: python -m tools.rollouts {self.folder}")
+            print0(f"to see groups of completions learn: python -m extras.rollouts {self.folder}")
 
     def curves(self, panels: dict[str, list[str]]) -> None:
         """curves.png: {title: keys of metrics.jsonl}."""
         if self.is_first:
-            from tools.pictures import curves
+            from extras.pictures import curves
             curves(self.folder / "curves.png", self.read("metrics"), panels)
 
 
@@ -335,5 +335,5 @@ def remove(folder: Path) -> None:
 
 
 if __name__ == "__main__":                                          # a run that has ended, to a tracker
-    from tools.track import main
+    from extras.track import main
     main()

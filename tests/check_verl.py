@@ -1,4 +1,4 @@
-"""verl's own configuration, reward manager and data set, on what tools/engines.py exports (make test-verl; CPU).
+"""verl's own configuration, reward manager and data set, on what extras/engines.py exports (make test-verl; CPU).
 
     build/verl/bin/python tests/check_verl.py build/verl/data/test.parquet      # an export of demo/data's test split
 """
@@ -27,7 +27,7 @@ from crm import load_crm
 from data import MAX_PIXELS, fill_prompt, load_prompt, load_samples, to_model
 from rewards import reward_terms, total_reward, write_answer
 from runtime.cli import ROOT
-from tools.engines import TAG, export, rows
+from extras.engines import TAG, export, rows
 
 
 def recipe() -> OmegaConf:

@@ -22,7 +22,7 @@ from crm import CHAT
 from data import PROMPTS
 from demo.make_crm import tiny_crm
 from runtime.cli import ROOT
-from tools import pictures
+from extras import pictures
 
 TEXTS = [PROMPTS["reasoning"], PROMPTS["direct"], *CHAT,
          "What could the elongated shadow on the left be? 0 1 2 3 4 5 6 7 8 9"] * 3
@@ -30,7 +30,7 @@ TEXTS = [PROMPTS["reasoning"], PROMPTS["direct"], *CHAT,
 
 # importing torch and transformers takes seconds: once is enough, for the scripts and for what this file imports
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["train_grpo", "train_sft", "infer", "evaluate", "tools.pictures", "pyarrow.parquet",
+FORKS.set_forkserver_preload(["train_grpo", "train_sft", "infer", "evaluate", "extras.pictures", "pyarrow.parquet",
                               "demo.make_crm", "pytest"])
 
 

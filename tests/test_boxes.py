@@ -1,4 +1,4 @@
-"""tools/boxes.py: several boxes per answer. A disc, a ring, two discs, nine nuclei; every sum known."""
+"""extras/boxes.py: several boxes per answer. A disc, a ring, two discs, nine nuclei; every sum known."""
 import json
 import math
 import random
@@ -18,11 +18,11 @@ from runtime.cli import ROOT, ModelConfig, parse_args
 from runtime.metrics import prediction
 from test_oracle import MASKS, NINE, SIDE, TWO, Filler, Perfect, sample
 from test_scripts import rows, run
-from tools import boxes
-from tools.boxes import read, regions, reward_terms, score, soft_f1, target_text, write_boxes
-from tools.mask_reward import mask_rewards
-from tools.oracle import EACH, measure, split_loss
-from tools.several import add_siblings
+from extras import boxes
+from extras.boxes import read, regions, reward_terms, score, soft_f1, target_text, write_boxes
+from extras.mask_reward import mask_rewards
+from extras.oracle import EACH, measure, split_loss
+from extras.several import add_siblings
 
 FRAME = Frame((SIDE, SIDE), (SIDE, SIDE))
 THINK = "<think>It is there.</think>"
@@ -262,7 +262,7 @@ def test_both_trainers_train_on_several_boxes_and_the_checkpoint_remembers_it(tm
 
 
 def test_what_shows_or_exports_one_box_refuses_the_prompt(tmp_path):
-    for script in ("tools.serve", f"tools.engines --data demo/histology --out {tmp_path / 'x.parquet'}"):
+    for script in ("extras.serve", f"extras.engines --data demo/histology --out {tmp_path / 'x.parquet'}"):
         _, said = run("-m", script, "--prompt multi", check=2)
         assert "--prompt multi" in said and len(said.strip().splitlines()) == 1
     assert not (tmp_path / "x.parquet").exists()

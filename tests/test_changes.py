@@ -161,7 +161,7 @@ METRICS = QUESTION_METRICS | {
     "boundary": ("boundary F1", boundary_f1),'''), ("import encode_mask, ", "import decode_mask, encode_mask, ")], '''
         import numpy as np
         from evaluate import METRICS
-        from tools.predictions import encode_mask
+        from extras.predictions import encode_mask
         mask = np.zeros((40, 50), bool)
         mask[10:20, 10:30] = True
         p = {"mask": encode_mask(mask), "truth": {"mask": encode_mask(mask)}}

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 import pytest
 
 from runtime.cli import ROOT, ModelConfig, RunConfig, exit_on, flag, parse_args
-from tools.foreign_names import FOREIGN_NAMES
+from extras.foreign_names import FOREIGN_NAMES
 
 
 @dataclass

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from data import BadRow, load_samples
-from tools.coco import png
+from extras.coco import png
 
 SQUARE = np.zeros((40, 60), bool)
 SQUARE[5:25, 10:30] = True
@@ -44,7 +44,7 @@ def test_the_layouts_that_people_have(tmp_path, file, images, split):
 @pytest.mark.parametrize("form", ["polygon", "counts", "compressed"])
 def test_a_mask_is_the_same_in_every_form(form):
     if form == "compressed":
-        mask = pytest.importorskip("pycocotools.mask", reason="pip install -r requirements-tools.txt")
+        mask = pytest.importorskip("pycocotools.mask", reason="pip install -r requirements-extras.txt")
         segmentation = mask.encode(np.asfortranarray(SQUARE.astype(np.uint8)))
     else:
         segmentation = {"polygon": POLYGON, "counts": RLE}[form]

@@ -12,9 +12,9 @@ from PIL import Image
 from data import box_from_mask, keypoints_from_mask, load_samples
 from runtime.cli import exit_on
 from runtime.metrics import prediction
-from tools.convert import main
-from tools.convert_folder import Folder
-from tools.convert_words import mentions, target, where_is
+from extras.convert import main
+from extras.convert_folder import Folder
+from extras.convert_words import mentions, target, where_is
 
 W, H = 60, 40
 TABLE = {"70": "Liver", "175": "Liver Cancer", "215": "Left Lung", "225": "Right Lung", "180": "Heart"}

@@ -569,7 +569,7 @@ def test_images_are_read_only_when_a_sample_is_asked_for(tmp_path, monkeypatch):
 
 
 def test_python_data_py_prints_what_is_there_and_every_bad_row(folder, capsys):
-    from tools.data_report import main
+    from extras.data_report import main
     path = folder({"supercategory": "Brain", "category": "tumour"}, {"mask": "no.png"}, {"split": "test"},
                   {"box": [1, 2, 3, 4]}, {"id": "a"}, {"id": "a"})
     assert main([str(path), "--sheet", str(path / "sheet.png")]) == 2
@@ -586,7 +586,7 @@ def test_python_data_py_prints_what_is_there_and_every_bad_row(folder, capsys):
 
 
 def test_a_split_that_nothing_reads_by_itself_is_named(folder, capsys):
-    from tools.data_report import main
+    from extras.data_report import main
     assert main([str(folder({}, {"split": "test"}, {"split": "Train"}, {"split": "validation"}))]) == 0
     out = capsys.readouterr().out
     assert "Train: 1 of 1 rows can be used\n  nothing reads a split of this name" in out
@@ -601,7 +601,7 @@ def test_a_json_array_is_one_error_and_not_one_per_line(folder):
 
 
 def test_a_broken_line_is_a_bad_row_of_data_py_once_and_skipping_is_advised_only_where_it_helps(folder, capsys):
-    from tools.data_report import main
+    from extras.data_report import main
     path = folder({}, {"split": "test"})
     (path / "samples.jsonl").write_text((path / "samples.jsonl").read_text() + '\n{"image": "a.png", "query')
     assert main([str(path)]) == 2

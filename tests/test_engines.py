@@ -1,4 +1,4 @@
-"""tools/engines.py without any engine: call shapes, what an export holds, bad input. make test-verl has verl itself."""
+"""extras/engines.py without any engine: call shapes, what an export holds, bad input. make test-verl has verl itself."""
 import importlib.util
 import inspect
 import io
@@ -19,7 +19,7 @@ from conftest import noise_image
 from data import MAX_PIXELS, Frame, load_prompt, load_samples, model_size, to_model
 from rewards import MODES, reward_terms, total_reward, write_answer
 from runtime.cli import ROOT, parse_args
-from tools import engines
+from extras import engines
 
 TRUTH = json.dumps({"bbox_2d": [10, 20, 60, 80], "point_2d": [[20, 30], [50, 60]], "frame": [112, 84]})
 GOOD = "<think>here</think>" + write_answer((10, 20, 60, 80), ((20, 30), (50, 60)))
@@ -83,7 +83,7 @@ def test_the_truth_of_the_released_data_is_on_the_840_canvas():
 
 def by_path():
     """The file, loaded as engines do: by its path, and with nothing of ours on sys.path."""
-    spec = importlib.util.spec_from_file_location("custom_reward", ROOT / "tools/engines.py")
+    spec = importlib.util.spec_from_file_location("custom_reward", ROOT / "extras/engines.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -93,7 +93,7 @@ def test_the_file_loads_by_its_path_and_a_reward_worker_imports_no_torch(tmp_pat
     code = ("import importlib.util as u, sys; s = u.spec_from_file_location('m', sys.argv[1]); "
             "m = u.module_from_spec(s); s.loader.exec_module(m); "
             "print(m.compute_score('', sys.argv[2], sys.argv[3])['score'], 'torch' in sys.modules)")
-    out = subprocess.run([sys.executable, "-c", code, ROOT / "tools/engines.py", GOOD, TRUTH], cwd=tmp_path,
+    out = subprocess.run([sys.executable, "-c", code, ROOT / "extras/engines.py", GOOD, TRUTH], cwd=tmp_path,
                          capture_output=True, text=True, check=True).stdout
     assert out == "4.0 False\n"
 

@@ -15,8 +15,8 @@ from conftest import noise_image, ranks
 from data import Frame, Sample, load_samples, model_size, to_model
 from evaluate import METRICS
 from runtime.cli import parse_args
-from tools import pictures, predictions, tables
-from tools.predictions import decode_mask, encode_mask
+from extras import pictures, predictions, tables
+from extras.predictions import decode_mask, encode_mask
 from test_scripts import ROOT, rows, run
 
 NO_MASK = {"bbox": None, "points": None, "text": "", "problem": "no answer block"}
@@ -185,7 +185,7 @@ def test_predictions_that_cannot_be_meant_are_refused_with_one_line_and_nothing_
 def test_the_example_that_the_help_prints_is_a_line_that_can_be_read(tmp_path, capsys):
     with pytest.raises(SystemExit):
         parse_args(evaluate.Config, evaluate.__doc__, argv=["--help"])
-    out, _ = run("-m tools.predictions --help")
+    out, _ = run("-m extras.predictions --help")
     for text in (capsys.readouterr().out, out):
         line = next(line for line in text.splitlines() if line.strip().startswith('{"id": "mine-3", "bbox"'))
         assert "python data.py PATH" in text

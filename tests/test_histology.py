@@ -1,4 +1,4 @@
-"""demo/histology: one of many alike and all of several, with masks that the pieces of tools/oracle.py agree with."""
+"""demo/histology: one of many alike and all of several, with masks that the pieces of extras/oracle.py agree with."""
 import json
 from collections import defaultdict
 
@@ -11,8 +11,8 @@ from demo.histology import WORDS, draw, make_rows
 from demo.wordings import check
 from runtime.cli import ROOT
 from runtime.metrics import prediction
-from tools.oracle import pieces
-from tools.several import add_siblings
+from extras.oracle import pieces
+from extras.several import add_siblings
 
 DATA = ROOT / "demo/histology"
 

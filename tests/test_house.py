@@ -16,7 +16,7 @@ from runtime.cli import ROOT
 
 TOP = sorted(path for path in ROOT.glob("*.py") if not path.name.startswith("test_"))
 RUNTIME = sorted((ROOT / "runtime").glob("*.py"))
-OURS = {path.stem for path in TOP} | {"runtime", "tools", "tests", "bench", "paper", "demo"}
+OURS = {path.stem for path in TOP} | {"runtime", "extras", "tests", "bench", "paper", "demo"}
 READING_PATH = ("rewards.py", "crm.py", "sampling.py", "scoring.py", "train_grpo.py")
 SCRIPTS = {"train_grpo", "train_sft", "infer", "evaluate"}
 
@@ -37,27 +37,27 @@ def test_rewards_need_nothing_but_the_standard_library():
 
 
 @pytest.mark.parametrize("file, allowed", [
-    ("data.py", {"rewards", "runtime", "tools"}), ("crm.py", {"data", "runtime"}), ("sampling.py", {"crm"}),
-    ("scoring.py", {"crm"}), ("asm.py", {"runtime", "tools"})])
+    ("data.py", {"rewards", "runtime", "extras"}), ("crm.py", {"data", "runtime"}), ("sampling.py", {"crm"}),
+    ("scoring.py", {"crm"}), ("asm.py", {"runtime", "extras"})])
 def test_arrows_point_one_way(file, allowed):
     assert imports(ROOT / file) & OURS <= allowed
-    assert "tools" not in imports(ROOT / file, inside_functions=False) or file == "data.py"
+    assert "extras" not in imports(ROOT / file, inside_functions=False) or file == "data.py"
 
 
 def test_nothing_at_the_top_or_in_runtime_imports_a_script_or_what_stands_beside_the_house():
     for path in [*TOP, *RUNTIME]:
         assert not imports(path) & (SCRIPTS | {"tests", "bench", "paper", "demo"}), path.name
     for path in RUNTIME:
-        assert "tools" not in imports(path, inside_functions=False), path.name
+        assert "extras" not in imports(path, inside_functions=False), path.name
 
 
 def test_the_core_runs_without_the_packages_of_the_tools():
-    lines = (ROOT / "requirements-tools.txt").read_text().splitlines()
+    lines = (ROOT / "requirements-extras.txt").read_text().splitlines()
     packages = {line.split("==")[0].split("[")[0] for line in lines}
     assert {"pydicom", "nibabel", "highdicom"} < packages and all("  # " in line for line in lines)     # a reason each
     for path in [*TOP, *RUNTIME]:
         assert not imports(path) & packages, path.name
-    for path in (ROOT / "tools").glob("*.py"):                          # there, where they are used
+    for path in (ROOT / "extras").glob("*.py"):                          # there, where they are used
         assert not imports(path, inside_functions=False) & packages, path.name
 
 

@@ -13,7 +13,7 @@ import infer
 from crm import Group
 from runtime.cli import ROOT, parse_args
 from test_asm import Otsu
-from tools.boxes import write_boxes
+from extras.boxes import write_boxes
 
 W, H = 300, 200                     # of the image; the model frame is a square of 112, so x and y scale differently
 

@@ -1,4 +1,4 @@
-"""runtime/metrics.py, runtime/step.py, tools/intervals.py, tools/mask_reward.py: scores by hand, intervals that cover,
+"""runtime/metrics.py, runtime/step.py, extras/intervals.py, extras/mask_reward.py: scores by hand, intervals that cover,
 held-out rows, warnings."""
 from types import SimpleNamespace
 
@@ -14,9 +14,9 @@ from runtime.metrics import QUESTION_METRICS, held_out, held_out_means, mask_dic
 from runtime.parallel import Ranks
 from runtime.step import add_up, step_row, total_stats, warnings_of
 from sampling import sample as sample_groups
-from tools.compare import change_text, summary_lines
-from tools.intervals import interval, paired_bootstrap
-from tools.mask_reward import mask_rewards
+from extras.compare import change_text, summary_lines
+from extras.intervals import interval, paired_bootstrap
+from extras.mask_reward import mask_rewards
 
 BOX, PAIR = (10, 10, 20, 20), ((12, 12), (18, 18))
 

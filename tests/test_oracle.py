@@ -1,4 +1,4 @@
-"""tools/oracle.py and the IoU among siblings: a disc, a ring, two discs, nine nuclei, every number known."""
+"""extras/oracle.py and the IoU among siblings: a disc, a ring, two discs, nine nuclei, every number known."""
 import json
 import math
 
@@ -14,10 +14,10 @@ from evaluate import METRICS
 from runtime.cli import ROOT
 from runtime.metrics import QUESTION_METRICS, mask_dice, prediction
 from runtime.parallel import Ranks
-from tools import oracle, tables
-from tools.oracle import (GROUPS, PARTS, WRITTEN, Prompt, deepest, filled, measure, measure_all, pieces, segment_all,
+from extras import oracle, tables
+from extras.oracle import (GROUPS, PARTS, WRITTEN, Prompt, deepest, filled, measure, measure_all, pieces, segment_all,
                           split_loss, spread_points, summarise, table, true_prompts)
-from tools.several import add_siblings
+from extras.several import add_siblings
 from test_scripts import rows, run
 
 SIDE = 120

@@ -17,7 +17,7 @@ from rewards import box_iou, parse_answer, reward_terms, total_reward
 from runtime.files import read_jsonl
 from runtime.run import sample_indices
 from sampling import sample
-from tools import rollouts
+from extras import rollouts
 from train_grpo import group_advantages
 
 FLAGS = ("--weights box_iou=3 --prompts 2 --group 4 --minibatches 1 --max-new-tokens 110 --eval-every 2 --eval-answers 1 --eval-limit 4 "
@@ -36,7 +36,7 @@ def done(*scripts):
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rollouts") / "run"
     said = done(Script("train_grpo.py --steps 3", FLAGS, folder))
-    assert f"python -m tools.rollouts {folder}" in said.splitlines()[-1]
+    assert f"python -m extras.rollouts {folder}" in said.splitlines()[-1]
     return folder
 
 

@@ -23,7 +23,7 @@ from bench.random_model import config_of
 from conftest import Script
 from data import load_samples
 from runtime.cli import ROOT, parse_args
-from tools.intervals import paired_bootstrap
+from extras.intervals import paired_bootstrap
 
 BRAIN = "demo/images/brain_mr_axial.png"
 SMALL = ("--prompts 4 --group 4 --minibatches 2 --max-new-tokens 110 --eval-every -1 "

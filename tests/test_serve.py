@@ -1,4 +1,4 @@
-"""tools/serve.py: its answers are infer.py's and the segmenter's, what it refuses, and the page in a browser."""
+"""extras/serve.py: its answers are infer.py's and the segmenter's, what it refuses, and the page in a browser."""
 import base64
 import gzip
 import io
@@ -18,8 +18,8 @@ from browser import CHROMIUM, Browser
 from rewards import box_iou
 from runtime.cli import EMBEDDED, ROOT, parse_args
 from runtime.images import load_image
-from tools import serve
-from tools.volumes import PLANES, ScanConfig, read_view
+from extras import serve
+from extras.volumes import PLANES, ScanConfig, read_view
 
 PICTURE = ROOT / "demo/images/chest_ct_patient.png"
 QUESTION = "What could the dark air-filled field on the left of the chest represent?"
@@ -165,7 +165,7 @@ def test_an_image_that_is_too_thin_to_ask_about_is_one_line(call):
 
 def nifti(volumes: int = 1) -> bytes:
     """A disc in each of 20 slices, larger from foot to head, and noise; of several volumes each is brighter."""
-    nib = pytest.importorskip("nibabel", reason="pip install -r requirements-tools.txt")
+    nib = pytest.importorskip("nibabel", reason="pip install -r requirements-extras.txt")
     x, y, z, v = np.mgrid[:60, :50, :20, :volumes]
     values = 900 * ((x - 20) ** 2 + (y - 25) ** 2 < (z + 3) ** 2) + np.random.default_rng(0).integers(0, 90, x.shape)
     values = np.int16(values + 100 * v)
@@ -232,7 +232,7 @@ def test_of_several_volumes_or_frames_the_first_is_shown_first(call):
     assert status == 200 and four["scan"]["frames"] == 3 and four["scan"]["choice"]["frame"] == 0
     later = call("/view", {"id": four["id"], "scan": four["scan"]["choice"] | {"frame": 2}})[1]
     assert later["scan"]["levels"][0] == pytest.approx(four["scan"]["levels"][0] + 200, abs=9)
-    data = pytest.importorskip("pydicom.data", reason="pip install -r requirements-tools.txt")
+    data = pytest.importorskip("pydicom.data", reason="pip install -r requirements-extras.txt")
     heart, ct = (open(data.get_testdata_file(name, download=False), "rb").read() for name in (
         "examples_ybr_color.dcm", "CT_small.dcm"))
     heart = call("/image?name=heart.dcm", heart)[1]                     # a colour film

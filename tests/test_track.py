@@ -8,7 +8,7 @@ import pytest
 from runtime.parallel import Ranks
 from runtime.run import Run
 from test_run import CALM, begun, cfg, refused, signals, train  # noqa: F401
-from tools import track
+from extras import track
 
 FAKE = """
 calls = []
@@ -153,7 +153,7 @@ def test_what_is_no_run_is_one_line(tmp_path, fake, monkeypatch, capsys):
 # ---------------------------------------------------------------- the real one
 
 def test_tensorboard_reads_back_every_number(cfg):
-    pytest.importorskip("tensorboard", reason="pip install -r requirements-tools.txt")
+    pytest.importorskip("tensorboard", reason="pip install -r requirements-extras.txt")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     train(begun(cfg, track="tensorboard"), last=6, save=(4,), loss=0.5).finish(12, compare=False)
     run = train(begun(cfg, resume="yes", track="tensorboard", steps=20), last=8, loss=0.25)

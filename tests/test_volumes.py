@@ -15,8 +15,8 @@ from data import BadRow, load_image, load_samples
 from test_hostile import FEW, SEEDS, bent
 from test_infer import ask, completion          # noqa: F401 (ask is a fixture)
 from test_scripts import refusal
-from tools.scan_files import Refused, SeveralFrames
-from tools.volumes import PLANES, ScanConfig, View, find_window, read_view, slice_number
+from extras.scan_files import Refused, SeveralFrames
+from extras.volumes import PLANES, ScanConfig, View, find_window, read_view, slice_number
 
 nib = pytest.importorskip("nibabel")
 pydicom = pytest.importorskip("pydicom")
@@ -445,7 +445,7 @@ def test_bad_input_is_one_line_with_status_2_and_nothing_is_written(bad, tmp_pat
 @pytest.mark.parametrize("package, path", [("nibabel", NIFTI / "anatomical.nii"), ("pydicom", CT5N)])
 def test_a_missing_package_is_one_line_that_says_what_to_install(monkeypatch, package, path):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ValueError, match=f"needs the package {package}: pip install -r requirements-tools.txt"):
+    with pytest.raises(ValueError, match=f"needs the package {package}: pip install -r requirements-extras.txt"):
         load_image(path)
 
 

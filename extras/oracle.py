@@ -31,9 +31,9 @@ from runtime.cli import print0
 from runtime.files import write_whole
 from runtime.metrics import QUESTION_METRICS, mask_dice
 from runtime.readers import read_rows
-from tools.boxes import pieces
-from tools.intervals import interval, paired_bootstrap, percent
-from tools.predictions import read_predictions, shown
+from extras.boxes import pieces
+from extras.intervals import interval, paired_bootstrap, percent
+from extras.predictions import read_predictions, shown
 
 COUNTS = (1, 2, 4, 8)                       # of points, and of pieces that get a box
 WRITTEN = "box, 2 points"                   # what a CRM writes

@@ -4,7 +4,7 @@
     view.image                                                             # what the models see
     view.write(mask, bbox, points, Path("out"))                            # mask.nii.gz or mask.dcm, millimetres
 
-A scan is a DICOM file, a folder with the files of one series, or NIfTI; tools/scan_files.py reads it. Three frames:
+A scan is a DICOM file, a folder with the files of one series, or NIfTI; extras/scan_files.py reads it. Three frames:
   grid          indices (i, j, k) of voxels, as stored
   image frame   the slice as radiologists see it (the patient's right on the left, front or head up), its pixels
                 enlarged along one side until they are square
@@ -24,7 +24,7 @@ from PIL import Image
 
 from runtime.cli import dashed, flag
 from runtime.images import MIN_SIDE
-from tools.scan_files import Dicom, Nifti, Refused, is_dicom
+from extras.scan_files import Dicom, Nifti, Refused, is_dicom
 
 AXES = {"L": (0, 1), "P": (1, 1), "S": (2, 1), "I": (2, -1)}             # letter: axis of the patient, sign
 PLANES = {"axial": "LPS", "coronal": "LIP", "sagittal": "PIL"}          # where x and y lead, and the slices' numbers

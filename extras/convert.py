@@ -1,8 +1,8 @@
 """Other data sets as a folder with samples.jsonl, which --data takes (runtime/readers.py).
 
-    python -m tools.convert slake SLAKE out          # mask.txt, {train,validation,test}.json, imgs/xmlabN/
-    python -m tools.convert biomedparse DATA out     # {train,test}/, {train,test}_mask/, {train,test}.json
-    python -m tools.convert pannuke PANNUKE out      # fold1-*.parquet … fold3-*.parquet; fold 3 is "test"
+    python -m extras.convert slake SLAKE out          # mask.txt, {train,validation,test}.json, imgs/xmlabN/
+    python -m extras.convert biomedparse DATA out     # {train,test}/, {train,test}_mask/, {train,test}.json
+    python -m extras.convert pannuke PANNUKE out      # fold1-*.parquet … fold3-*.parquet; fold 3 is "test"
 
 One mask per target; box and key points are the mask's. A sample says its kind (a row "by wording" of evaluate.py), its
 language and what else the source says of it:
@@ -25,8 +25,8 @@ import numpy as np
 from data import box_from_mask
 from runtime.cli import Parser, exit_on
 from runtime.files import parse_object, read_text
-from tools.convert_folder import Folder, bytes_in, greys, json_list, parquet_rows
-from tools.convert_words import mentions, target, where_is
+from extras.convert_folder import Folder, bytes_in, greys, json_list, parquet_rows
+from extras.convert_words import mentions, target, where_is
 
 SHOWN = 3                       # names of a fault that are printed; report.json has them all
 LEAST = 16                      # pixels of a label in SLAKE's masks: fewer are traces of resampling

@@ -1,4 +1,4 @@
-"""Which label of SLAKE's masks an English or Chinese text names; used by tools/convert.py."""
+"""Which label of SLAKE's masks an English or Chinese text names; used by extras/convert.py."""
 import re
 from collections import defaultdict
 

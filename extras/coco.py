@@ -121,7 +121,7 @@ def run_lengths(rle: dict, size: tuple[int, int]) -> np.ndarray:
         try:
             from pycocotools.mask import decode
         except ImportError:
-            raise ValueError("is a compressed RLE: pip install -r requirements-tools.txt") from None
+            raise ValueError("is a compressed RLE: pip install -r requirements-extras.txt") from None
         return decode({"size": rle["size"], "counts": counts.encode() if isinstance(counts, str) else counts}) > 0
     if min(counts, default=0) < 0 or sum(counts) != size[0] * size[1]:
         raise ValueError(f"RLE of {sum(counts)} pixels, but the image has {size[1]}x{size[0]}")

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 from runtime.files import write_whole
-from tools.intervals import interval, percent
+from extras.intervals import interval, percent
 
 
 def summarise(rows: list[dict], metrics: dict) -> dict:

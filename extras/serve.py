@@ -1,9 +1,9 @@
 """A page on this machine: drop an image or a scan, ask, see reasoning, box, points and mask; drag them, and the mask follows.
 
-    python -m tools.serve                                           # the embedded models, http://127.0.0.1:8000
-    python -m tools.serve --crm runs/demo/step_000080 --port 8001
+    python -m extras.serve                                           # the embedded models, http://127.0.0.1:8000
+    python -m extras.serve --crm runs/demo/step_000080 --port 8001
 
-What the page (tools/serve.html) asks for, answered as JSON; boxes and points are in the image frame:
+What the page (extras/serve.html) asks for, answered as JSON; boxes and points are in the image frame:
     POST /image?name=NAME   a picture, DICOM or NIfTI file -> its id, and what /view says of it
     POST /view              {"id", "scan"} -> name, size, picture (upright, at most SHOWN pixels), scan: null, or what
                             there is to choose from
@@ -37,8 +37,8 @@ from data import OneBox, fill_prompt, load_image
 from infer import answer, load_models
 from runtime.cli import ROOT, ModelConfig, exit_on, flag, parse_args
 from runtime.files import parse_object, read_text
-from tools.scan_files import SeveralFrames
-from tools.volumes import PLANES, WINDOWS, ScanConfig, read_view, scan_config
+from extras.scan_files import SeveralFrames
+from extras.volumes import PLANES, WINDOWS, ScanConfig, read_view, scan_config
 
 HOST, NAMES = "127.0.0.1", ("127.0.0.1", "localhost")
 EXAMPLES, PAGE = ROOT / "demo/images", Path(__file__).with_suffix(".html")

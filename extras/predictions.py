@@ -22,7 +22,7 @@ from runtime.cli import print0
 from runtime.files import read_text, write_whole
 from runtime.metrics import prediction
 from runtime.pretrained import remembered_frame
-from tools.several import add_siblings
+from extras.several import add_siblings
 
 FORM = {"text": str, "bbox": list, "points": list}      # of a line of --predictions
 

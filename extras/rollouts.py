@@ -1,6 +1,6 @@
 """See groups of completions learn: rollouts.jsonl of a training run as one HTML page.
 
-    python -m tools.rollouts runs/demo          # writes runs/demo/rollouts.html
+    python -m extras.rollouts runs/demo          # writes runs/demo/rollouts.html
 
 The page stands alone: pictures, styles and script are inside, it asks no network for anything. A line of rollouts.jsonl
 is one group of one step: what metrics.prediction returns (boxes and points in the image frame), and of each completion

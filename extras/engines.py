@@ -1,6 +1,6 @@
 """The same reward and the same data on verl, EasyR1, TRL and ms-swift, for when one machine is not enough.
 
-    python -m tools.engines --data U-MRG-14K --split train --out train.parquet --resize square:840
+    python -m extras.engines --data U-MRG-14K --split train --out train.parquet --resize square:840
 
 One file for all four; it is no data set of ours, its prompts are filled in. Images come in the model frame (give the
 model's own --resize and --max-pixels): an engine's processor leaves their size alone, and box and points are pixels of
@@ -11,10 +11,10 @@ not there: no engine carries masks.
 verl 0.9   sh recipes/verl_soft_7b.sh
 EasyR1     python -m verl.trainer.main config=examples/config.yaml data.train_files=train.parquet \\
                data.prompt_key=problem data.answer_key=ground_truth data.format_prompt=null data.min_pixels=3136 \\
-               data.max_pixels=12845056 worker.reward.reward_function=$PWD/tools/engines.py:easyr1
+               data.max_pixels=12845056 worker.reward.reward_function=$PWD/extras/engines.py:easyr1
 TRL        GRPOTrainer(MODEL, reward, train_dataset=trl_dataset("train.parquet"), args=GRPOConfig(beta=0.01, delta=3.0,
-               loss_type="grpo", num_generations=16, use_bias_correction_kl=False))     # from tools.engines import …
-ms-swift   swift rlhf --rlhf_type grpo --model MODEL --external_plugins tools/engines.py \\
+               loss_type="grpo", num_generations=16, use_bias_correction_kl=False))     # from extras.engines import …
+ms-swift   swift rlhf --rlhf_type grpo --model MODEL --external_plugins extras/engines.py \\
                --reward_funcs medreasoner_soft --dataset train.parquet --columns '{"prompt": "messages"}'
 """
 import io

@@ -4,8 +4,8 @@ from itertools import product
 import numpy as np
 
 from runtime.metrics import QUESTION_METRICS
-from tools.intervals import FEW, paired_bootstrap
-from tools.predictions import read_predictions
+from extras.intervals import FEW, paired_bootstrap
+from extras.predictions import read_predictions
 
 
 def compare(one: str, two: str, metrics: dict) -> None:

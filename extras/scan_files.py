@@ -7,7 +7,7 @@ Nifti and Dicom have
   read          (axis, n) -> the slice there; write(grid, folder) -> the file of a mask
   frames        how many there are to choose one from
   modality, inverted, own_window(k)         how its grey values are shown
-Their packages are imported here and only here (requirements-tools.txt); Refused names the one that is missing.
+Their packages are imported here and only here (requirements-extras.txt); Refused names the one that is missing.
 """
 import math
 import re
@@ -185,7 +185,7 @@ class Dicom:
             import highdicom as hd
             from pydicom.sr.codedict import codes
         except ImportError:
-            return "none: a DICOM SEG needs the package highdicom: pip install -r requirements-tools.txt"
+            return "none: a DICOM SEG needs the package highdicom: pip install -r requirements-extras.txt"
         masks, (headers, frames) = grid.transpose(2, 1, 0), zip(*self.images)
         try:
             if headers[0].get("NumberOfFrames", 1) > 1:                     # a SEG refers to all of a file's frames
@@ -261,7 +261,7 @@ def need(package: str):
     try:
         return import_module(package)
     except ImportError:
-        raise Refused(f"needs the package {package.split('.')[0]}: pip install -r requirements-tools.txt") from None
+        raise Refused(f"needs the package {package.split('.')[0]}: pip install -r requirements-extras.txt") from None
 
 
 @contextmanager

@@ -10,8 +10,8 @@ from matplotlib.lines import Line2D
 from asm import overlay
 from data import clip_to
 from runtime.metrics import iou
-from tools.overlay import BOX_COLOUR, MASK_COLOUR, POINT_COLOURS
-from tools.predictions import decode_mask, shown
+from extras.overlay import BOX_COLOUR, MASK_COLOUR, POINT_COLOURS
+from extras.predictions import decode_mask, shown
 
 WHITE = (255, 255, 255)
 LEGEND = 5.2                    # inches that the legend of examples.png needs

@@ -1,4 +1,4 @@
-"""The folder that tools/convert.py writes, and what it reads: masks as grey values, JSON lists, parquet rows."""
+"""The folder that extras/convert.py writes, and what it reads: masks as grey values, JSON lists, parquet rows."""
 import io
 import json
 import re
@@ -10,7 +10,7 @@ from PIL import Image
 
 from runtime.files import parse_object, read_text
 from runtime.images import load_image
-from tools.convert_words import split_side
+from extras.convert_words import split_side
 
 
 class Folder:

@@ -1,11 +1,11 @@
 """Metrics of questions that mean several: where the same words mean several things in one image (add_siblings),
-and where a box was asked for each region (tools/boxes.py). p: a prediction of runtime/metrics.py.
+and where a box was asked for each region (extras/boxes.py). p: a prediction of runtime/metrics.py.
 """
 from collections import defaultdict
 
 from rewards import box_iou
 from runtime.metrics import iou, mean
-from tools.boxes import soft_f1
+from extras.boxes import soft_f1
 
 
 def add_siblings(predictions: list[dict]) -> list[dict]:
