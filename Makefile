@@ -99,6 +99,6 @@ paper: setup
 .PHONY: embedded
 embedded: setup
 	$(RUN) -m pip download --quiet --no-deps --dest build nilearn==0.14.1
-	$(RUN) -m demo.make_data
-	$(RUN) -m demo.make_crm
-	$(RUN) -m demo.make_asm
+	$(RUN) -m demo.make.data
+	$(RUN) -m demo.make.crm
+	$(RUN) -m demo.make.asm

@@ -3,7 +3,7 @@
     python -m paper.careless --crm demo/crm --out runs/paper/careless
 
 The embedded CRM breaks its format in one completion of twenty. Here a short continuation of its last stage
-(demo/make_crm.py, stage f) has half of the completions broken on purpose: the trace not closed, a comma or a brace of the
+(demo/make/crm.py, stage f) has half of the completions broken on purpose: the trace not closed, a comma or a brace of the
 JSON missing, a key said twice.
 """
 import argparse
@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from crm import load_crm
 from data import load_samples
-from demo import make_crm
+from demo.make import crm as make_crm
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m paper.careless", description=__doc__,

@@ -20,7 +20,7 @@ from PIL import Image
 
 from crm import CHAT
 from data import PROMPTS
-from demo.make_crm import tiny_crm
+from demo.make.crm import tiny_crm
 from runtime.cli import ROOT
 from extras import pictures
 
@@ -31,7 +31,7 @@ TEXTS = [PROMPTS["reasoning"], PROMPTS["direct"], *CHAT,
 # importing torch and transformers takes seconds: once is enough, for the scripts and for what this file imports
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["train_grpo", "train_sft", "infer", "evaluate", "extras.pictures", "pyarrow.parquet",
-                              "demo.make_crm", "pytest"])
+                              "demo.make.crm", "pytest"])
 
 
 class Script:

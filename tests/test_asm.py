@@ -12,7 +12,7 @@ from extras.asm_sam import MedSAM, SAMMed2D, build_sam, released_name
 from extras.overlay import OVERLAY_SIDE
 from conftest import Script
 from data import load_samples
-from demo.make_asm import (HERE, PARITY, PREPARED, PREPARED_SIDE, PROMPT_KINDS, dice, parity_case, parity_prompts,
+from demo.make.asm import (HERE, PARITY, PREPARED, PREPARED_SIDE, PROMPT_KINDS, dice, parity_case, parity_prompts,
                            predictor_answers, save_asm, tiny_config)
 
 BOXES = np.array([[10, 5, 60, 40], [30, 20, 90, 50], [100, 10, 180, 55]], dtype=float)
@@ -630,7 +630,7 @@ def test_the_first_sam_gives_what_its_equations_give(family, boxes, points, mult
 
 
 def test_images_are_prepared_as_scikit_image_and_opencv_do():
-    """The fixture is what demo.make_asm --prepared wrote where those two are installed."""
+    """The fixture is what demo.make.asm --prepared wrote where those two are installed."""
     told, model = np.load(PREPARED), build_sam("medsam", PREPARED_SIDE, **SMALL)
     for name in ("wide", "small", "flat"):
         image = told[f"{name}/image"]

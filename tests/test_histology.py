@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from data import load_samples
-from demo.histology import WORDS, draw, make_rows
-from demo.wordings import check
+from demo.make.histology import WORDS, draw, make_rows
+from demo.make.wordings import check
 from runtime.cli import ROOT
 from runtime.metrics import prediction
 from extras.oracle import pieces

@@ -1,7 +1,7 @@
 """How much of a GRPO gradient is signal: the cosine between the gradients of two halves of the same questions.
 
-    python -m demo.gradient_noise                   # 64 training questions x 8 completions, about two minutes
-    python -m demo.gradient_noise --crm FOLDER      # of another checkpoint
+    python -m demo.make.gradient_noise                   # 64 training questions x 8 completions, about two minutes
+    python -m demo.make.gradient_noise --crm FOLDER      # of another checkpoint
 
 Near 1 the two halves agree, near 0 each is noise. Printed for all weights and for parts of the model, with the mean over
 questions of the rewards' standard deviation in a group. A model that does not look at the image has nothing to select on:

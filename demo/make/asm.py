@@ -1,8 +1,8 @@
 """Make the demo's segmenter: a tiny SAM 2 in demo/asm, trained from nothing on the demo's phantoms.
 
-    python -m demo.make_asm            # train, measure on the test split, write demo/asm with its train.json
-    python -m demo.make_asm --parity   # write demo/asm_parity.npz and .json (where torchvision imports)
-    python -m demo.make_asm --prepared # write demo/asm_prepared.npz and .json (with scikit-image and OpenCV)
+    python -m demo.make.asm            # train, measure on the test split, write demo/asm with its train.json
+    python -m demo.make.asm --parity   # write demo/asm_parity.npz and .json (where torchvision imports)
+    python -m demo.make.asm --prepared # write demo/asm_prepared.npz and .json (with scikit-image and OpenCV)
 
 The network is the `sam2` package's own, made small; prompts and loss follow SAM 2 (arXiv 2408.00714, appendix
 D): Dice and cross-entropy on the single mask and on the best of the three, L1 on the predicted IoU. Each
@@ -13,7 +13,7 @@ Measured 2026-11-22, two threads on two cores shared with other work: 1009 s. Me
 samples from the true prompts: box 0.889, points 0.812, both 0.889; with both off by a tenth of the box's
 sides 0.867. The ellipse that fills the true box has 0.865, so this is a stand-in: it outlines round things
 well and is weak on the corpus callosum (0.32) and the ventricles (0.69). The loss was still falling: more
---steps, and the bigger pool of demo.make_data, are the way to a better one.
+--steps, and the bigger pool of demo.make.data, are the way to a better one.
 """
 import argparse
 import json
@@ -166,7 +166,7 @@ def train(args, images, masks, report=100):
     weights, order, losses = None, torch.empty(0, dtype=torch.long), []
     for size, steps in zip(args.sizes, args.steps):
         config = tiny_config(size, args.width, args.stages, args.global_blocks, args.neck)
-        model = build_model(config, "demo.make_asm")
+        model = build_model(config, "demo.make.asm")
         if weights is None:
             # positions of half the frequency: a small network learns the smoother map sooner
             model.sam_prompt_encoder.pe_layer.positional_encoding_gaussian_matrix *= 0.5
@@ -276,7 +276,7 @@ def write_parity():
     import torchvision
     np.savez_compressed(PARITY, **predictor_answers())
     about = {"what": "answers of sam2's SAM2ImagePredictor for make_asm.parity_case, compared in test_asm.py",
-             "command": "python -m demo.make_asm --parity", "torch": torch.__version__,
+             "command": "python -m demo.make.asm --parity", "torch": torch.__version__,
              "torchvision": torchvision.__version__, "sam2": version("sam2"), "numpy": np.__version__}
     PARITY.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n")
 
@@ -299,7 +299,7 @@ def write_prepared():
                  f"{name}/sam-med2d": cv2.resize(blobs, (PREPARED_SIDE,) * 2, interpolation=cv2.INTER_NEAREST)}
     np.savez_compressed(PREPARED, **held)
     about = {"what": "images prepared for MedSAM and SAM-Med2D, compared in test_asm.py",
-             "command": "python -m demo.make_asm --prepared", "scikit-image": version("scikit-image"),
+             "command": "python -m demo.make.asm --prepared", "scikit-image": version("scikit-image"),
              "opencv": cv2.__version__, "numpy": np.__version__}
     PREPARED.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n")
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
-from demo.phantoms import finish, fog
+from demo.make.phantoms import finish, fog
 
 ARCHIVE = "build/pyradiomics-3.0.1.tar.gz"
 LEAST = 100  # mm2 of a tumour on a usable slice
@@ -42,7 +42,7 @@ def read_nrrd(blob):
 def load_patients(archive=ARCHIVE):
     """(licence text, {(category with side, part): [(name, z, image (H, W), mask (H, W), mm per pixel)]})."""
     if not Path(archive).is_file():
-        raise SystemExit(f"{archive} is missing: see demo/patients.py for the one command that downloads it")
+        raise SystemExit(f"{archive} is missing: see demo/make/patients.py for the one command that downloads it")
     with tarfile.open(archive) as tar:
         read = lambda name: tar.extractfile(f"pyradiomics-3.0.1/{name}").read()
         licence = read("LICENSE.txt").decode()

@@ -1,7 +1,7 @@
 """Build demo/histology: stained sections whose questions mean one of many alike, or all of several pieces.
 
-    python -m demo.histology                                        # demo/histology, 0.8 MB, 8 s
-    python -m demo.histology --train 2000 --test 0 --seed 1 --out build/histology    # a pool for a warm start
+    python -m demo.make.histology                                        # demo/histology, 0.8 MB, 8 s
+    python -m demo.make.histology --train 2000 --test 0 --seed 1 --out build/histology    # a pool for a warm start
 
 demo/data has no such targets: there "the large gland" and "the white blood cell" are the only ones. Four categories
 take turns, each with its own pictures (112 to 140 px, a few larger):
@@ -11,7 +11,7 @@ take turns, each with its own pictures (112 to 140 px, a few larger):
   gland pieces  one branched gland that the section cuts 3 to 6 times, side by side; the mask is all of it
   all glands    2 to 5 glands, scattered; the mask is their union
 The pieces of a mask are at least 4 pixels apart. kind is "one" or "all". Picture i of a split depends on (seed,
-split, i) only. Questions never name their target (demo/wordings.py); half of the test split's are unseen wordings.
+split, i) only. Questions never name their target (demo/make/wordings.py); half of the test split's are unseen wordings.
 """
 import argparse
 import json
@@ -24,9 +24,9 @@ import numpy as np
 from scipy import ndimage
 
 from data import box_from_mask
-from demo.make_data import encode_image, encode_mask, pick_size
-from demo.phantoms import Canvas, cells, finish, gland, stroma
-from demo.wordings import Words, check, names, pick_query, pick_trace
+from demo.make.data import encode_image, encode_mask, pick_size
+from demo.make.phantoms import Canvas, cells, finish, gland, stroma
+from demo.make.wordings import Words, check, names, pick_query, pick_trace
 
 APART = 6                       # pixels between the circles that pieces are drawn in
 WORDS = {

@@ -1,16 +1,16 @@
 """Build the demo data: U-MRG parquet files of procedural phantoms and of real brain MR and chest CT; some pictures.
 
     python -m pip download --no-deps -d build nilearn==0.14.1   # once: MNI152 is read out of this wheel
-    # once, too: pyradiomics 3.0.1 for the patients, see demo/patients.py
-    python -m demo.make_data                                    # demo/data/{train,test}.parquet, demo/images/
-    python -m demo.make_data --train 12000 --test 0 --seed 1 --out build/pool   # a pool for a warm start
+    # once, too: pyradiomics 3.0.1 for the patients, see demo/make/patients.py
+    python -m demo.make.data                                    # demo/data/{train,test}.parquet, demo/images/
+    python -m demo.make.data --train 12000 --test 0 --seed 1 --out build/pool   # a pool for a warm start
 
 Sample i of a split depends on (seed, split, i) only and categories take turns, so the same seed gives the
 same bytes (with the same Pillow and pyarrow). Real slices: MNI152 T1, 1 mm, in the radiological convention
 (the patient's left is on the right of the image; sagittal slices face left), train and test at least GAP mm
 apart along the slicing axis; the template is symmetric, so sagittal slices count by their distance from the
-midline. Real patients: demo/patients.py. Everything else is drawn by demo/phantoms.py; the words are in
-demo/wordings.py. extra_info.names: lower-case words of which one in a trace means that it names the target.
+midline. Real patients: demo/make/patients.py. Everything else is drawn by demo/make/phantoms.py; the words are in
+demo/make/wordings.py. extra_info.names: lower-case words of which one in a trace means that it names the target.
 Measured on one core of a shared two-core machine (2026-11-24): 23 s and 10.2 MB for the default, 131 s for
 the 12,000.
 """
@@ -31,8 +31,8 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 
 from data import box_from_mask, keypoints_from_mask
-from demo import patients, phantoms
-from demo.wordings import WORDS, check, names, pick_query, pick_trace
+from demo.make import patients, phantoms
+from demo.make.wordings import WORDS, check, names, pick_query, pick_trace
 
 WHEEL = "build/nilearn-0.14.1-py3-none-any.whl"
 GAP = 5  # mm between any train slice and any test slice of a plane
@@ -91,7 +91,7 @@ SHOWCASE = {  # standalone pictures out of the test part: file -> (category, mod
     "breast_us": ("breast mass", "Ultrasound", "phantom"),
 }
 DRAWN = """brain_mr_patient.png and chest_ct_patient.png show patients. The other brain MR pictures are of a template,
-and the rest is drawn by `demo/phantoms.py`."""
+and the rest is drawn by `demo/make/phantoms.py`."""
 NOTICE = """The brain MR pictures of the template are slices of the MNI152 template (ICBM 2009a nonlinear symmetric),
 resampled and changed in contrast. Its notice:
 

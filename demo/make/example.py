@@ -2,7 +2,7 @@
 
     for crm in demo/crm runs/demo/step_000080; do
         python infer.py --image demo/images/chest_ct_patient.png --query "..." --crm $crm --out out/$(basename $crm); done
-    python -m demo.make_example out/crm out/step_000080         # -> demo/example.png; the truth is read from demo/data
+    python -m demo.make.example out/crm out/step_000080         # -> demo/example.png; the truth is read from demo/data
 """
 import argparse
 import json

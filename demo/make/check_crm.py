@@ -1,7 +1,7 @@
 """What a checkpoint can do, asked by name and as the data asks; with --after, what GRPO changed and how much of the gap it closed.
 
-    python -m demo.check_crm                                        # demo/crm on demo/data's test split, greedy
-    python -m demo.check_crm --after runs/demo/step_000080          # greedy and sampled, before and after
+    python -m demo.make.check_crm                                        # demo/crm on demo/data's test split, greedy
+    python -m demo.make.check_crm --after runs/demo/step_000080          # greedy and sampled, before and after
 
 By name: the prompt is nothing but the target's name, and no reasoning is asked for, so it shows what the model can see and read
 out; in a question: the data's question with the name for the clue. Printed for all samples, lesions, wordings seen in training
@@ -19,7 +19,7 @@ import numpy as np
 
 from crm import load_crm
 from data import PROMPTS, fill_prompt, load_samples, to_image
-from demo.wordings import OPENERS, PICTURES, SEEN, WORDS
+from demo.make.wordings import OPENERS, PICTURES, SEEN, WORDS
 from rewards import box_iou, parse_answer, point_dice
 from sampling import sample
 

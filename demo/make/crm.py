@@ -1,7 +1,7 @@
 """The embedded tiny CRM: a real Qwen2.5-VL with random weights and a small tokenizer, taught in six stages to see, to
 read out, to reason and, last, to be unsure. What it knows but does not use is left to GRPO.
 
-    python -m demo.make_crm            # pool of pictures, tokenizer, random model, stages a to f -> demo/crm
+    python -m demo.make.crm            # pool of pictures, tokenizer, random model, stages a to f -> demo/crm
 
   a  the vision tower alone, on a dense target with throw-away heads: of each merged token (28 x 28 pixels), how much of its
      4 x 4 parts the asked category covers, its own place, and, where it is covered, the target's box and key points
@@ -39,8 +39,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from crm import BANNED, CHAT, CRM, END, load_crm
 from data import PROMPTS, STRIDE, fill_prompt, load_samples, target_text, to_model
-from demo.check_crm import SHORT, check, named_question, target_name
-from demo.wordings import OPENERS, PICTURES, SEEN, WORDS, unsure_trace
+from demo.make.check_crm import SHORT, check, named_question, target_name
+from demo.make.wordings import OPENERS, PICTURES, SEEN, WORDS, unsure_trace
 from scoring import group_of, score
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *BANNED]
@@ -278,7 +278,7 @@ def report(stage, crm, pool, limit=HELD_BACK):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pool", default="build/pool", help="training data; made with demo.make_data when missing")
+    parser.add_argument("--pool", default="build/pool", help="training data; made with demo.make.data when missing")
     parser.add_argument("--pool-size", type=int, default=12000)
     parser.add_argument("--work", default="build/crm", help="folder for the model after each stage")
     parser.add_argument("--out", default="demo/crm")
@@ -297,7 +297,7 @@ def main():
                  "vision_heads", "vision_mlp"):
         options[name] = getattr(args, name)
     if not Path(args.pool).exists():
-        subprocess.run([sys.executable, "-m", "demo.make_data", "--train", str(args.pool_size), "--test", "0",
+        subprocess.run([sys.executable, "-m", "demo.make.data", "--train", str(args.pool_size), "--test", "0",
                         "--seed", "1", "--out", args.pool], check=True)
     pool = load_samples(args.pool)
     stages = "abcdef"["abcdef".index(args.begin):"abcdef".index(args.end) + 1]

@@ -1,7 +1,7 @@
 """One box and two points against a box for each piece, on demo/histology: the same warm start, GRPO and evaluation.
 
-    python -m demo.several_boxes                    # seed 0; --seeds 0 1 2: three; goes on where it stopped
-    python -m demo.several_boxes --table            # only the table of what is there
+    python -m demo.make.several_boxes                    # seed 0; --seeds 0 1 2: three; goes on where it stopped
+    python -m demo.make.several_boxes --table            # only the table of what is there
 
 The embedded CRM never saw these pictures. So it first learns from 2,000 other questions of the same generator, 140
 steps of 16, once with --prompt reasoning and once with --prompt multi; then 25 steps of GRPO on the 120 training
@@ -101,7 +101,7 @@ def main():
     args = parser.parse_args()
     if not args.table:
         if not (Path(POOL) / "samples.jsonl").exists():
-            subprocess.run([sys.executable, "-m", "demo.histology", "--train", "2000", "--test", "0", "--seed", "1",
+            subprocess.run([sys.executable, "-m", "demo.make.histology", "--train", "2000", "--test", "0", "--seed", "1",
                             "--out", POOL], check=True)
         for kind in KINDS:
             warm = run(WARM, args.out / f"warm-{kind}", "--prompt", kind) / LAST[WARM]
