@@ -29,7 +29,7 @@ demo: setup
 	$(RUN) infer.py --crm "$$(ls -d runs/demo/step_* | tail -1)" --out out/demo --samples 8 --image demo/images/chest_ct_patient.png \
 	    --query "What could the dark air-filled field on the left of the chest represent?"
 	$(RUN) -m extras.rollouts runs/demo
-	@echo "the curve is runs/demo/curves.png, the overlay out/demo/overlay.png, a page of groups that learn runs/demo/rollouts.html"
+	@echo "the curve is runs/demo/pictures/curves.png, the overlay out/demo/overlay.png, a page of groups that learn runs/demo/rollouts.html"
 
 # every test, on a CPU
 .PHONY: test

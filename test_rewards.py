@@ -22,7 +22,7 @@ BOX_TERMS = ("box_iou", "box_align", "box_scale")
 POINT_TERMS = ("point_dice", "point_align", "point_angle")
 BASE_TERMS = ("base_think", "base_answer", "base_iou", "base_box_l1", "base_points")
 ALL_TERMS = {"think_format", "answer_format", *BOX_TERMS, *POINT_TERMS, *BASE_TERMS}
-GOLDEN = [json.loads(line) for line in (Path(__file__).parent / "demo/golden_rewards.jsonl").open()]
+GOLDEN = [json.loads(line) for line in (Path(__file__).parent / "tests/golden/golden_rewards.jsonl").open()]
 GOLDEN_TERMS = {
     "format_think": "think_format", "format_seg": "answer_format",
     "bbox_iou": "box_iou", "bbox_align": "box_align", "bbox_scale": "box_scale",

@@ -193,7 +193,7 @@ def report(results: dict[str, Result]) -> str:
     lines += ["## Curves", "",
               "Each GRPO run while it trains: the mean of its seeds and of the last five steps. All runs see "
               "the same questions in the same order, so the lines rise and fall together.", "",
-              "![curves](curves.png)", ""]
+              "![curves](pictures/curves.png)", ""]
     if ood := [name for name in ("sft", "sft-x5", "sft-ood", "soft", "soft-ood") if name in results]:
         head = ["run", "on these", "on the other super-categories"]
         rows = [[name, *(difference(start, results[name], "iou", where) for where in (inside, outside))]

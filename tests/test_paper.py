@@ -107,7 +107,7 @@ def test_curves_are_drawn_of_what_trained_with_grpo(tmp_path):
     for name in ("start", "sft", "soft"):
         result(tmp_path, name, 0, [0.1, 0.2])
     run("-m paper --report --results", tmp_path)
-    assert "![curves](curves.png)" in (tmp_path / "RESULTS.md").read_text()
+    assert "![curves](pictures/curves.png)" in (tmp_path / "RESULTS.md").read_text()
     with Image.open(tmp_path / "curves.png") as picture:
         assert min(picture.size) > 400 and len(np.unique(np.asarray(picture), axis=None)) > 50
 

@@ -1,8 +1,8 @@
 """Make the demo's segmenter: a tiny SAM 2 in demo/asm, trained from nothing on the demo's phantoms.
 
     python -m demo.make.asm            # train, measure on the test split, write demo/asm with its train.json
-    python -m demo.make.asm --parity   # write demo/asm_parity.npz and .json (where torchvision imports)
-    python -m demo.make.asm --prepared # write demo/asm_prepared.npz and .json (with scikit-image and OpenCV)
+    python -m demo.make.asm --parity   # write tests/golden/asm_parity.npz and .json (where torchvision imports)
+    python -m demo.make.asm --prepared # write tests/golden/asm_prepared.npz and .json (with scikit-image and OpenCV)
 
 The network is the `sam2` package's own, made small; prompts and loss follow SAM 2 (arXiv 2408.00714, appendix
 D): Dice and cross-entropy on the single mask and on the best of the three, L1 on the predicted IoU. Each
@@ -323,8 +323,8 @@ def main():
     add("--lr", type=float, default=2e-3)
     add("--seed", type=int, default=0)
     add("--threads", type=int, default=2, help="where other work shares the cores, 1 is faster")
-    add("--parity", action="store_true", help="write demo/asm_parity.npz from sam2's own predictor, and stop")
-    add("--prepared", action="store_true", help="write demo/asm_prepared.npz from scikit-image and OpenCV, and stop")
+    add("--parity", action="store_true", help="write tests/golden/asm_parity.npz from sam2's own predictor, and stop")
+    add("--prepared", action="store_true", help="write tests/golden/asm_prepared.npz from scikit-image and OpenCV, and stop")
     args = parser.parse_args()
     if args.parity or args.prepared:
         return write_parity() if args.parity else write_prepared()

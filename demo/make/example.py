@@ -2,7 +2,7 @@
 
     for crm in demo/crm runs/demo/step_000080; do
         python infer.py --image demo/images/chest_ct_patient.png --query "..." --crm $crm --out out/$(basename $crm); done
-    python -m demo.make.example out/crm out/step_000080         # -> demo/example.png; the truth is read from demo/data
+    python -m demo.make.example out/crm out/step_000080         # -> demo/pictures/example.png; the truth is read from demo/data
 """
 import argparse
 import json
@@ -50,4 +50,4 @@ if __name__ == "__main__":
     written = [json.loads((folder / "result.json").read_text()) for folder in folders]
     picture = Image.open(written[0]["image"]).convert("RGB")
     draw(written, [np.asarray(Image.open(folder / "mask.png")) > 127 for folder in folders], picture,
-         true_sample(written[0]["query"], written[0]["size"]), "demo/example.png")
+         true_sample(written[0]["query"], written[0]["size"]), "demo/pictures/example.png")
