@@ -34,7 +34,7 @@ from crm import load_crm
 from data import BadRow, load_prompt, load_samples
 from runtime.cli import EMBEDDED, ModelConfig, exit_on, flag, parse_args, print0
 from runtime.files import write_whole
-from runtime.metrics import QUESTION_METRICS, ask, iou, mask_dice, mean, parsed, pdice, united_mask
+from metrics import QUESTION_METRICS, ask, iou, mask_dice, mean, parsed, pdice, united_mask
 from runtime.parallel import Ranks
 from extras import tables
 from extras.predictions import encode_mask, finished, from_file, in_order, read_predictions, shown

@@ -23,7 +23,7 @@ from asm import load_asm, overlay
 from crm import load_crm
 from data import clip_to, fill_prompt, load_image, to_image
 from runtime.cli import ModelConfig, exit_on, flag, parse_args
-from runtime.metrics import medoid, united_mask
+from metrics import medoid, united_mask
 from runtime.parallel import Ranks
 from sampling import sample
 from extras.volumes import ScanConfig, read_view

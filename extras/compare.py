@@ -3,7 +3,7 @@ from itertools import product
 
 import numpy as np
 
-from runtime.metrics import QUESTION_METRICS
+from metrics import QUESTION_METRICS
 from extras.intervals import FEW, paired_bootstrap
 from extras.predictions import read_predictions
 

@@ -3,7 +3,7 @@ import numpy as np
 
 from data import BadRow, OneBox, to_image
 from rewards import smooth_log
-from runtime.metrics import mask_dice, united_mask
+from metrics import mask_dice, united_mask
 
 
 def mask_rewards(asm, sample, texts: list[str], frame, answers=OneBox, official: bool = False) -> list[float]:

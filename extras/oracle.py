@@ -29,7 +29,7 @@ from data import Samples, box_from_mask, clip_to, load_samples
 from rewards import Box, Points
 from runtime.cli import print0
 from runtime.files import write_whole
-from runtime.metrics import QUESTION_METRICS, mask_dice
+from metrics import QUESTION_METRICS, mask_dice
 from runtime.readers import read_rows
 from extras.boxes import pieces
 from extras.intervals import interval, paired_bootstrap, percent

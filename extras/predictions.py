@@ -20,7 +20,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from data import MAX_PIXELS, MIN_PIXELS, Frame, model_size
 from runtime.cli import print0
 from runtime.files import read_text, write_whole
-from runtime.metrics import prediction
+from metrics import prediction
 from runtime.pretrained import remembered_frame
 from extras.several import add_siblings
 

@@ -22,7 +22,7 @@ from data import clip_to, load_samples
 from rewards import MODES, reward_formula
 from runtime.cli import Parser, exit_on, parse_weights
 from runtime.files import parse_object, read_jsonl, read_text, write_whole
-from runtime.metrics import iou, prediction
+from metrics import iou, prediction
 from runtime.parallel import Ranks, unsharded
 from runtime.step import spread
 

@@ -1,10 +1,10 @@
 """Metrics of questions that mean several: where the same words mean several things in one image (add_siblings),
-and where a box was asked for each region (extras/boxes.py). p: a prediction of runtime/metrics.py.
+and where a box was asked for each region (extras/boxes.py). p: a prediction of metrics.py.
 """
 from collections import defaultdict
 
 from rewards import box_iou
-from runtime.metrics import iou, mean
+from metrics import iou, mean
 from extras.boxes import soft_f1
 
 
@@ -52,7 +52,7 @@ def count_error(p: dict, completion: dict) -> float | None:
     return abs(len(completion["regions"]) / len(p["truth"]["regions"]) - 1)
 
 
-METRICS = {     # name: function of a prediction -> float, or None where undefined; their titles: runtime/metrics.py
+METRICS = {     # name: function of a prediction -> float, or None where undefined; their titles: metrics.py
     # where several in the image are meant by the same words; by luck: one of the n picked blindly, as well drawn
     "iou_several": among_siblings(lambda p, n: mean(p, iou)),
     "iou_any": among_siblings(lambda p, n: mean(p, iou_any)),

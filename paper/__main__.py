@@ -27,7 +27,7 @@ from paper.experiments import GRPO, RUNS, commands
 from paper.report import CURVES, picture, read_results, report
 from rewards import parse_answer
 from runtime.files import write_whole
-from runtime.metrics import mean
+from metrics import mean
 from extras.predictions import read_predictions
 
 HERE = Path(__file__).parent

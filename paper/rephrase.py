@@ -9,7 +9,7 @@ Of the boxes b_0 (as asked), b_1 … b_k and their IoUs v_i with the truth:
     IoU: mean of v_1 … v_k          drop: v_0 - IoU                 flips: share of [v_i >= 0.5] != [v_0 >= 0.5]
     worst: min of v_0 … v_k         hard pass: all v_i >= 0.5       refusals: of 1 … k
     as before: mean IoU(b_0, b_i)   consistency: mean IoU of all pairs of boxes
-    any sibling, by luck: IoU with the best of all that the question may mean in its image (runtime/metrics.py:
+    any sibling, by luck: IoU with the best of all that the question may mean in its image (metrics.py:
     add_siblings), and that over their number; of the questions that may mean several
 
 A box that is missing has IoU 0 with everything. Consistency alone means nothing: a model that ignores its question has
@@ -36,7 +36,7 @@ from paper.umrg_words import Chat
 from rewards import box_iou
 from runtime.cli import ModelConfig, exit_on, flag, parse_args, print0
 from runtime.files import write_whole
-from runtime.metrics import ask
+from metrics import ask
 from runtime.parallel import Ranks
 from extras.intervals import interval, paired_bootstrap, percent
 from extras.several import add_siblings

@@ -22,7 +22,7 @@ from crm import CRM, load_crm
 from data import BadRow, load_samples
 from runtime.cli import RunConfig, dashed, print0
 from runtime.files import parse_object, read_jsonl, read_text, read_torch, to_disk, write_whole
-from runtime.metrics import held_out, held_out_means
+from metrics import held_out, held_out_means
 from runtime.optim import Optimizer
 from runtime.parallel import Ranks, unsharded
 from runtime.pretrained import remembered_frame

@@ -15,7 +15,7 @@ from data import BOXES_EXAMPLE, PROMPTS, Frame, OneBox, Sample, answers_of, load
 from evaluate import METRICS, add_masks, scores
 from rewards import MODES, total_reward, write_answer
 from runtime.cli import ROOT, ModelConfig, parse_args
-from runtime.metrics import prediction
+from metrics import prediction
 from test_oracle import MASKS, NINE, SIDE, TWO, Filler, Perfect, sample
 from test_scripts import rows, run
 from extras import boxes

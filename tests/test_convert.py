@@ -11,7 +11,7 @@ from PIL import Image
 
 from data import box_from_mask, keypoints_from_mask, load_samples
 from runtime.cli import exit_on
-from runtime.metrics import prediction
+from metrics import prediction
 from extras.convert import main
 from extras.convert_folder import Folder
 from extras.convert_words import mentions, target, where_is

@@ -10,7 +10,7 @@ from data import load_samples
 from demo.make.histology import WORDS, draw, make_rows
 from demo.make.wordings import check
 from runtime.cli import ROOT
-from runtime.metrics import prediction
+from metrics import prediction
 from extras.oracle import pieces
 from extras.several import add_siblings
 

@@ -1,4 +1,4 @@
-"""runtime/metrics.py, runtime/step.py, extras/intervals.py, extras/mask_reward.py: scores by hand, intervals that cover,
+"""metrics.py, runtime/step.py, extras/intervals.py, extras/mask_reward.py: scores by hand, intervals that cover,
 held-out rows, warnings."""
 from types import SimpleNamespace
 
@@ -10,7 +10,7 @@ from conftest import noise_image, random_crm
 from data import Frame, Sample, to_model
 from rewards import smooth_log, write_answer
 from runtime import metrics
-from runtime.metrics import QUESTION_METRICS, held_out, held_out_means, mask_dice, prediction
+from metrics import QUESTION_METRICS, held_out, held_out_means, mask_dice, prediction
 from runtime.parallel import Ranks
 from runtime.step import add_up, step_row, total_stats, warnings_of
 from sampling import sample as sample_groups

@@ -12,7 +12,7 @@ from conftest import noise_image
 from data import Frame, Sample, box_from_mask, keypoints_from_mask, load_samples
 from evaluate import METRICS
 from runtime.cli import ROOT
-from runtime.metrics import QUESTION_METRICS, mask_dice, prediction
+from metrics import QUESTION_METRICS, mask_dice, prediction
 from runtime.parallel import Ranks
 from extras import oracle, tables
 from extras.oracle import (GROUPS, PARTS, WRITTEN, Prompt, deepest, filled, measure, measure_all, pieces, segment_all,

@@ -16,7 +16,7 @@ from runtime import files
 from runtime import run as module
 from runtime.cli import RunConfig, flag
 from runtime.files import read_jsonl, read_torch, write_whole
-from runtime.metrics import QUESTION_METRICS
+from metrics import QUESTION_METRICS
 from runtime.parallel import Ranks
 from runtime.run import MAY_CHANGE, Run, learning_rate, sample_indices
 from train_grpo import Config

@@ -6,7 +6,7 @@
 demo/data has no such targets: there "the large gland" and "the white blood cell" are the only ones. Four categories
 take turns, each with its own pictures (112 to 140 px, a few larger):
   nucleus       one nucleus of 3 to 6 that look alike, and a row for each of them: ambiguous on purpose. Nothing in a
-                question says which; they are siblings (runtime/metrics.py)
+                question says which; they are siblings (metrics.py)
   all nuclei    3 to 9 nuclei, scattered; the mask is their union
   gland pieces  one branched gland that the section cuts 3 to 6 times, side by side; the mask is all of it
   all glands    2 to 5 glands, scattered; the mask is their union

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from data import load_samples
-from runtime.metrics import mask_dice
+from metrics import mask_dice
 from extras.boxes import regions
 from extras.intervals import paired_bootstrap
 from extras.oracle import filled
