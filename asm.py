@@ -2,7 +2,7 @@
 
     asm = load_asm("demo/asm", "cpu")                           # a folder: config.yaml, model.safetensors
     asm = load_asm("MedSAM2_latest.pt", "cuda")                 # a released checkpoint: {"model": state_dict}
-    asm = load_asm("medsam:medsam_vit_b.pth", "cuda")           # extras/asm_sam.py: MedSAM and SAM-Med2D
+    asm = load_asm("medsam:medsam_vit_b.pth", "cuda")           # extras/sam1.py: MedSAM and SAM-Med2D
     masks, scores = asm.segment(image, boxes=[[40, 30, 90, 80]], points=[[[60, 50], [75, 60]]])
     overlay(image, masks[0], (40, 30, 90, 80), ((60, 50), (75, 60))).save("overlay.png")
 
@@ -212,7 +212,7 @@ def load_sam2(path, device, multimask=False, image_size=None):
 
 
 def load_first_sam(family, path, device, **options):
-    from extras.asm_sam import load_sam  # only when it is asked for
+    from extras.sam1 import load_sam  # only when it is asked for
     return load_sam(family, path, device, **options)
 
 
@@ -239,6 +239,6 @@ def load_asm(spec, device, multimask=False, image_size=None):
 
 
 def overlay(image, mask=None, bbox=None, points=None):
-    """The picture with mask, box and key points drawn in, a PIL image; arguments as in extras/overlay.py."""
-    from extras.overlay import draw  # only when it is asked for
+    """The picture with mask, box and key points drawn in, a PIL image; arguments as in runtime/pictures.py."""
+    from runtime.pictures import draw  # only when it is asked for
     return draw(image, mask, bbox, points)

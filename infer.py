@@ -6,7 +6,7 @@
                     --asm MedSAM2_latest.pt --resize square:840
 
 Writes mask.png (0 and 255, the image's own size), overlay.png and result.json into --out; for DICOM and NIfTI also a mask
-on the scan's own grid, and millimetres (extras/volumes.py). All other coordinates printed and written are in the image
+on the scan's own grid, and millimetres (extras/scans.py). All other coordinates printed and written are in the image
 frame: pixels of the image as given. Exit status: 0 done, 2 bad input (one line says what is wrong, nothing is written),
 3 no usable completion (result.json says why).
 Read next: rewards.py parses completions, data.py has the two frames, evaluate.py does this for a whole split.
@@ -26,7 +26,7 @@ from runtime.cli import ModelConfig, exit_on, flag, parse_args
 from metrics import medoid, united_mask
 from runtime.parallel import Ranks
 from sampling import sample
-from extras.volumes import ScanConfig, read_view
+from extras.scans import ScanConfig, read_view
 
 
 @dataclass

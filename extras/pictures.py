@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 from asm import overlay
 from data import clip_to
 from metrics import iou
-from extras.overlay import BOX_COLOUR, MASK_COLOUR, POINT_COLOURS
+from runtime.pictures import BOX_COLOUR, MASK_COLOUR, POINT_COLOURS
 from extras.predictions import decode_mask, shown
 
 WHITE = (255, 255, 255)

@@ -38,7 +38,7 @@ from infer import answer, load_models
 from runtime.cli import ROOT, ModelConfig, exit_on, flag, parse_args
 from runtime.files import parse_object, read_text
 from extras.scan_files import SeveralFrames
-from extras.volumes import PLANES, WINDOWS, ScanConfig, read_view, scan_config
+from extras.scans import PLANES, WINDOWS, ScanConfig, read_view, scan_config
 
 HOST, NAMES = "127.0.0.1", ("127.0.0.1", "localhost")
 EXAMPLES, PAGE = ROOT / "demo/images", Path(__file__).with_suffix(".html")

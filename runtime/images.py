@@ -54,7 +54,7 @@ def load_mask(source: str | Path | bytes, of: str | Path | bytes | None = None) 
 def headers_fit(row: dict) -> bool:
     """Whether image and mask of a row (see readers.py) are pictures of one size, before EXIF turns them, with box and
     points in pixels inside. True where no header is at hand: of bytes, functions, DICOM, NIfTI."""
-    from extras.volumes import is_scan
+    from extras.scans import is_scan
     sizes = []
     try:
         for file in (row["image"], row["mask"]):
@@ -74,7 +74,7 @@ def _opened(source: str | Path | bytes, is_mask: bool = False):
     """A Pillow image, not yet decoded; of DICOM and NIfTI the middle slice. What readers raise for broken, hostile or
     huge files is one ValueError."""
     if not isinstance(source, bytes):
-        from extras.volumes import is_scan, png_bytes
+        from extras.scans import is_scan, png_bytes
         if is_scan(Path(source)):
             source = png_bytes(Path(source), {}, is_mask)
         elif not Path(source).is_file():

@@ -26,7 +26,7 @@ def read_folder(path: Path, split: str) -> tuple[list[dict], list[str]]:
     """samples.jsonl beside images/ and masks/, one object per line: image, query, and mask or bbox + points;
     optional id, split ("train" if missing), supercategory, category, think. Masks are 0/255 or 0/1, of their
     image's size; file names are relative to images/ and masks/. For DICOM and NIfTI, "scan": {"slice": 45} has keys of
-    extras.volumes.ScanConfig, and the mask may be NIfTI on the same grid."""
+    extras.scans.ScanConfig, and the mask may be NIfTI on the same grid."""
     file, rows, splits = path / "samples.jsonl" if path.is_dir() else path, [], set()
     text = read_text(file)
     if text.lstrip().startswith("["):
@@ -48,7 +48,7 @@ def read_folder(path: Path, split: str) -> tuple[list[dict], list[str]]:
             image = file_in(file.parent / "images", fields.get("image"))
             mask = file_in(file.parent / "masks", fields["mask"]) if fields.get("mask") else None
             if "scan" in fields:
-                from extras.volumes import png_bytes
+                from extras.scans import png_bytes
                 image = partial(png_bytes, image, fields["scan"])
                 mask = mask and partial(png_bytes, mask, fields["scan"], mask=True)
         except (ValueError, OSError) as error:

@@ -8,8 +8,8 @@ from PIL import Image
 
 import asm as asm_module
 from asm import ASM, MEDSAM2, SAM2_CONFIG, SEGMENTERS, build_model, load_asm, overlay, prompt_tokens, read_config
-from extras.asm_sam import MedSAM, SAMMed2D, build_sam, released_name
-from extras.overlay import OVERLAY_SIDE
+from extras.sam1 import MedSAM, SAMMed2D, build_sam, released_name
+from runtime.pictures import OVERLAY_SIDE
 from conftest import Script
 from data import load_samples
 from demo.make.asm import (HERE, PARITY, PREPARED, PREPARED_SIDE, PROMPT_KINDS, dice, parity_case, parity_prompts,
@@ -247,11 +247,11 @@ def test_the_first_sam_is_imported_only_when_it_is_asked_for(tmp_path):
 import sys
 from asm import load_asm
 load_asm("demo/asm", "cpu")
-assert "extras.asm_sam" not in sys.modules
+assert "extras.sam1" not in sys.modules
 try:
     load_asm("medsam:nowhere", "cpu")
 except FileNotFoundError:
-    assert "extras.asm_sam" in sys.modules
+    assert "extras.sam1" in sys.modules
 """)
     script = Script(tmp_path / "check.py")
     said = script.communicate()
@@ -588,7 +588,7 @@ class SlowSAM:
 
 def small_sam(family, tmp_path, monkeypatch):
     """A small random model of the family as its released file; load_asm then builds the small one."""
-    monkeypatch.setattr("extras.asm_sam.build_sam", lambda f: build_sam(f, 128, **SMALL))
+    monkeypatch.setattr("extras.sam1.build_sam", lambda f: build_sam(f, 128, **SMALL))
     shapes = released_layout(128, 24, 3, 2, [1], 3, family == "sam-med2d")
     generator = torch.Generator().manual_seed(0)
     weights = {name: torch.randn(shape, generator=generator) / max(1, np.prod(shape[1:])) ** 0.5

@@ -19,7 +19,7 @@ from rewards import box_iou
 from runtime.cli import EMBEDDED, ROOT, parse_args
 from runtime.images import load_image
 from extras import serve
-from extras.volumes import PLANES, ScanConfig, read_view
+from extras.scans import PLANES, ScanConfig, read_view
 
 PICTURE = ROOT / "demo/images/chest_ct_patient.png"
 QUESTION = "What could the dark air-filled field on the left of the chest represent?"

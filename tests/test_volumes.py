@@ -16,7 +16,7 @@ from test_hostile import FEW, SEEDS, bent
 from test_infer import ask, completion          # noqa: F401 (ask is a fixture)
 from test_scripts import refusal
 from extras.scan_files import Refused, SeveralFrames
-from extras.volumes import PLANES, ScanConfig, View, find_window, read_view, slice_number
+from extras.scans import PLANES, ScanConfig, View, find_window, read_view, slice_number
 
 nib = pytest.importorskip("nibabel")
 pydicom = pytest.importorskip("pydicom")
