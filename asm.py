@@ -16,6 +16,7 @@ Differences from the paper's released code:
    best predicted score; `multimask=True` gives that).
 3. Images are RGB (the released demo feeds BGR).
 """
+
 from functools import partial
 from pathlib import Path
 
@@ -32,9 +33,14 @@ from runtime.files import load_weights, read_safetensors, read_torch
 
 SAM2_CONFIG = Path(sam2.__file__).parent / "configs/sam2.1/sam2.1_hiera_t.yaml"
 # MedSAM2's side, and what sam2's build_sam2 adds: an unstable single mask gives way to the best of three
-MEDSAM2 = {"image_size": 512, "sam_mask_decoder_extra_args": {
-    "dynamic_multimask_via_stability": True, "dynamic_multimask_stability_delta": 0.05,
-    "dynamic_multimask_stability_thresh": 0.98}}
+MEDSAM2 = {
+    "image_size": 512,
+    "sam_mask_decoder_extra_args": {
+        "dynamic_multimask_via_stability": True,
+        "dynamic_multimask_stability_delta": 0.05,
+        "dynamic_multimask_stability_thresh": 0.98,
+    },
+}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as SAM 2 was trained
 # the prompt encoder's labels: the two corners of a box, a click on the target, a click beside it
 BOX_LABELS, POINT_LABEL, NEGATIVE_LABEL = (2, 3), (1,), (0,)
@@ -47,18 +53,23 @@ def normalise(pixels):
 
 def image_features(model, pixels):
     """(B, 3, S, S) -> embedding (B, D, S/16, S/16), finer maps [(B, D/8, S/4, S/4), (B, D/4, S/8, S/8)]."""
-    *finer, embedding = model.forward_image(pixels)["backbone_fpn"][-model.num_feature_levels:]
+    *finer, embedding = model.forward_image(pixels)["backbone_fpn"][-model.num_feature_levels :]
     if model.directly_add_no_mem_embed:  # a still image is a first frame: no memory yet
         embedding = embedding + model.no_mem_embed.view(1, -1, 1, 1)
     return embedding, finer
 
 
 def prompt_tensor(name, value):
-    """"boxes", numbers (n, 4), or "points", numbers (n, m, 2) -> the same as float32. ValueError for anything
+    """ "boxes", numbers (n, 4), or "points", numbers (n, m, 2) -> the same as float32. ValueError for anything
     else, for none at all (n or m is 0), and for numbers that are not finite."""
     ndim, last, shape = {"boxes": (2, 4, "(n, 4)"), "points": (3, 2, "(n, m, 2)")}[name]
     array = np.asarray(value)
-    if array.dtype.kind not in "iuf" or array.ndim != ndim or array.shape[-1] != last or array.size == 0:
+    if (
+        array.dtype.kind not in "iuf"
+        or array.ndim != ndim
+        or array.shape[-1] != last
+        or array.size == 0
+    ):
         raise ValueError(f"{name}: numbers {shape} are needed, not {array.dtype} {array.shape}")
     tensor = torch.tensor(array, dtype=torch.float32)
     if not tensor.isfinite().all():
@@ -74,13 +85,17 @@ def prompt_tokens(boxes, points, image_hw, size, negative=0):
         raise ValueError("boxes and points are both None: the segmenter needs at least one of them")
     coords, labels = [], []
     if boxes is not None:
-        coords.append(rearrange(prompt_tensor("boxes", boxes), "n (corner xy) -> n corner xy", xy=2))
+        coords.append(
+            rearrange(prompt_tensor("boxes", boxes), "n (corner xy) -> n corner xy", xy=2)
+        )
         labels += BOX_LABELS
     if points is not None:
         coords.append(prompt_tensor("points", points))
         labels += POINT_LABEL * (coords[-1].shape[1] - negative) + NEGATIVE_LABEL * negative
     if len(coords[0]) != len(coords[-1]):
-        raise ValueError(f"{len(boxes)} boxes but {len(points)} sets of points: give one of each per mask")
+        raise ValueError(
+            f"{len(boxes)} boxes but {len(points)} sets of points: give one of each per mask"
+        )
     H, W = image_hw
     coords = torch.cat(coords, 1) / torch.tensor([W, H]) * size
     return coords, torch.tensor(labels).expand(len(coords), -1)
@@ -90,13 +105,20 @@ class ASM:
     """A frozen SAM 2 and the configuration that built it. It keeps the last image's features."""
 
     def __init__(self, model, config, multimask=False):
-        self.model, self.config, self.multimask = model.eval().requires_grad_(False), config, multimask
+        self.model, self.config, self.multimask = (
+            model.eval().requires_grad_(False),
+            config,
+            multimask,
+        )
         self.last_image, self.last_features = None, None
 
     def encode(self, image):
         """(H, W, 3) uint8 -> features for `decode`. The image is squashed to a square (antialiased) and
         normalised, as torchvision's ToTensor, Resize and Normalize do."""
-        pixels = rearrange(torch.from_numpy(np.array(image, order="C")), "h w c -> 1 c h w").float() / 255
+        pixels = (
+            rearrange(torch.from_numpy(np.array(image, order="C")), "h w c -> 1 c h w").float()
+            / 255
+        )
         square = [self.model.image_size] * 2
         pixels = normalise(F.interpolate(pixels, square, mode="bilinear", antialias=True))
         return image_features(self.model, pixels.to(self.model.device))
@@ -105,11 +127,18 @@ class ASM:
         """Coordinates (n, k, 2) and labels (n, k) -> logits (n, c, S/4, S/4) and predicted IoU (n, c) of c
         candidates per prompt: 1, or 3 with multimask."""
         embedding, finer = features
-        sparse, dense = self.model.sam_prompt_encoder(points=(coords, labels), boxes=None, masks=None)
+        sparse, dense = self.model.sam_prompt_encoder(
+            points=(coords, labels), boxes=None, masks=None
+        )
         return self.model.sam_mask_decoder(
-            image_embeddings=embedding, image_pe=self.model.sam_prompt_encoder.get_dense_pe(),
-            repeat_image=True, sparse_prompt_embeddings=sparse, dense_prompt_embeddings=dense,
-            high_res_features=finer, multimask_output=self.multimask)[:2]
+            image_embeddings=embedding,
+            image_pe=self.model.sam_prompt_encoder.get_dense_pe(),
+            repeat_image=True,
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
+            high_res_features=finer,
+            multimask_output=self.multimask,
+        )[:2]
 
     def enlarge(self, logits, image_hw):
         """One mask's logits (S/4, S/4) -> (H, W) bool."""
@@ -130,9 +159,13 @@ class ASM:
         is_array = isinstance(image, np.ndarray)
         if not is_array or image.dtype != np.uint8 or image.shape[2:] != (3,) or image.size == 0:
             found = f"{image.dtype} {image.shape}" if is_array else type(image).__name__
-            raise ValueError(f"image: a uint8 RGB array (H, W, 3) is needed, not {found}; "
-                             'np.asarray(picture.convert("RGB")) makes one from any PIL picture')
-        coords, labels = prompt_tokens(boxes, points, image.shape[:2], self.model.image_size, negative)
+            raise ValueError(
+                f"image: a uint8 RGB array (H, W, 3) is needed, not {found}; "
+                'np.asarray(picture.convert("RGB")) makes one from any PIL picture'
+            )
+        coords, labels = prompt_tokens(
+            boxes, points, image.shape[:2], self.model.image_size, negative
+        )
         device = self.model.device
         logits, scores = self.decode(self.features(image), coords.to(device), labels.to(device))
         best, rows = scores.argmax(1), torch.arange(len(scores), device=device)
@@ -179,29 +212,40 @@ def build_model(config, source):
     """Untrained SAM 2 from a configuration. ValueError names `source`, where the configuration came from."""
     strange = called_names(config) - called_names(read_config(SAM2_CONFIG))
     if strange:
-        raise ValueError(f"{source}: `_target_: {min(strange)}` is no part of SAM 2 and was not called")
+        raise ValueError(
+            f"{source}: `_target_: {min(strange)}` is no part of SAM 2 and was not called"
+        )
     try:
         return hydra.utils.instantiate(config["model"])
     except hydra.errors.InstantiationException as error:
-        raise ValueError(f"{source}: no SAM 2 can be built: {str(error).splitlines()[0]}") from error
+        raise ValueError(
+            f"{source}: no SAM 2 can be built: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def load_sam2(path, device, multimask=False, image_size=None):
     """An ASM from a folder or a MedSAM2 checkpoint. Arguments, errors: see load_asm."""
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such ASM; give a folder with config.yaml and model.safetensors, "
-                                f"MedSAM2_latest.pt, or one of: {' '.join(SEGMENTERS)} (prefix of a path)")
+        raise FileNotFoundError(
+            f"{path}: no such ASM; give a folder with config.yaml and model.safetensors, "
+            f"MedSAM2_latest.pt, or one of: {' '.join(SEGMENTERS)} (prefix of a path)"
+        )
     if image_size is not None and (image_size < 32 or image_size % 32):
         raise ValueError(f"image_size: a multiple of 32 is needed, not {image_size}")
     if path.is_dir():
-        config, weights = read_config(path / "config.yaml"), read_safetensors(path / "model.safetensors")
+        config, weights = (
+            read_config(path / "config.yaml"),
+            read_safetensors(path / "model.safetensors"),
+        )
     else:
         held = read_torch(path)
         weights = held.get("model") if isinstance(held, dict) else None
         if not isinstance(weights, dict):
-            raise ValueError(f'{path}: {{"model": state_dict}} is needed, as in MedSAM2_latest.pt; others '
-                             f"start with one of: {' '.join(SEGMENTERS)}")
+            raise ValueError(
+                f'{path}: {{"model": state_dict}} is needed, as in MedSAM2_latest.pt; others '
+                f"start with one of: {' '.join(SEGMENTERS)}"
+            )
         config = read_config(SAM2_CONFIG)
         config["model"] |= MEDSAM2
     if image_size is not None:
@@ -213,6 +257,7 @@ def load_sam2(path, device, multimask=False, image_size=None):
 
 def load_first_sam(family, path, device, **options):
     from extras.sam1 import load_sam  # only when it is asked for
+
     return load_sam(family, path, device, **options)
 
 
@@ -234,11 +279,14 @@ def load_asm(spec, device, multimask=False, image_size=None):
     spec = str(spec)
     for prefix, load in SEGMENTERS.items():
         if spec.startswith(prefix):
-            return load(spec.removeprefix(prefix), device, multimask=multimask, image_size=image_size)
+            return load(
+                spec.removeprefix(prefix), device, multimask=multimask, image_size=image_size
+            )
     return load_sam2(spec, device, multimask, image_size)
 
 
 def overlay(image, mask=None, bbox=None, points=None):
     """The picture with mask, box and key points drawn in, a PIL image; arguments as in runtime/pictures.py."""
     from runtime.pictures import draw  # only when it is asked for
+
     return draw(image, mask, bbox, points)

@@ -15,6 +15,7 @@ Differences from the paper (arXiv 2508.08177):
   2. The prompts say the same in our own words.
   3. It does not publish how its key points were made; `keypoints_from_mask` agrees best with its data.
 """
+
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -33,25 +34,28 @@ from runtime.files import read_text
 from runtime.images import MAX_RATIO, headers_fit, load_image, load_mask
 from runtime.readers import read_rows
 
-STRIDE = 28                     # one visual token of Qwen2.5-VL: 2 x 2 patches of 14 pixels
+STRIDE = 28  # one visual token of Qwen2.5-VL: 2 x 2 patches of 14 pixels
 MIN_PIXELS, MAX_PIXELS = 56 * 56, 840 * 840
 NO_TARGET = "bbox: is missing, or points are, and so is a mask to take them from"
 OR_SKIP = "; fix the row or use --skip-bad-rows"
 
 EXAMPLE = write_answer(("x1", "y1", "x2", "y2"), [("x", "y")] * KEY_POINTS)
-BOXES_EXAMPLE = ('<answer>{"boxes": [[x1, y1, x2, y2], ...], "points": [['
-                 + ", ".join(["x, y"] * KEY_POINTS) + "], ...]}</answer>")
+BOXES_EXAMPLE = (
+    '<answer>{"boxes": [[x1, y1, x2, y2], ...], "points": [['
+    + ", ".join(["x, y"] * KEY_POINTS)
+    + "], ...]}</answer>"
+)
 ALL = "both" if KEY_POINTS == 2 else "all"
 ADVICE = f"The box is tight; {ALL} points lie well inside the region, apart from each other."
-PROMPTS = {                     # the only copies; --prompt takes a text file with {query} instead
+PROMPTS = {  # the only copies; --prompt takes a text file with {query} instead
     "reasoning": "{query}\nReason first, then point to the region that is meant, in pixels of this image:\n"
-                 f"<think>what you see, what it is, where it lies</think>{EXAMPLE}\n{ADVICE}",
+    f"<think>what you see, what it is, where it lies</think>{EXAMPLE}\n{ADVICE}",
     "direct": "{query}\nPoint to the region that is meant, in pixels of this image, and write nothing else:\n"
-              f"{EXAMPLE}\n{ADVICE}",
+    f"{EXAMPLE}\n{ADVICE}",
     # several boxes, see extras/boxes.py
     "multi": "{query}\nReason first, then point to every region that is meant, in pixels of this image:\n"
-             f"<think>what you see, what it is, where it lies</think>{BOXES_EXAMPLE}\n"
-             f"A tight box for each region; points i, {KEY_POINTS} of them, lie well inside the region of box i.",
+    f"<think>what you see, what it is, where it lies</think>{BOXES_EXAMPLE}\n"
+    f"A tight box for each region; points i, {KEY_POINTS} of them, lie well inside the region of box i.",
 }
 
 
@@ -62,21 +66,23 @@ class BadRow(ValueError):
 @dataclass
 class Sample:
     """One question about one image. bbox, points and mask are in the image frame."""
+
     id: str
-    image: Image.Image              # RGB, upright
+    image: Image.Image  # RGB, upright
     query: str
     bbox: Box
-    points: Points                  # KEY_POINTS of them
+    points: Points  # KEY_POINTS of them
     mask: np.ndarray | None = None  # (H, W) bool
     supercategory: str = ""
     category: str = ""
-    think: str = ""                 # a reasoning trace, where the data has one (supervised warm start only)
+    think: str = ""  # a reasoning trace, where the data has one (supervised warm start only)
     extra: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Frame:
     """The sizes (width, height) of one image in both frames."""
+
     image: tuple[int, int]
     model: tuple[int, int]
 
@@ -96,7 +102,7 @@ def _scale(xy, sx: float, sy: float):
         return tuple(_scale(item, sx, sy) for item in xy)
     if len(xy) == 4:
         return xy[0] * sx, xy[1] * sy, xy[2] * sx, xy[3] * sy
-    return (xy[0] + 0.5) * sx - 0.5, (xy[1] + 0.5) * sy - 0.5      # pixel 0 has its centre at 0.5
+    return (xy[0] + 0.5) * sx - 0.5, (xy[1] + 0.5) * sy - 0.5  # pixel 0 has its centre at 0.5
 
 
 def clip_to(size: tuple[int, int], xy):
@@ -106,8 +112,12 @@ def clip_to(size: tuple[int, int], xy):
     return tuple(clip_to(size, item) for item in xy)
 
 
-def model_size(size: tuple[int, int], resize: str = "aspect", min_pixels: int = MIN_PIXELS,
-               max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+def model_size(
+    size: tuple[int, int],
+    resize: str = "aspect",
+    min_pixels: int = MIN_PIXELS,
+    max_pixels: int = MAX_PIXELS,
+) -> tuple[int, int]:
     """(width, height) in the model frame: multiples of 28.
 
     resize: "aspect" is Qwen's own smart_resize, which keeps the ratio as well as multiples of 28 can, with
@@ -118,10 +128,14 @@ def model_size(size: tuple[int, int], resize: str = "aspect", min_pixels: int = 
         return w, h
     side = int(resize[7:]) if re.fullmatch(r"square:[0-9]{1,6}", resize) else 0
     if side == 0 or side % STRIDE:
-        raise ValueError(f'--resize {resize}: give "aspect", or "square:SIDE", SIDE a multiple of {STRIDE}')
+        raise ValueError(
+            f'--resize {resize}: give "aspect", or "square:SIDE", SIDE a multiple of {STRIDE}'
+        )
     if side * side > max_pixels:
-        raise ValueError(f"--resize {resize}: {side * side:,} pixels are over {max_pixels:,}, the limit of "
-                         "--max-pixels and the checkpoint; take a smaller SIDE or raise both")
+        raise ValueError(
+            f"--resize {resize}: {side * side:,} pixels are over {max_pixels:,}, the limit of "
+            "--max-pixels and the checkpoint; take a smaller SIDE or raise both"
+        )
     return side, side
 
 
@@ -137,9 +151,11 @@ def keypoints_from_mask(mask: np.ndarray) -> Points:
     """KEY_POINTS pixels deep inside a non-empty (H, W) mask, apart from each other. ValueError when empty.
     The first has the largest Euclidean distance transform d. Each further one has the largest d among the
     pixels that are farther from those before than the median pixel is (the first again if there is none)."""
-    box_from_mask(mask)                         # refuses an empty one
+    box_from_mask(mask)  # refuses an empty one
     ys, xs = np.nonzero(mask)
-    depth = distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1][ys, xs]        # beyond the border is outside
+    depth = distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1][
+        ys, xs
+    ]  # beyond the border is outside
     chosen = [depth.argmax()]
     while len(chosen) < KEY_POINTS:
         away = np.min([np.hypot(xs - xs[i], ys - ys[i]) for i in chosen], axis=0)
@@ -156,12 +172,16 @@ def load_prompt(name: str) -> str:
         raise ValueError(f"--prompt {name}: neither one of {', '.join(PROMPTS)} nor a text file")
     text = read_text(name).strip()
     if "{query}" not in text:
-        raise ValueError(f"--prompt {name}: the file has no {{query}} in it, so the question would be lost")
+        raise ValueError(
+            f"--prompt {name}: the file has no {{query}} in it, so the question would be lost"
+        )
     return text
 
 
 def fill_prompt(template: str, query: str) -> str:
-    return template.replace("{query}", query)   # not str.format: the template's JSON has braces of its own
+    return template.replace(
+        "{query}", query
+    )  # not str.format: the template's JSON has braces of its own
 
 
 def target_text(sample: Sample, frame: Frame, with_think: bool = True) -> str:
@@ -175,12 +195,21 @@ def as_written(bbox: Box, points: Points, frame: Frame) -> tuple[Box, Points]:
     w, h = frame.model
     x1, y1, x2, y2 = (round(v) for v in to_model(bbox, frame))
     x1, y1 = min(max(x1, 0), w - 1), min(max(y1, 0), h - 1)
-    box = x1, y1, min(max(x2, x1 + 1), w), min(max(y2, y1 + 1), h)      # even the thinnest target has an area
-    return box, tuple((min(max(round(x), 0), w - 1), min(max(round(y), 0), h - 1)) for x, y in to_model(points, frame))
+    box = (
+        x1,
+        y1,
+        min(max(x2, x1 + 1), w),
+        min(max(y2, y1 + 1), h),
+    )  # even the thinnest target has an area
+    return box, tuple(
+        (min(max(round(x), 0), w - 1), min(max(round(y), 0), h - 1))
+        for x, y in to_model(points, frame)
+    )
 
 
 class OneBox:
     """What the prompts "reasoning" and "direct" ask for. extras/boxes.py has the same four names for several boxes."""
+
     read, target_text = staticmethod(parse_answer), staticmethod(target_text)
 
     @staticmethod
@@ -189,7 +218,9 @@ class OneBox:
         return {"bbox": sample.bbox, "points": sample.points}
 
     @staticmethod
-    def reward_terms(texts: Sequence[str], sample: Sample, frame: Frame, official: bool = False) -> list[Terms]:
+    def reward_terms(
+        texts: Sequence[str], sample: Sample, frame: Frame, official: bool = False
+    ) -> list[Terms]:
         """rewards.reward_terms of some completions of a sample, in the model frame."""
         truth = to_model(sample.bbox, frame), to_model(sample.points, frame)
         return [reward_terms(text, *truth, official, frame.model) for text in texts]
@@ -200,6 +231,7 @@ def answers_of(template: str):
     if '"boxes"' not in template:
         return OneBox
     from extras import boxes
+
     return boxes
 
 
@@ -215,14 +247,19 @@ def load_samples(path: str | Path, split: str = "train", skip_bad_rows: bool = F
     if skip_bad_rows:
         samples.rows = [row for row, _ in usable_rows(rows, samples.skipped)]
     if not samples.rows:
-        raise ValueError(f"{path}: no usable sample in split {split!r}; the first bad row: {samples.skipped[0]}")
+        raise ValueError(
+            f"{path}: no usable sample in split {split!r}; the first bad row: {samples.skipped[0]}"
+        )
     if samples.skipped:
-        print0(f"{path}, {split}: {len(samples.skipped)} bad rows skipped; first: {samples.skipped[0]}")
+        print0(
+            f"{path}, {split}: {len(samples.skipped)} bad rows skipped; first: {samples.skipped[0]}"
+        )
     return samples
 
 
 class Samples(Sequence):
     """Rows (see runtime/readers.py) that become a Sample whenever one is asked for; a slice is lazy, too."""
+
     def __init__(self, rows: list[dict], skipped: Sequence[str] = ()):
         self.rows, self.skipped = rows, list(skipped)
 
@@ -230,7 +267,9 @@ class Samples(Sequence):
         return len(self.rows)
 
     def __getitem__(self, i):
-        return Samples(self.rows[i], self.skipped) if isinstance(i, slice) else _sample(self.rows[i])
+        return (
+            Samples(self.rows[i], self.skipped) if isinstance(i, slice) else _sample(self.rows[i])
+        )
 
     def ids(self) -> list[str]:
         """All ids, in order, without decoding an image."""
@@ -261,7 +300,9 @@ def number_repeated_ids(rows: list[dict]) -> list[str]:
         seen[name] += 1
         if seen[name] > 1:
             row["id"] = f"{name}#{seen[name]}"
-            messages.append(f"{row['where']}, id: {name!r} is there already; called {row['id']} from here on")
+            messages.append(
+                f"{row['where']}, id: {name!r} is there already; called {row['id']} from here on"
+            )
     return messages
 
 
@@ -280,8 +321,13 @@ def _need(ok, row: dict, problem: str) -> None:
 
 
 def _are_numbers(values, count: int) -> bool:
-    return isinstance(values, list) and len(values) == count and all(
-        isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) < 1e9 for v in values)
+    return (
+        isinstance(values, list)
+        and len(values) == count
+        and all(
+            isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) < 1e9 for v in values
+        )
+    )
 
 
 def _check(row: dict) -> None:
@@ -289,15 +335,27 @@ def _check(row: dict) -> None:
     bbox, points = row["bbox"], row["points"]
     _need(not row["problem"], row, row["problem"])
     _need(isinstance(row["query"], str) and row["query"].strip(), row, "query: is empty")
-    _need(bbox or "box" not in row["extra"], row, 'bbox: is missing, but there is "box"; rename that key')
+    _need(
+        bbox or "box" not in row["extra"],
+        row,
+        'bbox: is missing, but there is "box"; rename that key',
+    )
     _need(row["mask"] or (bbox and points), row, NO_TARGET)
     if bbox:
         ordered = _are_numbers(bbox, 4) and bbox[0] < bbox[2] and bbox[1] < bbox[3]
         _need(ordered, row, f"bbox: {bbox!r} is not four finite numbers with x1 < x2 and y1 < y2")
     if points:
-        pairs = isinstance(points, list) and len(points) == KEY_POINTS and all(_are_numbers(p, 2) for p in points)
-        _need(pairs, row, f"points: {points!r} is not {KEY_POINTS} pairs [x, y], as KEY_POINTS in rewards.py says; "
-              "without any, they are taken from the mask")
+        pairs = (
+            isinstance(points, list)
+            and len(points) == KEY_POINTS
+            and all(_are_numbers(p, 2) for p in points)
+        )
+        _need(
+            pairs,
+            row,
+            f"points: {points!r} is not {KEY_POINTS} pairs [x, y], as KEY_POINTS in rewards.py says; "
+            "without any, they are taken from the mask",
+        )
 
 
 def _sample(row: dict) -> Sample:
@@ -314,23 +372,42 @@ def _sample(row: dict) -> Sample:
     except (ValueError, OSError) as error:
         _need(False, row, f"{'mask' if image else 'image'}: {str(error).splitlines()[0]}")
     W, H = image.size
-    _need(max(W, H) <= MAX_RATIO * min(W, H), row, f"image: of {W}x{H} is too long and thin; crop it")
+    _need(
+        max(W, H) <= MAX_RATIO * min(W, H), row, f"image: of {W}x{H} is too long and thin; crop it"
+    )
     _need(mask is not None or (row["bbox"] and row["points"]), row, NO_TARGET)
     if mask is not None:
-        _need(mask.shape == (H, W), row, f"mask: is {mask.shape[1]}x{mask.shape[0]}, its image {W}x{H}")
+        _need(
+            mask.shape == (H, W),
+            row,
+            f"mask: is {mask.shape[1]}x{mask.shape[0]}, its image {W}x{H}",
+        )
         _need(mask.any(), row, "mask: is empty")
     bbox = tuple(map(float, row["bbox"] or box_from_mask(mask)))
     points = tuple((float(x), float(y)) for x, y in row["points"] or keypoints_from_mask(mask))
     in_pixels = max(bbox) > 1 or (mask is not None and bbox == box_from_mask(mask))
-    _need(in_pixels, row, f"bbox: {list(bbox)} looks like fractions of the {W}x{H} image; give pixels")
+    _need(
+        in_pixels, row, f"bbox: {list(bbox)} looks like fractions of the {W}x{H} image; give pixels"
+    )
     for key, corners in (("bbox", (bbox[:2], bbox[2:])), ("points", points)):
         inside = all(-1 <= x <= W + 1 and -1 <= y <= H + 1 for x, y in corners)
         _need(inside, row, f"{key}: {row[key]} is outside the {W}x{H} image")
-    return Sample(row["id"], image, row["query"], bbox, points, mask, row["supercategory"], row["category"],
-                  row["think"], row["extra"])
+    return Sample(
+        row["id"],
+        image,
+        row["query"],
+        bbox,
+        points,
+        mask,
+        row["supercategory"],
+        row["category"],
+        row["think"],
+        row["extra"],
+    )
 
 
 if __name__ == "__main__":
     from extras.data_report import main
+
     with exit_on(ValueError, OSError):
         raise SystemExit(main())

@@ -11,6 +11,7 @@ frame: pixels of the image as given. Exit status: 0 done, 2 bad input (one line 
 3 no usable completion (result.json says why).
 Read next: rewards.py parses completions, data.py has the two frames, evaluate.py does this for a whole split.
 """
+
 import json
 import sys
 from dataclasses import dataclass
@@ -22,23 +23,31 @@ from PIL import Image
 from asm import load_asm, overlay
 from crm import load_crm
 from data import clip_to, fill_prompt, load_image, to_image
-from runtime.cli import ModelConfig, exit_on, flag, parse_args
+from extras.scans import ScanConfig, read_view
 from metrics import medoid, united_mask
+from runtime.cli import ModelConfig, exit_on, flag, parse_args
 from runtime.parallel import Ranks
 from sampling import sample
-from extras.scans import ScanConfig, read_view
 
 
 @dataclass
 class Config(ModelConfig, ScanConfig):
     image: str = flag("required", "an image, DICOM file, folder with one DICOM series, or NIfTI")
     query: str = flag("required", "the question, in plain words")
-    asm: str | None = flag(None, "segmenter: a folder, MedSAM2_latest.pt, or a spec of asm.SEGMENTERS")
+    asm: str | None = flag(
+        None, "segmenter: a folder, MedSAM2_latest.pt, or a spec of asm.SEGMENTERS"
+    )
     out: str = flag("out", "folder for mask.png, overlay.png and result.json")
-    samples: int = flag(1, "completions; the one whose box agrees most with the others is kept", low=1)
-    temperature: float | None = flag(None, "0: most likely token (default: 0 for one sample, else 1)", low=0)
+    samples: int = flag(
+        1, "completions; the one whose box agrees most with the others is kept", low=1
+    )
+    temperature: float | None = flag(
+        None, "0: most likely token (default: 0 for one sample, else 1)", low=0
+    )
     max_new_tokens: int = flag(512, "longest completion in tokens", low=1)
-    multimask: bool = flag(False, "request three masks and keep the best, as the released code does")
+    multimask: bool = flag(
+        False, "request three masks and keep the best, as the released code does"
+    )
 
 
 def in_image_frame(xy, frame):
@@ -49,26 +58,51 @@ def in_image_frame(xy, frame):
 def load_models(cfg):
     """The CRM and the ASM of a Config."""
     ranks = Ranks.start()
-    crm = load_crm(cfg.crm, ranks.device, ranks.dtype(cfg.dtype), resize=cfg.resize, min_pixels=cfg.min_pixels,
-                   max_pixels=cfg.max_pixels, prompt=cfg.prompt)
+    crm = load_crm(
+        cfg.crm,
+        ranks.device,
+        ranks.dtype(cfg.dtype),
+        resize=cfg.resize,
+        min_pixels=cfg.min_pixels,
+        max_pixels=cfg.max_pixels,
+        prompt=cfg.prompt,
+    )
     return crm, load_asm(cfg.asm, ranks.device, multimask=cfg.multimask)
 
 
 def answer(crm, prompt, samples: int, max_new_tokens: int, temperature: float, seed: int):
     """Sample completions of one prompt, box and points in the image frame -> keys of result.json, the completions, and
     the index of the kept one, or None if none is usable. Of several boxes, regions has each with its points."""
-    group, = sample(crm, [prompt], samples, max_new_tokens, temperature, seed)
+    (group,) = sample(crm, [prompt], samples, max_new_tokens, temperature, seed)
     answers = [crm.answers.read(text) for text in group.texts]
 
     def placed(one) -> dict:
-        return {"bbox": in_image_frame(one.bbox, prompt.frame), "points": in_image_frame(one.points, prompt.frame)}
+        return {
+            "bbox": in_image_frame(one.bbox, prompt.frame),
+            "points": in_image_frame(one.points, prompt.frame),
+        }
 
-    completions = [{"problem": one.problem, "text": text, "reasoning": one.think, **placed(one),
-                    **({"regions": [placed(part) for part in one.parts]} if one.parts else {})}
-                   for text, one in zip(group.texts, answers)]
+    completions = [
+        {
+            "problem": one.problem,
+            "text": text,
+            "reasoning": one.think,
+            **placed(one),
+            **({"regions": [placed(part) for part in one.parts]} if one.parts else {}),
+        }
+        for text, one in zip(group.texts, answers)
+    ]
     kept, agreement = medoid(answers)
-    return {"samples": samples, "agreement": agreement, "texts": group.texts,
-            "problem": answers[kept or 0].problem}, completions, kept
+    return (
+        {
+            "samples": samples,
+            "agreement": agreement,
+            "texts": group.texts,
+            "problem": answers[kept or 0].problem,
+        },
+        completions,
+        kept,
+    )
 
 
 def rounded(xy) -> list[float] | None:
@@ -91,20 +125,34 @@ def main(cfg: Config) -> int:
         prompt = crm.encode(image, fill_prompt(crm.template, cfg.query))
         out = Path(cfg.out)
         out.mkdir(parents=True, exist_ok=True)
-    print(f"image      {cfg.image}, {image.width}x{image.height} pixels; model frame {prompt.frame.model}",
-          f"; {view}" if view else "", sep="")
+    print(
+        f"image      {cfg.image}, {image.width}x{image.height} pixels; model frame {prompt.frame.model}",
+        f"; {view}" if view else "",
+        sep="",
+    )
     print(f"models     CRM {cfg.crm}, ASM {cfg.asm}, on {crm.device}", flush=True)
 
     # 2. the clinical reasoning module answers
     temperature = float(cfg.samples > 1) if cfg.temperature is None else cfg.temperature
     with exit_on(FloatingPointError):
-        result, completions, kept = answer(crm, prompt, cfg.samples, cfg.max_new_tokens, temperature, cfg.seed)
-    result = {"image": cfg.image, "size": image.size, "query": cfg.query, "crm": cfg.crm, "asm": cfg.asm} | result
-    for earlier in ("mask.png", "overlay.png", "mask.nii.gz", "mask.dcm"):          # of another question
+        result, completions, kept = answer(
+            crm, prompt, cfg.samples, cfg.max_new_tokens, temperature, cfg.seed
+        )
+    result = {
+        "image": cfg.image,
+        "size": image.size,
+        "query": cfg.query,
+        "crm": cfg.crm,
+        "asm": cfg.asm,
+    } | result
+    for earlier in ("mask.png", "overlay.png", "mask.nii.gz", "mask.dcm"):  # of another question
         (out / earlier).unlink(missing_ok=True)
     if kept is None:
         (out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-        print(f"no usable completion of {cfg.samples}: {result['problem']}; see {out}", file=sys.stderr)
+        print(
+            f"no usable completion of {cfg.samples}: {result['problem']}; see {out}",
+            file=sys.stderr,
+        )
         return 3
 
     # 3. the anatomical segmentation module draws, in the image frame
@@ -122,7 +170,9 @@ def main(cfg: Config) -> int:
     print(f"points     {rounded(points)}")
     print(f"mask       {100 * mask.mean():.1f} % of the image, predicted quality {min(scores):.2f}")
     if result["agreement"] is not None:
-        print(f"agreement  {result['agreement']:.2f} mean IoU with the other boxes of {cfg.samples} completions")
+        print(
+            f"agreement  {result['agreement']:.2f} mean IoU with the other boxes of {cfg.samples} completions"
+        )
     if view:
         print(f"scan's mask {result['scan']['mask']}")
     print(f"pictures   {out / 'overlay.png'}  {out / 'mask.png'}  numbers {out / 'result.json'}")

@@ -4,6 +4,7 @@ Held-out evaluation and evaluate.py's tables score a completion in one way: `pre
 the image frame as they are, never clipped; a question's score is the mean over its completions. A completion with a
 problem (rewards.parse_answer) is a refusal. What can still be read of it counts; what cannot be read scores 0.
 """
+
 import hashlib
 from collections.abc import Iterator
 from functools import partial
@@ -16,27 +17,49 @@ from runtime.parallel import Ranks
 from sampling import sample as sample_groups
 
 
-def prediction(sample, index: int, texts: list[str], frame, official: bool = False, answers=OneBox) -> dict:
+def prediction(
+    sample, index: int, texts: list[str], frame, official: bool = False, answers=OneBox
+) -> dict:
     """One question with its completions, as JSON can hold it; boxes and points in the image frame. kept: see medoid.
     names and wording come from the sample's extra: a list of names, and unseen_wording, true or false, else its kind.
     image: a digest of the pixels, by which extras.several finds the questions about one image. answers: see
     data.answers_of; of several boxes bbox is the one around them, and regions has each with its points."""
+
     def shown(answer: Answer) -> dict:
-        return {key: xy and to_image(xy, frame) for key, xy in (("bbox", answer.bbox), ("points", answer.points))}
+        return {
+            key: xy and to_image(xy, frame)
+            for key, xy in (("bbox", answer.bbox), ("points", answer.points))
+        }
 
     read, truth = [answers.read(text, official) for text in texts], answers.truth(sample)
     several = "regions" in truth
-    completions = [{"text": text, **shown(answer), "problem": answer.problem,
-                    **({"regions": [shown(part) for part in answer.parts]} if several else {})}
-                   for text, answer in zip(texts, read)]
+    completions = [
+        {
+            "text": text,
+            **shown(answer),
+            "problem": answer.problem,
+            **({"regions": [shown(part) for part in answer.parts]} if several else {}),
+        }
+        for text, answer in zip(texts, read)
+    ]
     names, unseen, kind = (sample.extra.get(key) for key in ("names", "unseen_wording", "kind"))
-    return {"id": sample.id, "index": index, "size": sample.image.size, "query": sample.query,
-            "image": hashlib.blake2b(sample.image.tobytes(), digest_size=8).hexdigest(),
-            "supercategory": sample.supercategory, "category": sample.category,
-            "names": [str(name).lower() for name in names] if isinstance(names, list) else [],
-            "wording": ("unseen" if unseen else "seen") if isinstance(unseen, bool) else str(kind or "") or None,
-            "truth": truth, "asked": ["bbox"] if several else ["bbox", "points"],
-            "completions": completions, "kept": medoid(read)[0]}
+    return {
+        "id": sample.id,
+        "index": index,
+        "size": sample.image.size,
+        "query": sample.query,
+        "image": hashlib.blake2b(sample.image.tobytes(), digest_size=8).hexdigest(),
+        "supercategory": sample.supercategory,
+        "category": sample.category,
+        "names": [str(name).lower() for name in names] if isinstance(names, list) else [],
+        "wording": ("unseen" if unseen else "seen")
+        if isinstance(unseen, bool)
+        else str(kind or "") or None,
+        "truth": truth,
+        "asked": ["bbox"] if several else ["bbox", "points"],
+        "completions": completions,
+        "kept": medoid(read)[0],
+    }
 
 
 def iou(p: dict, completion: dict) -> float | None:
@@ -50,7 +73,11 @@ def pdice(p: dict, completion: dict, published: bool = False) -> float | None:
     """True pDice, or as published 2I/U; 0 without readable points, None where no points were asked for."""
     if "points" not in p["asked"]:
         return None
-    return point_dice(completion["points"], p["truth"]["points"], published) if completion["points"] else 0.0
+    return (
+        point_dice(completion["points"], p["truth"]["points"], published)
+        if completion["points"]
+        else 0.0
+    )
 
 
 def parsed(p: dict, completion: dict) -> bool:
@@ -69,8 +96,14 @@ def mean(p: dict, score, where=None) -> float | None:
     return sum(values) / len(values) if values and None not in values else None
 
 
-SEVERAL = {"iou_several": "IoU, of several", "iou_any": "IoU, any sibling", "iou_luck": "IoU, by luck",
-           "soft_f1": "soft F1", "f1_50": "F1, IoU ≥ 0.5", "count_error": "count error"}
+SEVERAL = {
+    "iou_several": "IoU, of several",
+    "iou_any": "IoU, any sibling",
+    "iou_luck": "IoU, by luck",
+    "soft_f1": "soft F1",
+    "f1_50": "F1, IoU ≥ 0.5",
+    "count_error": "count error",
+}
 
 
 def of_several(key: str, p: dict) -> float | None:
@@ -79,10 +112,11 @@ def of_several(key: str, p: dict) -> float | None:
     if not p["truth"].get("siblings") and "regions" not in p["truth"]:
         return None
     from extras.several import METRICS
+
     return METRICS[key](p)
 
 
-QUESTION_METRICS = {       # name: (title, function of a prediction -> float, or None where undefined)
+QUESTION_METRICS = {  # name: (title, function of a prediction -> float, or None where undefined)
     "iou": ("IoU", lambda p: mean(p, iou)),
     "pdice": ("pDice", lambda p: mean(p, pdice)),
     "parse_ok": ("parse rate", lambda p: mean(p, parsed)),
@@ -118,49 +152,84 @@ def medoid(answers: list[Answer]) -> tuple[int | None, float | None]:
     boxed = [i for i, answer in enumerate(answers) if answer.bbox]
     if not boxed:
         return next((i for i, answer in enumerate(answers) if answer.points), None), None
-    agreement = {i: np.mean([box_iou(answers[i].bbox, answers[j].bbox) for j in boxed if j != i] or [0])
-                 for i in boxed}
+    agreement = {
+        i: np.mean([box_iou(answers[i].bbox, answers[j].bbox) for j in boxed if j != i] or [0])
+        for i in boxed
+    }
     best = max(boxed, key=agreement.get)
     return best, float(agreement[best]) if len(boxed) > 1 else None
 
 
 # ---------------------------------------------------------------- held-out questions
 
-def ask(crm, samples, indexes, kinds: dict[str, tuple[int, float]], max_new_tokens: int, seed: int,
-        batch: int = 0, official: bool = False) -> Iterator[tuple]:
+
+def ask(
+    crm,
+    samples,
+    indexes,
+    kinds: dict[str, tuple[int, float]],
+    max_new_tokens: int,
+    seed: int,
+    batch: int = 0,
+    official: bool = False,
+) -> Iterator[tuple]:
     """Put questions to the CRM -> (kind, sample, group, prediction) for each question and kind.
 
     kinds: {name: (completions per question, temperature)}; temperature 0 takes the most likely token. A prompt is
     encoded once for all kinds. batch: questions encoded at once (0: 64 on CUDA, else 16)."""
     batch = batch or (64 if crm.device.type == "cuda" else 16)
     for start in range(0, len(indexes), batch):
-        part = indexes[start:start + batch]
+        part = indexes[start : start + batch]
         chosen = [samples[i] for i in part]
         prompts = [crm.encode(s.image, fill_prompt(crm.template, s.query)) for s in chosen]
         for kind, (completions, temperature) in kinds.items():
             seeds = [(seed, 1, i) for i in part]
             groups = sample_groups(crm, prompts, completions, max_new_tokens, temperature, seeds)
             for i, sample, group in zip(part, chosen, groups):
-                yield kind, sample, group, prediction(sample, i, group.texts, group.prompt.frame, official,
-                                                       crm.answers)
+                yield (
+                    kind,
+                    sample,
+                    group,
+                    prediction(sample, i, group.texts, group.prompt.frame, official, crm.answers),
+                )
 
 
-def held_out(crm, samples, kinds: dict[str, tuple[int, float]], mode: str, weights: dict,
-             ranks: Ranks, max_new_tokens: int = 512, batch: int = 0, official: bool = False) -> list[dict]:
+def held_out(
+    crm,
+    samples,
+    kinds: dict[str, tuple[int, float]],
+    mode: str,
+    weights: dict,
+    ranks: Ranks,
+    max_new_tokens: int = 512,
+    batch: int = 0,
+    official: bool = False,
+) -> list[dict]:
     """Every sample's question under every kind (see `ask`) -> one row per kind and sample, in that order: kind, index,
     id, wording, QUESTION_METRICS, and the mean reward (model frame, without mask_dice)."""
     from extras.several import add_siblings
+
     weights = {name: weight for name, weight in weights.items() if name != "mask_dice"}
-    mine, rows = range(len(samples))[ranks.rank::ranks.world], []
-    for kind, sample, group, p in ask(crm, samples, mine, kinds, max_new_tokens, 0, batch, official):
+    mine, rows = range(len(samples))[ranks.rank :: ranks.world], []
+    for kind, sample, group, p in ask(
+        crm, samples, mine, kinds, max_new_tokens, 0, batch, official
+    ):
         terms = crm.answers.reward_terms(group.texts, sample, group.prompt.frame, official)
         rewards = [total_reward(term, mode, weights) for term in terms]
         rows.append((list(kinds).index(kind), p, sum(rewards) / len(rewards)))
     rows = sorted(ranks.gather(rows), key=lambda row: (row[0], row[1]["index"]))
     add_siblings([p for _, p, _ in rows])
-    return [{"kind": list(kinds)[kind], "index": p["index"], "id": p["id"], "wording": p["wording"],
-             **{key: metric(p) for key, (_, metric) in QUESTION_METRICS.items()}, "reward": reward}
-            for kind, p, reward in rows]
+    return [
+        {
+            "kind": list(kinds)[kind],
+            "index": p["index"],
+            "id": p["id"],
+            "wording": p["wording"],
+            **{key: metric(p) for key, (_, metric) in QUESTION_METRICS.items()},
+            "reward": reward,
+        }
+        for kind, p, reward in rows
+    ]
 
 
 def held_out_means(rows: list[dict]) -> dict[str, float]:

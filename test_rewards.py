@@ -1,6 +1,6 @@
 """rewards.py against hand numbers, the released code's numbers, and everything a model may write.
 
-    .venv/bin/python -m pytest -q test_rewards.py
+.venv/bin/python -m pytest -q test_rewards.py
 """
 
 import json
@@ -10,11 +10,23 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import rewards
-from rewards import (ANSWER_FORMAT, MODES, box_iou, parse_answer, point_dice, reward_formula, reward_terms,
-                     smooth_exp, smooth_log, total_reward, write_answer)
+from rewards import (
+    ANSWER_FORMAT,
+    MODES,
+    box_iou,
+    parse_answer,
+    point_dice,
+    reward_formula,
+    reward_terms,
+    smooth_exp,
+    smooth_log,
+    total_reward,
+    write_answer,
+)
 
 GT_BOX = (100, 100, 200, 200)  # 100 px square, diagonal 141.42
 GT_POINTS = ((120, 150), (180, 150))  # 60 px apart
@@ -22,11 +34,19 @@ BOX_TERMS = ("box_iou", "box_align", "box_scale")
 POINT_TERMS = ("point_dice", "point_align", "point_angle")
 BASE_TERMS = ("base_think", "base_answer", "base_iou", "base_box_l1", "base_points")
 ALL_TERMS = {"think_format", "answer_format", *BOX_TERMS, *POINT_TERMS, *BASE_TERMS}
-GOLDEN = [json.loads(line) for line in (Path(__file__).parent / "tests/golden/golden_rewards.jsonl").open()]
+GOLDEN = [
+    json.loads(line)
+    for line in (Path(__file__).parent / "tests/golden/golden_rewards.jsonl").open()
+]
 GOLDEN_TERMS = {
-    "format_think": "think_format", "format_seg": "answer_format",
-    "bbox_iou": "box_iou", "bbox_align": "box_align", "bbox_scale": "box_scale",
-    "points_dice": "point_dice", "points_align": "point_align", "points_angle": "point_angle",
+    "format_think": "think_format",
+    "format_seg": "answer_format",
+    "bbox_iou": "box_iou",
+    "bbox_align": "box_align",
+    "bbox_scale": "box_scale",
+    "points_dice": "point_dice",
+    "points_align": "point_align",
+    "points_angle": "point_angle",
 }
 GOLDEN_BASE = dict(zip(("thinking", "segment", "iou", "bbox_l1", "points_l1"), BASE_TERMS))
 
@@ -46,6 +66,7 @@ def answer(body, official=False):
 
 # ---- hand numbers ----
 
+
 def test_smoothing_by_hand():
     assert smooth_log(0) == pytest.approx(0.1)
     assert smooth_log(0.5) == pytest.approx(0.694868, abs=1e-6)  # 0.9 · ln 2.5 / ln 4 + 0.1
@@ -63,7 +84,9 @@ def test_metrics_by_hand():
     # unit circles, centres 1 apart: I = 2π/3 - √3/2 = 1.228370
     p, g = ((-1, 0), (1, 0)), ((0, 0), (2, 0))
     assert point_dice(p, g) == pytest.approx(1.228370 / math.pi, abs=1e-6)
-    assert point_dice(p, g, official=True) == pytest.approx(2 * 1.228370 / (2 * math.pi - 1.228370), abs=1e-5)
+    assert point_dice(p, g, official=True) == pytest.approx(
+        2 * 1.228370 / (2 * math.pi - 1.228370), abs=1e-5
+    )
     # radius 1 within radius 3: I = π, A + A* = 10π, U = 9π
     p, g = ((0, 0), (2, 0)), ((-2, 0), (4, 0))
     assert point_dice(p, g) == pytest.approx(2 / 10)
@@ -71,33 +94,49 @@ def test_metrics_by_hand():
     assert point_dice(p, ((9, 0), (11, 0))) == 0
     # different radii, 3 and 4 at 5: a right angle at the crossing, kite 12, α = atan(4/3), β = atan(3/4)
     lens = 9 * math.atan2(4, 3) + 16 * math.atan2(3, 4) - 12
-    assert point_dice(((-3, 0), (3, 0)), ((1, 0), (9, 0))) == pytest.approx(2 * lens / (25 * math.pi))
+    assert point_dice(((-3, 0), (3, 0)), ((1, 0), (9, 0))) == pytest.approx(
+        2 * lens / (25 * math.pi)
+    )
 
 
 def test_box_terms_of_a_box_slid_by_ten_pixels_by_hand():
     terms = score(box=(110, 100, 210, 200))  # both true points inside, same area: gate 1
-    assert terms["box_iou"] == pytest.approx(0.9 * math.log(3 * 9 / 11 + 1) / math.log(4) + 0.1)  # 9000/11000
-    assert terms["box_align"] == pytest.approx(smooth_exp(5 / 141.421356, 3, 1, 2))  # (10 + 0 + 10 + 0) / 4
+    assert terms["box_iou"] == pytest.approx(
+        0.9 * math.log(3 * 9 / 11 + 1) / math.log(4) + 0.1
+    )  # 9000/11000
+    assert terms["box_align"] == pytest.approx(
+        smooth_exp(5 / 141.421356, 3, 1, 2)
+    )  # (10 + 0 + 10 + 0) / 4
     assert terms["box_scale"] == 1
 
 
 def test_box_terms_of_a_half_wide_box_by_hand():
-    terms = score(box=(100, 100, 150, 200))  # misses one true point, area exactly half: V1 = V2 = 0.5
+    terms = score(
+        box=(100, 100, 150, 200)
+    )  # misses one true point, area exactly half: V1 = V2 = 0.5
     gate = 0.85
     assert terms["box_iou"] == pytest.approx(gate * smooth_log(0.5))
     assert terms["box_align"] == pytest.approx(gate * smooth_exp(12.5 / 141.421356, 3, 1, 2))
     # A and r both halve: d = √2 ln 2 = 0.980
-    assert terms["box_scale"] == pytest.approx(gate * smooth_exp(math.sqrt(2) * math.log(2), 3, 0.5, 1))
+    assert terms["box_scale"] == pytest.approx(
+        gate * smooth_exp(math.sqrt(2) * math.log(2), 3, 0.5, 1)
+    )
 
 
 def test_point_terms_by_hand():
-    terms = score(points=((150, 120), (150, 180)))  # same centre, turned by 90°; inside, 60 px apart: gate 1
+    terms = score(
+        points=((150, 120), (150, 180))
+    )  # same centre, turned by 90°; inside, 60 px apart: gate 1
     assert terms["point_dice"] == 1
-    assert terms["point_align"] == pytest.approx(smooth_exp(30 / 141.421356, 3, 1, 2))  # (30 + 30) / 2 each
+    assert terms["point_align"] == pytest.approx(
+        smooth_exp(30 / 141.421356, 3, 1, 2)
+    )  # (30 + 30) / 2 each
     assert terms["point_angle"] == pytest.approx(0.1)
     terms = score(points=((195, 150), (205, 150)))  # one outside, 10 px apart: V1 = V2 = 0.5
     assert terms["point_angle"] == pytest.approx(0.85)
-    assert terms["point_dice"] == pytest.approx(0.085)  # circles of radius 30 at 150 and 5 at 200: apart
+    assert terms["point_dice"] == pytest.approx(
+        0.085
+    )  # circles of radius 30 at 150 and 5 at 200: apart
     # 195 from 120 and 205 from 180: (75/2 + 25/2) / 2 = 25
     assert terms["point_align"] == pytest.approx(0.85 * smooth_exp(25 / 141.421356, 3, 1, 2))
 
@@ -121,6 +160,7 @@ def test_base_terms_by_hand():
 
 # ---- the released code ----
 
+
 def test_official_reproduces_every_released_number():
     assert len(GOLDEN) == 300
     for case in GOLDEN:
@@ -132,7 +172,10 @@ def test_official_reproduces_every_released_number():
         for theirs, ours in GOLDEN_BASE.items():
             assert terms[ours] == case["base"][theirs], (theirs, case)
         for mode in ("soft", "hard", "base"):
-            assert total_reward(terms, mode) == pytest.approx(case[mode]["score"], abs=1e-6), (mode, case)
+            assert total_reward(terms, mode) == pytest.approx(case[mode]["score"], abs=1e-6), (
+                mode,
+                case,
+            )
 
 
 def test_plain_metrics_equal_the_released_evaluation():
@@ -153,13 +196,17 @@ def test_ours_and_released_agree_to_rounding_where_no_quirk_applies():
         text, truth = case["completion"], (case["bbox"], case["points"])
         ours, theirs = reward_terms(text, *truth), reward_terms(text, *truth, official=True)
         if "```" not in text:
-            assert {n: ours[n] for n in exact} == pytest.approx({n: theirs[n] for n in exact}, abs=6e-5)
+            assert {n: ours[n] for n in exact} == pytest.approx(
+                {n: theirs[n] for n in exact}, abs=6e-5
+            )
 
 
 def test_quirk_1_released_pdice_is_over_the_union():
     slid = (130, 150), (190, 150)
     assert point_dice(slid, GT_POINTS) < 1 < point_dice(slid, GT_POINTS, official=True)
-    assert score(points=slid)["point_dice"] < 1 == score(points=slid, official=True)["point_dice"]  # clipped
+    assert (
+        score(points=slid)["point_dice"] < 1 == score(points=slid, official=True)["point_dice"]
+    )  # clipped
 
 
 def test_quirk_2_released_box_scale_never_falls_below_0_291():
@@ -171,8 +218,12 @@ def test_quirk_2_released_box_scale_never_falls_below_0_291():
 
 def test_quirk_3_released_base_has_dead_terms_and_wants_double_quotes():
     text = completion()
-    for official, quote, expected in ((False, '"', (1, 1, 1, 1, 1)), (True, '"', (1, 1, 0, 0, 1)),
-                                      (False, "'", (1, 1, 1, 1, 1)), (True, "'", (1, 0, 0, 0, 0))):
+    for official, quote, expected in (
+        (False, '"', (1, 1, 1, 1, 1)),
+        (True, '"', (1, 1, 0, 0, 1)),
+        (False, "'", (1, 1, 1, 1, 1)),
+        (True, "'", (1, 0, 0, 0, 0)),
+    ):
         terms = reward_terms(text.replace('"', quote), GT_BOX, GT_POINTS, official)
         assert tuple(terms[name] for name in BASE_TERMS) == expected
     unclosed = text.removesuffix("</answer>")
@@ -190,7 +241,9 @@ def test_quirk_4_released_accepts_inverted_boxes():
 
 def test_quirk_5_released_takes_an_answer_out_of_the_thoughts():
     draft, final = (0, 0, 50, 50), GT_BOX
-    text = completion(final, think=completion(draft).split("\n")[1])  # the second line of completion() is its answer block
+    text = completion(
+        final, think=completion(draft).split("\n")[1]
+    )  # the second line of completion() is its answer block
     assert parse_answer(text).bbox == final
     assert parse_answer(text, official=True).bbox == draft
     only_drafted = text.split("\n")[0]
@@ -223,11 +276,19 @@ def test_quirk_8_released_takes_no_fence():
 
 # ---- invariants ----
 
-@pytest.mark.parametrize("mode, most", [("soft", 4), ("hard", 8), ("base", 5), ("iou", 3), ("pdice", 3)])
+
+@pytest.mark.parametrize(
+    "mode, most", [("soft", 4), ("hard", 8), ("base", 5), ("iou", 3), ("pdice", 3)]
+)
 def test_a_perfect_answer_scores_exactly_the_most(mode, most):
     rng = random.Random(0)
     for _ in range(500):  # odd sizes and fractions, so that exactness is no accident
-        x, y, w, h = rng.uniform(0, 500), rng.uniform(0, 500), rng.uniform(20, 400), rng.uniform(20, 400)
+        x, y, w, h = (
+            rng.uniform(0, 500),
+            rng.uniform(0, 500),
+            rng.uniform(20, 400),
+            rng.uniform(20, 400),
+        )
         box = (x, y, x + w, y + h)
         points = ((x + w / 7, y + h / 3), (x + w / 7 + 0.6 * w, y + h / 2))
         for pair in (points, points[::-1]):
@@ -252,7 +313,9 @@ DIRECTIONS = [(math.cos(a), math.sin(a)) for a in (0.0, 0.3, math.pi / 2, 2.0, m
 def test_box_iou_and_box_align_fall_strictly_as_a_box_slides_away(dx, dy):
     slides = [score(tuple(v + t * d for v, d in zip(GT_BOX, (dx, dy, dx, dy)))) for t in range(99)]
     assert_falls([terms["box_iou"] for terms in slides])  # until nothing overlaps
-    far = [score(tuple(v + t * d for v, d in zip(GT_BOX, (dx, dy, dx, dy)))) for t in range(0, 380, 2)]
+    far = [
+        score(tuple(v + t * d for v, d in zip(GT_BOX, (dx, dy, dx, dy)))) for t in range(0, 380, 2)
+    ]
     assert_falls([terms["box_align"] for terms in far])  # until two diagonals
 
 
@@ -271,7 +334,9 @@ def test_point_dice_and_point_align_fall_strictly_as_a_pair_slides_away(dx, dy):
     def slid(t):
         return score(points=tuple((x + t * dx, y + t * dy) for x, y in GT_POINTS))
 
-    assert_falls([slid(t / 2)["point_dice"] for t in range(119)])  # until the circles, 60 px wide, part
+    assert_falls(
+        [slid(t / 2)["point_dice"] for t in range(119)]
+    )  # until the circles, 60 px wide, part
     assert_falls([slid(t)["point_align"] for t in range(0, 380, 2)])  # until two diagonals
 
 
@@ -298,12 +363,26 @@ def test_a_gate_lowers_only_its_own_terms():
     assert all(tiny[name] == 1 for name in POINT_TERMS)
 
 
-@pytest.mark.parametrize("gt_box", [(100, 100, 100, 100), (100, 100, 100, 200), (0, 0, 0, 0), GT_BOX])
+@pytest.mark.parametrize(
+    "gt_box", [(100, 100, 100, 100), (100, 100, 100, 200), (0, 0, 0, 0), GT_BOX]
+)
 @pytest.mark.parametrize("gt_points", [((150, 150), (150, 150)), ((0, 0), (0, 0)), GT_POINTS])
 @pytest.mark.parametrize("official", [False, True])
 def test_degenerate_truth_gives_finite_rewards(gt_box, gt_points, official):
-    boxes = [GT_BOX, gt_box, (0, 0, 1e-300, 1e-300), (-1e308, -1e308, 1e308, 1e308), (1, 1, 1e300, 2)]
-    pairs = [GT_POINTS, gt_points, ((0, 0), (1e-300, 0)), ((-1e308, 0), (1e308, 0)), ((1e200, 1), (1, 1e200))]
+    boxes = [
+        GT_BOX,
+        gt_box,
+        (0, 0, 1e-300, 1e-300),
+        (-1e308, -1e308, 1e308, 1e308),
+        (1, 1, 1e300, 2),
+    ]
+    pairs = [
+        GT_POINTS,
+        gt_points,
+        ((0, 0), (1e-300, 0)),
+        ((-1e308, 0), (1e308, 0)),
+        ((1e200, 1), (1, 1e200)),
+    ]
     for box in boxes:
         for points in pairs:
             terms = reward_terms(completion(box, points), gt_box, gt_points, official)
@@ -321,34 +400,59 @@ def test_true_points_that_coincide_can_still_be_hit():
 
 # ---- the frame: pixel thresholds are meant for 840 x 840 ----
 
+
 def test_thresholds_scale_with_the_frame_so_that_a_scaled_picture_scores_the_same():
     rng = random.Random(2)
     for _ in range(300):
-        box = tuple(rng.uniform(0, 300) for _ in range(2)) + tuple(rng.uniform(310, 600) for _ in range(2))
+        box = tuple(rng.uniform(0, 300) for _ in range(2)) + tuple(
+            rng.uniform(310, 600) for _ in range(2)
+        )
         points = tuple((rng.uniform(90, 210), rng.uniform(90, 210)) for _ in range(2))
         at_840 = reward_terms(completion(box, points), GT_BOX, GT_POINTS, frame=(840, 840))
         small = [tuple(v / 8 for v in xy) for xy in (box, *points, GT_BOX, *GT_POINTS)]
-        at_105 = reward_terms(completion(small[0], small[1:3]), small[3], small[4:], frame=(105, 105))
+        at_105 = reward_terms(
+            completion(small[0], small[1:3]), small[3], small[4:], frame=(105, 105)
+        )
         assert at_105 == pytest.approx(at_840, abs=1e-4)
         assert at_840 == score(box, points)  # without a frame, pixels are those of the 840 canvas
 
 
 def test_the_side_of_a_frame_is_the_geometric_mean_of_width_and_height():
-    for points, gate in ((((120, 150), (124.9, 150)), 0.925), (((120, 150), (125.1, 150)), 1)):  # 10 px are 5 px
+    for points, gate in (
+        (((120, 150), (124.9, 150)), 0.925),
+        (((120, 150), (125.1, 150)), 1),
+    ):  # 10 px are 5 px
         terms = reward_terms(completion(points=points), GT_BOX, GT_POINTS, frame=(210, 840))
         assert terms["point_angle"] == pytest.approx(gate)
     terms = reward_terms(completion((105, 100, 205, 200)), GT_BOX, GT_POINTS, frame=(210, 840))
     assert terms["base_box_l1"] == 1
-    assert reward_terms(completion((110.1, 100, 210.1, 200)), GT_BOX, GT_POINTS, frame=(210, 840))["base_box_l1"] == 0
+    assert (
+        reward_terms(completion((110.1, 100, 210.1, 200)), GT_BOX, GT_POINTS, frame=(210, 840))[
+            "base_box_l1"
+        ]
+        == 0
+    )
     far = ((120, 150), (180, 200.1))  # 25.05 px off on average, where 100 px are 50
-    assert reward_terms(completion((0, 0, 300, 300), far), GT_BOX, GT_POINTS, frame=(210, 840))["base_points"] == 1
+    assert (
+        reward_terms(completion((0, 0, 300, 300), far), GT_BOX, GT_POINTS, frame=(210, 840))[
+            "base_points"
+        ]
+        == 1
+    )
     far = ((120, 200.1), (180, 200.1))
-    assert reward_terms(completion((0, 0, 300, 300), far), GT_BOX, GT_POINTS, frame=(210, 840))["base_points"] == 0
+    assert (
+        reward_terms(completion((0, 0, 300, 300), far), GT_BOX, GT_POINTS, frame=(210, 840))[
+            "base_points"
+        ]
+        == 0
+    )
 
 
 def test_official_pixels_are_never_scaled():
     close = completion(points=((120, 150), (125, 150)))
-    assert reward_terms(close, GT_BOX, GT_POINTS, True, (84, 84)) == reward_terms(close, GT_BOX, GT_POINTS, True)
+    assert reward_terms(close, GT_BOX, GT_POINTS, True, (84, 84)) == reward_terms(
+        close, GT_BOX, GT_POINTS, True
+    )
 
 
 @pytest.mark.parametrize("apart", [0, 0.3, 1, 2, 5, 9, 30])
@@ -356,11 +460,16 @@ def test_official_pixels_are_never_scaled():
 def test_in_its_frame_the_truth_is_never_beaten_by_pushing_points_apart(apart, side):
     box, truth = (10, 10, 50, 40), ((20, 25), (20 + apart, 25))
     for mode in ("soft", "hard", "pdice", "base"):
+
         def earned(points):
-            return total_reward(reward_terms(completion(box, points), box, truth, frame=(side, side)), mode)
+            return total_reward(
+                reward_terms(completion(box, points), box, truth, frame=(side, side)), mode
+            )
 
         best = earned(truth)
-        assert best == reward_formula(mode)[1] or (apart == 0 and mode == "hard")  # one point has no direction
+        assert best == reward_formula(mode)[1] or (
+            apart == 0 and mode == "hard"
+        )  # one point has no direction
         for push in (0.01, 0.1, 0.5, 1, 1.34, 2, 4, 6, 9, 10.01):
             assert earned(((20 - push / 2, 25), (20 + apart + push / 2, 25))) <= best
             assert earned(((20, 25), (20 + apart + push, 25))) <= best
@@ -368,6 +477,7 @@ def test_in_its_frame_the_truth_is_never_beaten_by_pushing_points_apart(apart, s
 
 
 # ---- any number of key points ----
+
 
 @pytest.fixture
 def three(monkeypatch):
@@ -384,7 +494,9 @@ def test_three_points_are_written_read_and_scored_in_any_order(three):
     moved = (150, 160), (125, 150), (180, 155)
     first = reward_terms("<think>t</think>" + write_answer(GT_BOX, moved), GT_BOX, three)
     for order in ((0, 2, 1), (1, 0, 2), (2, 1, 0)):
-        other = reward_terms("<think>t</think>" + write_answer(GT_BOX, [moved[i] for i in order]), GT_BOX, three)
+        other = reward_terms(
+            "<think>t</think>" + write_answer(GT_BOX, [moved[i] for i in order]), GT_BOX, three
+        )
         assert other == pytest.approx(first, abs=1e-12)
     # (150, 160) from (150, 130), (125, 150) from (120, 150), (180, 155) from (180, 150): (30 + 5 + 5) / 2 / 3
     assert first["point_align"] == pytest.approx(smooth_exp(20 / 3 / 141.421356, 3, 1, 2))
@@ -399,58 +511,111 @@ def test_a_missing_third_point_is_a_missing_key(three):
 GOOD = "'bbox': [1, 2, 30, 40], 'points_1': [5, 6], 'points_2': [7.5, -8]"
 
 
-@pytest.mark.parametrize("body", [
-    "{%s}" % GOOD,
-    "{%s}" % GOOD.replace("'", '"'),
-    "\n\t {%s} \r\n" % GOOD,
-    "```json\n{%s}\n```" % GOOD,
-    " ```\n{%s}``` " % GOOD,
-    "{%s, 'note': 'extra key'}" % GOOD,
-    '{%s, "note": "the patient\'s left"}' % GOOD.replace("'", '"'),
-    "{%s}" % GOOD.replace("30", "3e1"),
-])
+@pytest.mark.parametrize(
+    "body",
+    [
+        "{%s}" % GOOD,
+        "{%s}" % GOOD.replace("'", '"'),
+        "\n\t {%s} \r\n" % GOOD,
+        "```json\n{%s}\n```" % GOOD,
+        " ```\n{%s}``` " % GOOD,
+        "{%s, 'note': 'extra key'}" % GOOD,
+        '{%s, "note": "the patient\'s left"}' % GOOD.replace("'", '"'),
+        "{%s}" % GOOD.replace("30", "3e1"),
+    ],
+)
 def test_accepted_answers(body):
     read = answer(body)
     assert read.problem == ""
     assert read.bbox == (1, 2, 30, 40) and read.points == ((5, 6), (7.5, -8))
 
 
-@pytest.mark.parametrize("bad", [
-    "NaN", "Infinity", "-Infinity", "true", "null", "'3'", "[3]", "{}", "1e999", "-1e999", "9" * 10_000,
-    "-" + "9" * 5_000,
-])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "NaN",
+        "Infinity",
+        "-Infinity",
+        "true",
+        "null",
+        "'3'",
+        "[3]",
+        "{}",
+        "1e999",
+        "-1e999",
+        "9" * 10_000,
+        "-" + "9" * 5_000,
+    ],
+)
 def test_a_bad_number_makes_the_box_or_the_points_malformed_but_not_both(bad):
     read = answer("{'bbox': [1, 2, %s, 40], 'points_1': [5, 6], 'points_2': [7, 8]}" % bad)
     assert read.bbox is None and read.points == ((5, 6), (7, 8)) and read.problem == "box malformed"
     read = answer("{'bbox': [1, 2, 30, 40], 'points_1': [5, 6], 'points_2': [7, %s]}" % bad)
-    assert read.bbox == (1, 2, 30, 40) and read.points is None and read.problem == "points malformed"
+    assert (
+        read.bbox == (1, 2, 30, 40) and read.points is None and read.problem == "points malformed"
+    )
 
 
-@pytest.mark.parametrize("text, think, think_format, problem", [
-    ("", None, 0, "no answer block"),
-    ("I cannot tell.", None, 0, "no answer block"),
-    ("<think>a</think>", "a", 1, "no answer block"),
-    ("<think></think><answer></answer>", "", 0.2, "answer is not a JSON object"),
-    ("<think> \n\t</think><answer>not json</answer>", " \n\t", 0.2, "answer is not a JSON object"),
-    ("<think>a</think><answer>[1, 2, 3]</answer>", "a", 1, "answer is not a JSON object"),
-    ("<think>a</think><answer>3</answer>", "a", 1, "answer is not a JSON object"),
-    ("<think>a</think><answer>{'bbox': [1, 2, 3, 4]</answer>", "a", 1, "answer is not a JSON object"),
-    ("<think>a</think><answer>" + "[" * 100_000 + "</answer>", "a", 1, "answer is not a JSON object"),
-    ("<think>a</think><answer>" + '{"a":' * 100_000 + "</answer>", "a", 1, "answer is not a JSON object"),
-    ("<think>a</think><answer>{}</answer>", "a", 1, "a key is missing"),
-    ("<think>a</think><answer>{'bbox': [1, 2, 3, 4]}</answer>", "a", 1, "a key is missing"),
-    ("<think>a</think><answer>{'bbox': 'x', 'points_1': 'y', 'points_2': 3}</answer>", "a", 1,
-     "box and points malformed"),
-    ("<think>a</think><answer>{'bbox': [1, 2, 3], 'points_1': [1, 2], 'points_2': [3, 4]}</answer>", "a", 1,
-     "box malformed"),
-    ("<think>a</think><answer>{'bbox': [1, 2, 3, 4], 'points_1': [1, 2], 'points_2': [3]}</answer>", "a", 1,
-     "points malformed"),
-    ("<think>unclosed <answer>{%s}</answer>" % GOOD, None, 0, ""),
-    ("<answer>{%s}</answer>" % GOOD, None, 0, ""),
-    ("<answer>{%s}</answer><think>too late</think>" % GOOD, "too late", 1, "no answer block"),
-    ("x <think>a</think> y <answer>{%s}</answer> z" % GOOD, "a", 1, ""),
-    ("<think>a</think><answer>{%s}" % GOOD, "a", 1, "no answer block"),
-])
+@pytest.mark.parametrize(
+    "text, think, think_format, problem",
+    [
+        ("", None, 0, "no answer block"),
+        ("I cannot tell.", None, 0, "no answer block"),
+        ("<think>a</think>", "a", 1, "no answer block"),
+        ("<think></think><answer></answer>", "", 0.2, "answer is not a JSON object"),
+        (
+            "<think> \n\t</think><answer>not json</answer>",
+            " \n\t",
+            0.2,
+            "answer is not a JSON object",
+        ),
+        ("<think>a</think><answer>[1, 2, 3]</answer>", "a", 1, "answer is not a JSON object"),
+        ("<think>a</think><answer>3</answer>", "a", 1, "answer is not a JSON object"),
+        (
+            "<think>a</think><answer>{'bbox': [1, 2, 3, 4]</answer>",
+            "a",
+            1,
+            "answer is not a JSON object",
+        ),
+        (
+            "<think>a</think><answer>" + "[" * 100_000 + "</answer>",
+            "a",
+            1,
+            "answer is not a JSON object",
+        ),
+        (
+            "<think>a</think><answer>" + '{"a":' * 100_000 + "</answer>",
+            "a",
+            1,
+            "answer is not a JSON object",
+        ),
+        ("<think>a</think><answer>{}</answer>", "a", 1, "a key is missing"),
+        ("<think>a</think><answer>{'bbox': [1, 2, 3, 4]}</answer>", "a", 1, "a key is missing"),
+        (
+            "<think>a</think><answer>{'bbox': 'x', 'points_1': 'y', 'points_2': 3}</answer>",
+            "a",
+            1,
+            "box and points malformed",
+        ),
+        (
+            "<think>a</think><answer>{'bbox': [1, 2, 3], 'points_1': [1, 2], 'points_2': [3, 4]}</answer>",
+            "a",
+            1,
+            "box malformed",
+        ),
+        (
+            "<think>a</think><answer>{'bbox': [1, 2, 3, 4], 'points_1': [1, 2], 'points_2': [3]}</answer>",
+            "a",
+            1,
+            "points malformed",
+        ),
+        ("<think>unclosed <answer>{%s}</answer>" % GOOD, None, 0, ""),
+        ("<answer>{%s}</answer>" % GOOD, None, 0, ""),
+        ("<answer>{%s}</answer><think>too late</think>" % GOOD, "too late", 1, "no answer block"),
+        ("x <think>a</think> y <answer>{%s}</answer> z" % GOOD, "a", 1, ""),
+        ("<think>a</think><answer>{%s}" % GOOD, "a", 1, "no answer block"),
+    ],
+)
 def test_graded_formats(text, think, think_format, problem):
     read = parse_answer(text)
     terms = reward_terms(text, GT_BOX, GT_POINTS)
@@ -463,30 +628,100 @@ def test_graded_formats(text, think, think_format, problem):
 
 def test_base_think_wants_the_two_blocks_and_nothing_else():
     think, tail = completion().split("\n")
-    for text in (completion(), completion(between=""), completion(between=" \n "), completion(think="")):
+    for text in (
+        completion(),
+        completion(between=""),
+        completion(between=" \n "),
+        completion(think=""),
+    ):
         assert reward_terms(text, GT_BOX, GT_POINTS)["base_think"] == 1
-    for text in ("x" + completion(), completion() + "x", completion(between="so:"), think, tail, tail + think):
+    for text in (
+        "x" + completion(),
+        completion() + "x",
+        completion(between="so:"),
+        think,
+        tail,
+        tail + think,
+    ):
         assert reward_terms(text, GT_BOX, GT_POINTS)["base_think"] == 0
 
 
 def test_what_is_written_is_what_is_read_and_a_prompt_can_show_it():
-    assert write_answer((1, 2, 30, 40), ((5, 6), (7.5, 8))) == \
-        '<answer>{"bbox": [1, 2, 30, 40], "points_1": [5, 6], "points_2": [7.5, 8]}</answer>'
-    assert parse_answer(write_answer((1, 2, 30, 40), ((5, 6), (7.5, 8)))).points == ((5, 6), (7.5, 8))
+    assert (
+        write_answer((1, 2, 30, 40), ((5, 6), (7.5, 8)))
+        == '<answer>{"bbox": [1, 2, 30, 40], "points_1": [5, 6], "points_2": [7.5, 8]}</answer>'
+    )
+    assert parse_answer(write_answer((1, 2, 30, 40), ((5, 6), (7.5, 8)))).points == (
+        (5, 6),
+        (7.5, 8),
+    )
     assert '"points_2": [x, y]}' in write_answer(("x1", "y1", "x2", "y2"), [("x", "y")] * 2)
     with pytest.raises(ValueError):
         write_answer((1, 2, 3, 4), ((1, 2),))
 
 
 FRAGMENTS = [
-    "<think>", "</think>", "<answer>", "</answer>", "<answer", "think>", "<think>a</think>", "<|image_pad|>",
-    "{", "}", "[", "]", "'", '"', ":", ",", "#", "\\", "\n", " ", "```json", "```",
-    "'bbox': ", '"bbox": ', "'points_1': ", '"points_1": ', "'points_2': ", '"points_2": ',
-    "[1, 2]", "[100, 100, 200, 200]", "[120, 150]", "[180, 150]", "[4, 3, 2, 1]", "[[1, 2]]", "[1e308, 5]",
-    "[-1e308, -1e308, 1e308, 1e308]", "[0, 0, 1e-320, 1e-320]", '{"bbox": {"bbox": []}}', "[" * 70,
-    "NaN", "Infinity", "-Infinity", "true", "null", "1e999", "9" * 400, "9" * 10_000, "-0.0", "5e-324",
-    "{'a':" * 70, "1_0", "0x10", "\\u0000", "\x00", "\ud800", "é", "象", "\u2028", "\ufeff",
-    "{%s}" % GOOD, "<answer>{%s}</answer>" % GOOD,
+    "<think>",
+    "</think>",
+    "<answer>",
+    "</answer>",
+    "<answer",
+    "think>",
+    "<think>a</think>",
+    "<|image_pad|>",
+    "{",
+    "}",
+    "[",
+    "]",
+    "'",
+    '"',
+    ":",
+    ",",
+    "#",
+    "\\",
+    "\n",
+    " ",
+    "```json",
+    "```",
+    "'bbox': ",
+    '"bbox": ',
+    "'points_1': ",
+    '"points_1": ',
+    "'points_2': ",
+    '"points_2": ',
+    "[1, 2]",
+    "[100, 100, 200, 200]",
+    "[120, 150]",
+    "[180, 150]",
+    "[4, 3, 2, 1]",
+    "[[1, 2]]",
+    "[1e308, 5]",
+    "[-1e308, -1e308, 1e308, 1e308]",
+    "[0, 0, 1e-320, 1e-320]",
+    '{"bbox": {"bbox": []}}',
+    "[" * 70,
+    "NaN",
+    "Infinity",
+    "-Infinity",
+    "true",
+    "null",
+    "1e999",
+    "9" * 400,
+    "9" * 10_000,
+    "-0.0",
+    "5e-324",
+    "{'a':" * 70,
+    "1_0",
+    "0x10",
+    "\\u0000",
+    "\x00",
+    "\ud800",
+    "é",
+    "象",
+    "\u2028",
+    "\ufeff",
+    "{%s}" % GOOD,
+    "<answer>{%s}</answer>" % GOOD,
 ]
 
 
@@ -498,11 +733,19 @@ def hostile_texts(count, seed=0):
             yield "".join(rng.choices(FRAGMENTS, k=rng.randrange(14)))
             continue
         # nearly right, so that the formulas are reached with numbers of every size
-        numbers = [rng.choice(odd) if rng.random() < 0.3 else str(rng.randrange(300)) for _ in range(8)]
-        body = '{"bbox": [%s, %s, %s, %s], "points_1": [%s, %s], "points_2": [%s, %s]}' % tuple(numbers)
+        numbers = [
+            rng.choice(odd) if rng.random() < 0.3 else str(rng.randrange(300)) for _ in range(8)
+        ]
+        body = '{"bbox": [%s, %s, %s, %s], "points_1": [%s, %s], "points_2": [%s, %s]}' % tuple(
+            numbers
+        )
         text = f"<think>{rng.choice(FRAGMENTS)}</think><answer>{body}</answer>"
         cut = rng.randrange(len(text))
-        yield text if index % 4 else text[:cut] + rng.choice(FRAGMENTS) + text[cut + rng.randrange(3):]
+        yield (
+            text
+            if index % 4
+            else text[:cut] + rng.choice(FRAGMENTS) + text[cut + rng.randrange(3) :]
+        )
 
 
 def test_thousands_of_hostile_texts_never_raise_and_stay_within_0_and_1():
@@ -515,12 +758,41 @@ def test_thousands_of_hostile_texts_never_raise_and_stay_within_0_and_1():
     assert read > 1_250  # many of them got as far as the formulas
 
 
-@pytest.mark.parametrize("unit", [
-    "<think>", "<think></think>", "</think><think>", "<answer>", "<think><answer>", "</answer>", "<", "```",
-    " ", "\n", "{", "{}", "[", "[]", "'", '"', "\\", "9", "0.5", "1e9", ",", "{'bbox': ",
-])
-@pytest.mark.parametrize("frame", ["%s", "<think>a</think><answer>%s</answer>",
-                                   '<answer>{"bbox": [%s, 1, 2, 3], "points_1": "%s"}</answer>'])
+@pytest.mark.parametrize(
+    "unit",
+    [
+        "<think>",
+        "<think></think>",
+        "</think><think>",
+        "<answer>",
+        "<think><answer>",
+        "</answer>",
+        "<",
+        "```",
+        " ",
+        "\n",
+        "{",
+        "{}",
+        "[",
+        "[]",
+        "'",
+        '"',
+        "\\",
+        "9",
+        "0.5",
+        "1e9",
+        ",",
+        "{'bbox': ",
+    ],
+)
+@pytest.mark.parametrize(
+    "frame",
+    [
+        "%s",
+        "<think>a</think><answer>%s</answer>",
+        '<answer>{"bbox": [%s, 1, 2, 3], "points_1": "%s"}</answer>',
+    ],
+)
 def test_megabytes_are_read_in_linear_time(unit, frame):
     text = frame.replace("%s", unit * (1_000_000 // len(unit)))
     start = time.perf_counter()
@@ -554,6 +826,7 @@ def test_what_is_said_is_what_is_read(box, points):
 
 # ---- totals ----
 
+
 def test_a_weight_multiplies_its_term_and_switches_on_one_outside_the_mode():
     terms = {name: 0.5 for name in ALL_TERMS} | {"mask_dice": 0.25}
     assert total_reward(terms, "soft") == 2
@@ -583,22 +856,44 @@ def test_a_weight_that_is_not_finite_is_refused(weight):
 
 def test_the_formula_says_what_is_summed_and_its_maximum():
     assert reward_formula("soft") == ("think_format + answer_format + box_iou + point_dice", 4)
-    assert reward_formula("soft", {"box_iou": 3}) == ("think_format + answer_format + 3 box_iou + point_dice", 6)
+    assert reward_formula("soft", {"box_iou": 3}) == (
+        "think_format + answer_format + 3 box_iou + point_dice",
+        6,
+    )
     assert reward_formula("iou", {"think_format": 0, "mask_dice": 0.5}) == (
-        "answer_format + box_iou + 0.5 mask_dice", 2.5)
+        "answer_format + box_iou + 0.5 mask_dice",
+        2.5,
+    )
     assert reward_formula("iou", {"point_dice": -0.5}) == (
-        "think_format + answer_format + box_iou - 0.5 point_dice", 3)
+        "think_format + answer_format + box_iou - 0.5 point_dice",
+        3,
+    )
     for mode, most in (("soft", 4), ("hard", 8), ("base", 5), ("iou", 3), ("pdice", 3)):
         assert reward_formula(mode)[1] == most
     with pytest.raises(ValueError, match="box_iuo"):
         reward_formula("soft", {"box_iuo": 1})
 
 
-@pytest.mark.parametrize("after, line, without", [
-    ('"answer_format": ANSWER_FORMAT', '"mine": float("round" in (answer.think or "")),', "<think>flat</think>"),
-    ('"box_iou": smooth_log', '"mine": smooth_exp(math.dist(box[:2], gt_box[:2]) / 99, k=3, c=1, v_max=2),', ""),
-    ('"point_dice": smooth_log', '"mine": smooth_log(cosine),', completion(points=((1, 2), (3, "4")))),
-])
+@pytest.mark.parametrize(
+    "after, line, without",
+    [
+        (
+            '"answer_format": ANSWER_FORMAT',
+            '"mine": float("round" in (answer.think or "")),',
+            "<think>flat</think>",
+        ),
+        (
+            '"box_iou": smooth_log',
+            '"mine": smooth_exp(math.dist(box[:2], gt_box[:2]) / 99, k=3, c=1, v_max=2),',
+            "",
+        ),
+        (
+            '"point_dice": smooth_log',
+            '"mine": smooth_log(cosine),',
+            completion(points=((1, 2), (3, "4"))),
+        ),
+    ],
+)
 def test_a_new_term_is_one_line(monkeypatch, after, line, without):
     before, source = score(), Path(rewards.__file__).read_text().splitlines()
     (at,) = [number for number, text in enumerate(source) if text.strip().startswith(after)]

@@ -10,6 +10,7 @@ for completions of full length. Nothing here is measured; a run's own peak is in
 
 Three phases take turns: sampling, the reference's forward pass, the update. What they share stays.
 """
+
 import re
 import sys
 from dataclasses import dataclass
@@ -28,38 +29,44 @@ from runtime.optim import BUCKET
 from scoring import LOGITS_CHUNK
 
 GB = 1e9
-CONTEXT = 1.0                   # GB that CUDA, cuBLAS and NCCL take: an assumption
-SUSTAINED = 400e12              # operations per second of one H100 that a well-fed bfloat16 model reaches
-USABLE = 0.95                   # of a card, beside what fragmentation wastes
-PATCH, MERGE = 14, 2            # pixels along a patch, patches along an image token
+CONTEXT = 1.0  # GB that CUDA, cuBLAS and NCCL take: an assumption
+SUSTAINED = 400e12  # operations per second of one H100 that a well-fed bfloat16 model reaches
+USABLE = 0.95  # of a card, beside what fragmentation wastes
+PATCH, MERGE = 14, 2  # pixels along a patch, patches along an image token
 
 
 @dataclass
 class Need:
     """What decides the memory of one rank. Sizes are in tokens and in patches of the vision tower."""
-    model: torch.nn.Module      # without memory
-    cfg: object                 # the run's Config
+
+    model: torch.nn.Module  # without memory
+    cfg: object  # the run's Config
     gpus: int
-    prompt: int                 # tokens of the longest prompt, its image's among them
-    patches: int                # of its image
-    card: float = 80.0          # GB
+    prompt: int  # tokens of the longest prompt, its image's among them
+    patches: int  # of its image
+    card: float = 80.0  # GB
 
     def __post_init__(self):
         cfg, c = self.cfg, self.model.config.text_config
         self.grpo = hasattr(cfg, "group")
         self.G = cfg.group if self.grpo else 1
-        self.questions = cfg.prompts if self.grpo else cfg.batch                # per step, over all ranks
-        self.prompts = -(-cfg.prompts // self.gpus) if self.grpo else 0         # sampled per step by a rank
-        self.width = 4 if cfg.dtype == "float32" else 2                         # bytes per weight
+        self.questions = cfg.prompts if self.grpo else cfg.batch  # per step, over all ranks
+        self.prompts = (
+            -(-cfg.prompts // self.gpus) if self.grpo else 0
+        )  # sampled per step by a rank
+        self.width = 4 if cfg.dtype == "float32" else 2  # bytes per weight
         self.shards = min(8, self.gpus) if cfg.parallel == "fsdp" and self.gpus > 1 else 1
         self.reference = self.grpo and cfg.kl_coef > 0 and cfg.lora_rank == 0
-        longest = self.prompt + cfg.max_new_tokens                              # one completion is never cut
+        longest = self.prompt + cfg.max_new_tokens  # one completion is never cut
         self.pack = max(cfg.pack_tokens, longest) if self.grpo else cfg.micro_batch * longest
         self.images = max(1, self.pack // (self.prompt + self.G)) if self.grpo else cfg.micro_batch
         self.head_size = c.hidden_size // c.num_attention_heads
-        self.cache_per_token = 2 * c.num_hidden_layers * c.num_key_value_heads * self.head_size * self.width
+        self.cache_per_token = (
+            2 * c.num_hidden_layers * c.num_key_value_heads * self.head_size * self.width
+        )
         self.frozen_tower = cfg.lora_rank > 0 or not any(
-            name.startswith("model.visual") for name in self.trained())
+            name.startswith("model.visual") for name in self.trained()
+        )
 
     def trained(self) -> dict[str, int]:
         """{name: number of elements} of what trains."""
@@ -87,23 +94,31 @@ def without_weights(config):
 
 # ---------------------------------------------------------------- memory
 
+
 def resident(n: Need) -> dict[str, float]:
     """Bytes that one rank holds all the time."""
     cfg, N, trained = n.cfg, count(n.model), sum(n.trained().values())
-    masters = cfg.dtype != "float32" and not cfg.offload        # else the weights, or host memory, hold them
+    masters = (
+        cfg.dtype != "float32" and not cfg.offload
+    )  # else the weights, or host memory, hold them
     if n.shards > 1:
         out = {"weights and float32 masters, sharded": N * 4 / n.shards}
     else:
-        out = {"weights": N * n.width, "LoRA matrices": trained * n.width if cfg.lora_rank else 0,
-               "float32 masters": trained * 4 * masters}
-    image = n.patches * 3 * 2 * PATCH ** 2 * 4                  # pixels, of two frames, float32
-    if n.frozen_tower:                                          # its features are kept
-        image += n.patches / MERGE ** 2 * n.model.config.text_config.hidden_size * n.width
-    return out | {"gradients, float32": trained * 4 / n.shards,
-                  "AdamW's two moments": 0 if cfg.offload else trained * 8 / n.shards,
-                  "reference model": N * n.width / n.shards * (n.reference and not cfg.offload),
-                  "images of a step": image * n.questions / n.gpus,
-                  "CUDA context (assumed)": CONTEXT * GB}
+        out = {
+            "weights": N * n.width,
+            "LoRA matrices": trained * n.width if cfg.lora_rank else 0,
+            "float32 masters": trained * 4 * masters,
+        }
+    image = n.patches * 3 * 2 * PATCH**2 * 4  # pixels, of two frames, float32
+    if n.frozen_tower:  # its features are kept
+        image += n.patches / MERGE**2 * n.model.config.text_config.hidden_size * n.width
+    return out | {
+        "gradients, float32": trained * 4 / n.shards,
+        "AdamW's two moments": 0 if cfg.offload else trained * 8 / n.shards,
+        "reference model": N * n.width / n.shards * (n.reference and not cfg.offload),
+        "images of a step": image * n.questions / n.gpus,
+        "CUDA context (assumed)": CONTEXT * GB,
+    }
 
 
 def layer_bytes(n: Need) -> float:
@@ -135,14 +150,20 @@ def sampling(n: Need, steady: float) -> tuple[dict[str, float], int]:
     gathered = {"weights, gathered": count(n.model) * n.width if n.shards > 1 else 0}
     P = at_once(n, n.card * GB - steady - sum(gathered.values()))
     rows, keys = P * n.G, n.prompt + cfg.max_new_tokens
-    prefill = P * n.prompt * n.cache_per_token + n.prompt * layer_bytes(n) + P * tower_bytes(n, False)
-    logits = rows * c.vocab_size * (n.width + 3 * 4 + 8)    # as computed; float32, log p, p; cdf in float64
-    scores = rows * c.num_attention_heads * keys * 3 * 4        # of one layer, float32
+    prefill = (
+        P * n.prompt * n.cache_per_token + n.prompt * layer_bytes(n) + P * tower_bytes(n, False)
+    )
+    logits = (
+        rows * c.vocab_size * (n.width + 3 * 4 + 8)
+    )  # as computed; float32, log p, p; cdf in float64
+    scores = rows * c.num_attention_heads * keys * 3 * 4  # of one layer, float32
     step = logits + scores + rows * layer_bytes(n)
-    return gathered | {"keys and values of prompts": P * n.prompt * n.cache_per_token,
-                       "keys and values of completions": rows * cfg.max_new_tokens * n.cache_per_token,
-                       "prefill, or decoding step": max(prefill, step),
-                       "decoding step's CUDA graph": step if getattr(cfg, "cuda_graphs", False) else 0}, P
+    return gathered | {
+        "keys and values of prompts": P * n.prompt * n.cache_per_token,
+        "keys and values of completions": rows * cfg.max_new_tokens * n.cache_per_token,
+        "prefill, or decoding step": max(prefill, step),
+        "decoding step's CUDA graph": step if getattr(cfg, "cuda_graphs", False) else 0,
+    }, P
 
 
 def passes(n: Need, backward: bool) -> dict[str, float]:
@@ -150,21 +171,32 @@ def passes(n: Need, backward: bool) -> dict[str, float]:
     c, cfg, trained = n.model.config.text_config, n.cfg, n.trained()
     kept = 0
     if backward:
-        kept = c.num_hidden_layers * (c.hidden_size * n.width if cfg.checkpointing else layer_bytes(n))
+        kept = c.num_hidden_layers * (
+            c.hidden_size * n.width if cfg.checkpointing else layer_bytes(n)
+        )
     # the completions' keys and values, each with the prompt's before it
-    repeated = n.G * (n.prompt + cfg.max_new_tokens) * 2 * c.num_key_value_heads * n.head_size * n.width
+    repeated = (
+        n.G * (n.prompt + cfg.max_new_tokens) * 2 * c.num_key_value_heads * n.head_size * n.width
+    )
     chunk = LOGITS_CHUNK["cuda"]
-    out = {"language layers": n.pack * (kept + layer_bytes(n) * (1 + backward)) + repeated * (1 + backward),
-           "vision tower": n.images * tower_bytes(n, backward),
-           "logits of a chunk": chunk * (n.width + (4 if backward else 2) * 4)}
+    out = {
+        "language layers": n.pack * (kept + layer_bytes(n) * (1 + backward))
+        + repeated * (1 + backward),
+        "vision tower": n.images * tower_bytes(n, backward),
+        "logits of a chunk": chunk * (n.width + (4 if backward else 2) * 4),
+    }
     if n.shards > 1:
         model = n.model.model
         layers = (*model.language_model.layers, *model.visual.blocks)
-        root = count(n.model) - sum(map(count, layers))         # embedding and vocabulary projection, mostly
+        root = count(n.model) - sum(
+            map(count, layers)
+        )  # embedding and vocabulary projection, mostly
         two = 2 * count(model.language_model.layers[0])
-        out["two layers, embedding, head, gathered"] = (root + two) * (n.width + backward * (n.width + 4))
+        out["two layers, embedding, head, gathered"] = (root + two) * (
+            n.width + backward * (n.width + 4)
+        )
     elif backward:
-        one = max(trained.values()) * (n.width + 4)             # one gradient as computed, and in float32
+        one = max(trained.values()) * (n.width + 4)  # one gradient as computed, and in float32
         out["one gradient, or ranks' bucket"] = max(one, 4 * BUCKET * (n.gpus > 1))
     return out
 
@@ -180,20 +212,28 @@ def memory(n: Need) -> dict[str, float]:
         if n.reference and n.cfg.offload:
             phases["reference"] |= {"reference model": count(n.model) * n.width}
         if n.reference and n.shards > 1:
-            phases["reference"] |= {"two layers, embedding, head, gathered": 0,
-                                    "reference model, gathered": count(n.model) * n.width}
+            phases["reference"] |= {
+                "two layers, embedding, head, gathered": 0,
+                "reference model, gathered": count(n.model) * n.width,
+            }
     phases["update"] = passes(n, True)
     for phase, parts in phases.items():
         rows |= {f"{phase}: {name}": value for name, value in parts.items()}
     rows = {name: value / GB for name, value in rows.items() if value}
-    return rows | {"most at once": (base + max(sum(parts.values()) for parts in phases.values())) / GB}
+    return rows | {
+        "most at once": (base + max(sum(parts.values()) for parts in phases.values())) / GB
+    }
 
 
 def table(columns: dict[str, dict[str, float]]) -> str:
     """Markdown: what is resident, then the phases, the most at once last. A cell is empty where it is 0."""
-    names = dict.fromkeys(name for column in columns.values() for name in column if name != "most at once")
+    names = dict.fromkeys(
+        name for column in columns.values() for name in column if name != "most at once"
+    )
     phases = ["", "sampling", "reference", "update"]
-    names = sorted(names, key=lambda name: phases.index(name.split(": ")[0] if ": " in name else ""))
+    names = sorted(
+        names, key=lambda name: phases.index(name.split(": ")[0] if ": " in name else "")
+    )
     lines = ["| GB | " + " | ".join(columns) + " |", "|---" + "|---" * len(columns) + "|"]
     for name in [*names, "most at once"]:
         cells = (f"{column[name]:.1f}" if name in column else "" for column in columns.values())
@@ -203,6 +243,7 @@ def table(columns: dict[str, dict[str, float]]) -> str:
 
 # ---------------------------------------------------------------- operations
 
+
 def operations(n: Need) -> float:
     """Operations of a step over all ranks, for completions of full length: 2 per weight and token forward, 4
     backward, or 2 through frozen weights. Attention's own products are left out."""
@@ -210,7 +251,7 @@ def operations(n: Need) -> float:
     words = n.prompt + n.G * cfg.max_new_tokens
     body = 2 * count(model.language_model.layers) * words
     head = 2 * count(n.model.lm_head) * n.G * cfg.max_new_tokens
-    tower = 2 * (count(visual.blocks) * n.patches + count(visual.merger) * n.patches / MERGE ** 2)
+    tower = 2 * (count(visual.blocks) * n.patches + count(visual.merger) * n.patches / MERGE**2)
     update = (2 if cfg.lora_rank else 3) + cfg.checkpointing
     forwards = [update]
     if n.grpo:
@@ -222,6 +263,7 @@ def operations(n: Need) -> float:
 
 # ---------------------------------------------------------------- plans
 
+
 def plan(cfg) -> str:
     """What a run needs. ValueError when the checkpoint's configuration cannot be read."""
     train = load_samples(cfg.data, "train", cfg.skip_bad_rows)
@@ -230,44 +272,64 @@ def plan(cfg) -> str:
         tokenizer = AutoTokenizer.from_pretrained(cfg.crm)
         processor = Qwen2VLImageProcessorPil.from_pretrained(cfg.crm)
     except OSError as error:
-        raise ValueError(f"--crm {cfg.crm}: cannot be loaded ({str(error).splitlines()[0]})") from None
+        raise ValueError(
+            f"--crm {cfg.crm}: cannot be loaded ({str(error).splitlines()[0]})"
+        ) from None
     most = cfg.max_pixels or min(MAX_PIXELS, processor.size["longest_edge"])
     template, lengths, patches = load_prompt(cfg.prompt or "reasoning"), [], []
     for sample in (train[i] for i in range(min(16, len(train)))):
-        W, H = model_size(sample.image.size, cfg.resize or "aspect", cfg.min_pixels or MIN_PIXELS, most)
-        patches.append(W * H // PATCH ** 2)
+        W, H = model_size(
+            sample.image.size, cfg.resize or "aspect", cfg.min_pixels or MIN_PIXELS, most
+        )
+        patches.append(W * H // PATCH**2)
         text = tokenizer("".join(CHAT) + fill_prompt(template, sample.query)).input_ids
-        lengths.append(len(text) + patches[-1] // MERGE ** 2)
+        lengths.append(len(text) + patches[-1] // MERGE**2)
     n = Need(model, cfg, cfg.gpus, max(lengths), max(patches), cfg.card)
     column, work = memory(n), operations(n)
     usable, trained = USABLE * cfg.card, sum(n.trained().values())
     fits = "fits" if column["most at once"] <= usable else "does NOT fit"
-    lines = [f"{cfg.crm}: {count(model) / 1e9:.2f} billion parameters, {trained:,} of them train",
-             f"{len(train)} training samples, prompts of {min(lengths)} to {max(lengths)} tokens",
-             f"per step {n.questions} x {n.G} completions of up to {cfg.max_new_tokens} tokens",
-             f"on {cfg.gpus} GPUs, --parallel {cfg.parallel}"]
+    lines = [
+        f"{cfg.crm}: {count(model) / 1e9:.2f} billion parameters, {trained:,} of them train",
+        f"{len(train)} training samples, prompts of {min(lengths)} to {max(lengths)} tokens",
+        f"per step {n.questions} x {n.G} completions of up to {cfg.max_new_tokens} tokens",
+        f"on {cfg.gpus} GPUs, --parallel {cfg.parallel}",
+    ]
     if n.prompts:
         _, together = sampling(n, sum(resident(n).values()))
         lines[-1] += f", {together} of a rank's {n.prompts} prompts sampled together"
-    return "\n".join([*lines, "", table({"one GPU": column}), "",
-                      f"{fits} on a GPU of {cfg.card:g} GB, of which {usable:.0f} are counted on",
-                      f"{work / 1e15:.2f} PFLOP per step: {work / SUSTAINED / cfg.gpus:.1f} s at "
-                      f"{SUSTAINED / 1e12:.0f} TFLOP/s per GPU, beside the sampler's waiting for memory",
-                      "arithmetic for completions of full length, not measured"])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            table({"one GPU": column}),
+            "",
+            f"{fits} on a GPU of {cfg.card:g} GB, of which {usable:.0f} are counted on",
+            f"{work / 1e15:.2f} PFLOP per step: {work / SUSTAINED / cfg.gpus:.1f} s at "
+            f"{SUSTAINED / 1e12:.0f} TFLOP/s per GPU, beside the sampler's waiting for memory",
+            "arithmetic for completions of full length, not measured",
+        ]
+    )
 
 
 def overview() -> str:
     """3B and 7B at 840 x 840 px: 8 prompts per GPU, 16 completions of 512 tokens, --checkpointing."""
-    kinds = {"LoRA": {"lora_rank": 64}, "full": {}, "full, --offload": {"offload": True},
-             "full, 8 shards": {"parallel": "fsdp"}}
+    kinds = {
+        "LoRA": {"lora_rank": 64},
+        "full": {},
+        "full, --offload": {"offload": True},
+        "full, 8 shards": {"parallel": "fsdp"},
+    }
     columns = {}
     for size in ("3b", "7b"):
         model = without_weights(config_of(size))
         for kind, flags in kinds.items():
             gpus = 8 if "parallel" in flags else 1
-            cfg = train_grpo.Config(prompts=8 * gpus, group=16, max_new_tokens=512, checkpointing=True,
-                                    **flags)
-            columns[f"{size.upper()} {kind}"] = memory(Need(model, cfg, gpus, prompt=1150, patches=3600))
+            cfg = train_grpo.Config(
+                prompts=8 * gpus, group=16, max_new_tokens=512, checkpointing=True, **flags
+            )
+            columns[f"{size.upper()} {kind}"] = memory(
+                Need(model, cfg, gpus, prompt=1150, patches=3600)
+            )
     return table(columns)
 
 
@@ -288,7 +350,7 @@ def main(argv: list[str]) -> None:
         print(overview())
         return
     kind = SftPlan if argv[0] == "train_sft" else GrpoPlan
-    config = parse_args(kind, __doc__, argv=argv[argv[0] in ("train_sft", "train_grpo"):])
+    config = parse_args(kind, __doc__, argv=argv[argv[0] in ("train_sft", "train_grpo") :])
     with exit_on(ValueError, OSError):
         print(plan(config))
 

@@ -7,6 +7,7 @@ drew, and whether those are the oracle's. In float32 a way must meet the oracle;
 near as that slow forward in bfloat16. The last row is a model with key biases as large as Qwen2.5's
 (bench/random_model.py): the sampler must give its tokens the log-probabilities that the scorer gives them.
 """
+
 from dataclasses import replace
 
 import torch
@@ -19,10 +20,10 @@ from sampling import sample
 from scoring import score
 
 P, G, T = 3, 6, 96
-FLOAT32 = 1e-4          # largest relative error
-BFLOAT16 = 2            # the same, as a multiple of the slow forward's
-EQUAL = 0.9             # share of completions that are the oracle's, in float32
-GAP = 0.01              # largest mean |sampled - scored| log-probability with large key biases, in nats
+FLOAT32 = 1e-4  # largest relative error
+BFLOAT16 = 2  # the same, as a multiple of the slow forward's
+EQUAL = 0.9  # share of completions that are the oracle's, in float32
+GAP = 0.01  # largest mean |sampled - scored| log-probability with large key biases, in nats
 
 
 def naive_logp(crm: CRM, group: Group, temperature: float) -> torch.Tensor:
@@ -30,9 +31,16 @@ def naive_logp(crm: CRM, group: Group, temperature: float) -> torch.Tensor:
     out, p = [], group.prompt
     for tokens, n in zip(group.tokens, group.lengths.tolist()):
         ids = torch.cat([p.ids, tokens[:n]])[None]
-        logits = crm.model(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=p.pixel_values,
-                           image_grid_thw=p.grid_thw, mm_token_type_ids=(ids == crm.image_id).int()).logits[0]
-        logits = (logits[len(p.ids) - 1:-1].float() / temperature).index_fill(1, crm.banned, -torch.inf)
+        logits = crm.model(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            pixel_values=p.pixel_values,
+            image_grid_thw=p.grid_thw,
+            mm_token_type_ids=(ids == crm.image_id).int(),
+        ).logits[0]
+        logits = (logits[len(p.ids) - 1 : -1].float() / temperature).index_fill(
+            1, crm.banned, -torch.inf
+        )
         logp = logits.log_softmax(-1).gather(1, tokens[:n, None])[:, 0]
         out.append(pad(logp, (0, group.tokens.shape[1] - n)))
     return torch.stack(out)
@@ -55,7 +63,10 @@ def distance(x: torch.Tensor, truth: torch.Tensor) -> float:
 def gradient_of(crm: CRM, logps: list[torch.Tensor]) -> torch.Tensor:
     """The gradient of all weights, of a weighted sum of all log-probabilities."""
     crm.model.zero_grad()
-    weights = [torch.randn(x.shape, generator=torch.Generator().manual_seed(i)) for i, x in enumerate(logps)]
+    weights = [
+        torch.randn(x.shape, generator=torch.Generator().manual_seed(i))
+        for i, x in enumerate(logps)
+    ]
     sum((x * w.to(x.device)).sum() for x, w in zip(logps, weights)).backward()
     return flat(p.grad for p in crm.model.parameters())
 
@@ -68,45 +79,61 @@ def build(path: str, device, dtype, **options):
     """A CRM and its P encoded prompts."""
     crm = load_crm(path, device, dtype, **options)
     samples, template = load_samples("demo/data"), load_prompt("reasoning")
-    return crm, [crm.encode(samples[i].image, fill_prompt(template, samples[i].query)) for i in range(P)]
+    return crm, [
+        crm.encode(samples[i].image, fill_prompt(template, samples[i].query)) for i in range(P)
+    ]
 
 
 def parity(path: str, device: torch.device) -> dict[str, dict]:
     """{"bfloat16, packed": {"logp": relative error, …, "passed": bool}, …}"""
-    torch.backends.cudnn.allow_tf32 = False             # float32 is to be float32
+    torch.backends.cudnn.allow_tf32 = False  # float32 is to be float32
     oracle, prompts = build(path, "cpu", torch.float32)
     drawn = sample(oracle, prompts, G, T)
     logps = [naive_logp(oracle, group, 1.0) for group in drawn]
     truth, gradient = flat(logps), gradient_of(oracle, logps)
-    ways = {"packed": ({}, False), "checkpointing": ({"checkpointing": True}, False)}   # options, CUDA graphs
+    ways = {
+        "packed": ({}, False),
+        "checkpointing": ({"checkpointing": True}, False),
+    }  # options, CUDA graphs
     if device.type == "cuda":
         ways["CUDA graphs"] = {}, True
 
     def compare(crm, own, graphs: bool) -> dict[str, float]:
         logps = scored(crm, moved(device, drawn, own))
-        row = {"logp": distance(flat(logps), truth), "gradient": distance(gradient_of(crm, logps), gradient)}
+        row = {
+            "logp": distance(flat(logps), truth),
+            "gradient": distance(gradient_of(crm, logps), gradient),
+        }
         groups = sample(crm, own, G, T, graphs=graphs)
         with torch.no_grad():
             right = [naive_logp(oracle, group, 1.0) for group in moved("cpu", groups, prompts)]
         same = [a == b for g, o in zip(groups, drawn) for a, b in zip(g.texts, o.texts)]
-        return row | {"sampled": distance(flat(group.logp for group in groups), flat(right)),
-                      "equal completions": sum(same) / len(same)}
+        return row | {
+            "sampled": distance(flat(group.logp for group in groups), flat(right)),
+            "equal completions": sum(same) / len(same),
+        }
 
     table = {}
     for dtype in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
         crm, own = build(path, device, dtype)
         logps = [naive_logp(crm, group, 1.0) for group in moved(device, drawn, own)]
-        slow = {"logp": distance(flat(logps), truth), "gradient": distance(gradient_of(crm, logps), gradient)}
+        slow = {
+            "logp": distance(flat(logps), truth),
+            "gradient": distance(gradient_of(crm, logps), gradient),
+        }
         slow["sampled"] = slow["logp"]
         table[f"{name}, transformers"] = slow
         for way, (options, graphs) in ways.items():
             try:
                 row = compare(*build(path, device, dtype, **options), graphs)
-                limits = {key: FLOAT32 if dtype == torch.float32 else BFLOAT16 * slow[key] for key in slow}
-                row["passed"] = all(row[key] <= limits[key] for key in limits) and \
-                    (dtype != torch.float32 or row["equal completions"] >= EQUAL)
-            except RuntimeError as error:                       # all that CUDA and its compilers raise
+                limits = {
+                    key: FLOAT32 if dtype == torch.float32 else BFLOAT16 * slow[key] for key in slow
+                }
+                row["passed"] = all(row[key] <= limits[key] for key in limits) and (
+                    dtype != torch.float32 or row["equal completions"] >= EQUAL
+                )
+            except RuntimeError as error:  # all that CUDA and its compilers raise
                 row = {"passed": False, "problem": str(error)}
             table[f"{name}, {way}"] = row
     table["bfloat16, large key biases"] = biased(path, device)

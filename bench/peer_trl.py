@@ -7,6 +7,7 @@ temperature, token limit, dtype, reward, KL coefficient with a reference, and Ad
 matrices. --micro is its per-device batch; the rest is gradient accumulation, so that its cheapest setting can
 be chosen. It samples with transformers' generate; with vLLM, which needs a GPU, it is faster.
 """
+
 import argparse
 import json
 import tempfile
@@ -18,13 +19,15 @@ import torch
 from extras.engines import export, reward, rows, trl_dataset
 
 # Qwen's chat with one image and one text, as crm.CHAT writes it
-TEMPLATE = ("{% for m in messages %}"
-            "{% if loop.first %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
-            "<|im_start|>{{ m.role }}\n"
-            "{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}"
-            "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
-            "{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-            "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+TEMPLATE = (
+    "{% for m in messages %}"
+    "{% if loop.first %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "<|im_start|>{{ m.role }}\n"
+    "{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}"
+    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 def allow_torchvision_on_cpu_torch():
@@ -40,22 +43,35 @@ def allow_torchvision_on_cpu_torch():
 
 def processor(path):
     """What TRL needs and a CRM's folder lacks: tokenizer, image and video processor, chat template in one."""
-    from transformers import AutoTokenizer, Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
-    images = Qwen2VLImageProcessor.from_pretrained(path, min_pixels=28 * 28, max_pixels=10 ** 8)
-    return Qwen2_5_VLProcessor(images, AutoTokenizer.from_pretrained(path, padding_side="left"),
-                               Qwen2VLVideoProcessor(), chat_template=TEMPLATE)
+    from transformers import (
+        AutoTokenizer,
+        Qwen2_5_VLProcessor,
+        Qwen2VLImageProcessor,
+        Qwen2VLVideoProcessor,
+    )
+
+    images = Qwen2VLImageProcessor.from_pretrained(path, min_pixels=28 * 28, max_pixels=10**8)
+    return Qwen2_5_VLProcessor(
+        images,
+        AutoTokenizer.from_pretrained(path, padding_side="left"),
+        Qwen2VLVideoProcessor(),
+        chat_template=TEMPLATE,
+    )
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--crm", default="demo/crm")
     parser.add_argument("--data", default="demo/data")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--group", type=int, default=8)
     parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--force-length", action="store_true", help="no completion ends before the limit")
+    parser.add_argument(
+        "--force-length", action="store_true", help="no completion ends before the limit"
+    )
     parser.add_argument("--micro", type=int, default=64)
     parser.add_argument("--resize", default="aspect")
     parser.add_argument("--prompt", default="reasoning")
@@ -84,33 +100,62 @@ if __name__ == "__main__":
                 torch.cuda.synchronize()
             self.seconds.append(time.perf_counter() - self.start)
 
-    torch.backends.cuda.enable_cudnn_sdp(False)     # as ours; the sequence has a new length at every token
+    torch.backends.cuda.enable_cudnn_sdp(
+        False
+    )  # as ours; the sequence has a new length at every token
     cuda, clock, work = torch.cuda.is_available(), Clock(), args.prompts * args.group
     dtype = torch.bfloat16 if cuda else torch.float32
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(args.crm, dtype=dtype)
-    samples = load_samples(args.data)[:args.steps * args.prompts]
+    samples = load_samples(args.data)[: args.steps * args.prompts]
     lora = LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules=LORA_TARGETS)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "train.parquet"
         export(file, rows(samples, load_prompt(args.prompt), "train", args.resize, args.max_pixels))
         config = trl.GRPOConfig(
-            output_dir=folder, per_device_train_batch_size=args.micro,
+            output_dir=folder,
+            per_device_train_batch_size=args.micro,
             gradient_accumulation_steps=work // args.micro,
-            num_generations=args.group, max_completion_length=args.max_new_tokens, temperature=1.0, beta=0.01,
-            learning_rate=1e-6, lr_scheduler_type="constant", max_steps=args.steps, loss_type="grpo",
-            delta=3.0, shuffle_dataset=False, use_cpu=not cuda, bf16=cuda,
-            gradient_checkpointing=args.checkpointing, report_to=[], save_strategy="no", logging_steps=1,
+            num_generations=args.group,
+            max_completion_length=args.max_new_tokens,
+            temperature=1.0,
+            beta=0.01,
+            learning_rate=1e-6,
+            lr_scheduler_type="constant",
+            max_steps=args.steps,
+            loss_type="grpo",
+            delta=3.0,
+            shuffle_dataset=False,
+            use_cpu=not cuda,
+            bf16=cuda,
+            gradient_checkpointing=args.checkpointing,
+            report_to=[],
+            save_strategy="no",
+            logging_steps=1,
             disable_tqdm=True,
-            model_init_kwargs={"dtype": dtype},             # of the reference model, which it loads itself
-            generation_kwargs={"min_new_tokens": args.max_new_tokens} if args.force_length else None)
-        trainer = trl.GRPOTrainer(model=model, reward_funcs=reward, args=config, train_dataset=trl_dataset(file),
-                                  processing_class=processor(args.crm), callbacks=[clock],
-                                  peft_config=lora if args.lora_rank else None)
+            model_init_kwargs={"dtype": dtype},  # of the reference model, which it loads itself
+            generation_kwargs={"min_new_tokens": args.max_new_tokens}
+            if args.force_length
+            else None,
+        )
+        trainer = trl.GRPOTrainer(
+            model=model,
+            reward_funcs=reward,
+            args=config,
+            train_dataset=trl_dataset(file),
+            processing_class=processor(args.crm),
+            callbacks=[clock],
+            peft_config=lora if args.lora_rank else None,
+        )
         trainer.train()
     logs = [row for row in trainer.state.log_history if "reward" in row]
-    result = {"trl": trl.__version__, "micro": args.micro, "seconds": clock.seconds,
-              "peak_memory_gb": peak_memory(torch.device("cuda" if cuda else "cpu")),
-              "length": [row["completions/mean_length"] for row in logs],
-              "reward": [row["reward"] for row in logs], "kl": [row.get("kl") for row in logs]}
+    result = {
+        "trl": trl.__version__,
+        "micro": args.micro,
+        "seconds": clock.seconds,
+        "peak_memory_gb": peak_memory(torch.device("cuda" if cuda else "cpu")),
+        "length": [row["completions/mean_length"] for row in logs],
+        "reward": [row["reward"] for row in logs],
+        "kl": [row.get("kl") for row in logs],
+    }
     Path(args.out).write_text(json.dumps(result) + "\n")
     print(json.dumps(result))

@@ -10,6 +10,7 @@ The tokenizer is the embedded one: its prompts are shorter than Qwen's, and ids 
 Completions of such a model practically never end by themselves, so each has --max-new-tokens tokens. As in
 the released weights, a few key biases are very large (`add_key_biases`).
 """
+
 import argparse
 
 import torch
@@ -18,35 +19,100 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from crm import CRM, END
 
-VISION = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, window_size=112,
-              fullatt_block_indexes=[7, 15, 23, 31])
-SIZES = {       # the config.json of Qwen2.5-VL-3B-Instruct and -7B-Instruct
-    "3b": (dict(vocab_size=151936, hidden_size=2048, intermediate_size=11008, num_hidden_layers=36,
-                num_attention_heads=16, num_key_value_heads=2), VISION, True),
-    "7b": (dict(vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
-                num_attention_heads=28, num_key_value_heads=4), VISION, False),
-    "wide": (dict(vocab_size=8192, hidden_size=2048, intermediate_size=11008, num_hidden_layers=2,
-                  num_attention_heads=16, num_key_value_heads=2),
-             VISION | dict(depth=2, fullatt_block_indexes=[1]), True),
-    "tiny": (dict(vocab_size=152064, hidden_size=128, intermediate_size=256, num_hidden_layers=2,
-                  num_attention_heads=4, num_key_value_heads=2),
-             dict(depth=2, hidden_size=64, intermediate_size=128, num_heads=4, window_size=112,
-                  fullatt_block_indexes=[1]), True)}
+VISION = dict(
+    depth=32,
+    hidden_size=1280,
+    intermediate_size=3420,
+    num_heads=16,
+    window_size=112,
+    fullatt_block_indexes=[7, 15, 23, 31],
+)
+SIZES = {  # the config.json of Qwen2.5-VL-3B-Instruct and -7B-Instruct
+    "3b": (
+        dict(
+            vocab_size=151936,
+            hidden_size=2048,
+            intermediate_size=11008,
+            num_hidden_layers=36,
+            num_attention_heads=16,
+            num_key_value_heads=2,
+        ),
+        VISION,
+        True,
+    ),
+    "7b": (
+        dict(
+            vocab_size=152064,
+            hidden_size=3584,
+            intermediate_size=18944,
+            num_hidden_layers=28,
+            num_attention_heads=28,
+            num_key_value_heads=4,
+        ),
+        VISION,
+        False,
+    ),
+    "wide": (
+        dict(
+            vocab_size=8192,
+            hidden_size=2048,
+            intermediate_size=11008,
+            num_hidden_layers=2,
+            num_attention_heads=16,
+            num_key_value_heads=2,
+        ),
+        VISION | dict(depth=2, fullatt_block_indexes=[1]),
+        True,
+    ),
+    "tiny": (
+        dict(
+            vocab_size=152064,
+            hidden_size=128,
+            intermediate_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        ),
+        dict(
+            depth=2,
+            hidden_size=64,
+            intermediate_size=128,
+            num_heads=4,
+            window_size=112,
+            fullatt_block_indexes=[1],
+        ),
+        True,
+    ),
+}
 
 
 def config_of(size: str, to_id=lambda token: 0) -> Qwen2_5_VLConfig:
     """The configuration of a size. to_id: the tokenizer's ids of the special tokens."""
     text, vision, tied = SIZES[size]
-    head = text["hidden_size"] // text["num_attention_heads"] // 2          # rotary frequencies per head
-    sections = [head - 2 * (3 * head // 8), 3 * head // 8, 3 * head // 8]   # 16, 24, 24 at the real sizes
+    head = text["hidden_size"] // text["num_attention_heads"] // 2  # rotary frequencies per head
+    sections = [
+        head - 2 * (3 * head // 8),
+        3 * head // 8,
+        3 * head // 8,
+    ]  # 16, 24, 24 at the real sizes
     return Qwen2_5_VLConfig(
-        text_config=dict(**text, max_position_embeddings=128000, rms_norm_eps=1e-6, tie_word_embeddings=tied,
-                         bos_token_id=None, eos_token_id=to_id("<|im_end|>"),
-                         pad_token_id=to_id("<|endoftext|>"),
-                         rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=sections)),
-        vision_config=dict(**vision, out_hidden_size=text["hidden_size"]), tie_word_embeddings=tied,
-        image_token_id=to_id("<|image_pad|>"), video_token_id=to_id("<|video_pad|>"),
-        vision_start_token_id=to_id("<|vision_start|>"), vision_end_token_id=to_id("<|vision_end|>"))
+        text_config=dict(
+            **text,
+            max_position_embeddings=128000,
+            rms_norm_eps=1e-6,
+            tie_word_embeddings=tied,
+            bos_token_id=None,
+            eos_token_id=to_id("<|im_end|>"),
+            pad_token_id=to_id("<|endoftext|>"),
+            rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=sections),
+        ),
+        vision_config=dict(**vision, out_hidden_size=text["hidden_size"]),
+        tie_word_embeddings=tied,
+        image_token_id=to_id("<|image_pad|>"),
+        video_token_id=to_id("<|video_pad|>"),
+        vision_start_token_id=to_id("<|vision_start|>"),
+        vision_end_token_id=to_id("<|vision_end|>"),
+    )
 
 
 @torch.no_grad()
@@ -60,11 +126,13 @@ def add_key_biases(model, key: float = 100.0, query: float = 5.0, channels: int 
     for attention in {layers[0].self_attn, layers[-1].self_attn}:
         half = attention.head_dim // 2
         for projection, size in ((attention.k_proj, key), (attention.q_proj, query)):
-            heads = projection.bias.view(-1, 2, half)               # (heads, half, channels of a half)
-            heads[:, :, half - channels // 2:] += size
+            heads = projection.bias.view(-1, 2, half)  # (heads, half, channels of a half)
+            heads[:, :, half - channels // 2 :] += size
 
 
-def random_model(size: str, device="cpu", dtype=torch.bfloat16, tokenizer="demo/crm", seed: int = 0) -> CRM:
+def random_model(
+    size: str, device="cpu", dtype=torch.bfloat16, tokenizer="demo/crm", seed: int = 0
+) -> CRM:
     """A CRM of that size with random weights and large key biases; the same for the same seed."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer)
     torch.manual_seed(seed)
@@ -72,7 +140,9 @@ def random_model(size: str, device="cpu", dtype=torch.bfloat16, tokenizer="demo/
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            model = Qwen2_5_VLForConditionalGeneration(config_of(size, tokenizer.convert_tokens_to_ids))
+            model = Qwen2_5_VLForConditionalGeneration(
+                config_of(size, tokenizer.convert_tokens_to_ids)
+            )
     finally:
         torch.set_default_dtype(before)
     add_key_biases(model)
@@ -81,11 +151,14 @@ def random_model(size: str, device="cpu", dtype=torch.bfloat16, tokenizer="demo/
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("size", choices=SIZES)
     parser.add_argument("--out", required=True)
     args = parser.parse_args()
     crm = random_model(args.size, "cuda" if torch.cuda.is_available() else "cpu")
     crm.save(args.out)
-    print(f"{sum(p.numel() for p in crm.model.parameters()) / 1e9:.2f} billion parameters -> {args.out}")
+    print(
+        f"{sum(p.numel() for p in crm.model.parameters()) / 1e9:.2f} billion parameters -> {args.out}"
+    )

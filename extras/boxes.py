@@ -15,6 +15,7 @@ rewards.py gives. Of parts that hit nothing, or hardly, only the best counts, an
 gives a miss a little, as an attempt beats no answer, and that is given once. Only the formats' terms are not sums:
 think_format is that of the text, answer_format the lowest of its parts', and 0 without any.
 """
+
 import json
 from itertools import zip_longest
 
@@ -24,13 +25,24 @@ from scipy.optimize import linear_sum_assignment
 
 import rewards
 from data import Frame, OneBox, as_written, box_from_mask, keypoints_from_mask, to_model
-from rewards import ANSWER_FORMAT, KEY_POINTS, KEYS, Answer, Box, Points, Terms, answer_fields, parse_answer
+from rewards import (
+    ANSWER_FORMAT,
+    KEY_POINTS,
+    KEYS,
+    Answer,
+    Box,
+    Points,
+    Terms,
+    answer_fields,
+    parse_answer,
+)
 
-MISSING = object()              # a box without points, or points without a box
-MISS = 0.1                      # the most that box_iou and point_dice are of what does not overlap
+MISSING = object()  # a box without points, or points without a box
+MISS = 0.1  # the most that box_iou and point_dice are of what does not overlap
 
 
 # ---------------------------------------------------------------- the truth
+
 
 def pieces(mask: np.ndarray) -> list[np.ndarray]:
     """The connected pieces (8 neighbours) of a non-empty (H, W) mask, the largest first, each (H, W) bool. Specks are
@@ -64,9 +76,13 @@ def target_text(sample, frame: Frame, with_think: bool = True) -> str:
 
 # ---------------------------------------------------------------- the answer
 
+
 def write_boxes(parts) -> str:
     """The answer block of [(box, points), …]."""
-    boxes, points = [list(box) for box, _ in parts], [[v for point in points for v in point] for _, points in parts]
+    boxes, points = (
+        [list(box) for box, _ in parts],
+        [[v for point in points for v in point] for _, points in parts],
+    )
     return f"<answer>{json.dumps({'boxes': boxes, 'points': points})}</answer>"
 
 
@@ -76,19 +92,24 @@ def parts_of(text: str, official: bool = False) -> tuple[list[str], str]:
     think, body, fields = answer_fields(text, official)
     if fields is None:
         return [], "no answer block" if body is None else "answer is not a JSON object"
-    boxes, points = (value if isinstance(value := fields.get(key), list) else [] for key in ("boxes", "points"))
+    boxes, points = (
+        value if isinstance(value := fields.get(key), list) else [] for key in ("boxes", "points")
+    )
     start = 0 if official or think is None else text.index("</think>", text.index("<think>"))
     before, _, after = text[start:].partition(f"<answer>{body}</answer>")
     texts = []
     for box, xy in zip_longest(boxes, points, fillvalue=MISSING):
         part = {} if box is MISSING else {"bbox": box}
         if xy is not MISSING:
-            split = [xy[i:i + 2] for i in range(0, len(xy), 2)] if isinstance(xy, list) else []
+            split = [xy[i : i + 2] for i in range(0, len(xy), 2)] if isinstance(xy, list) else []
             part |= dict(zip(KEYS[1:], split if len(split) == KEY_POINTS else [None] * KEY_POINTS))
         texts.append(f"{text[:start]}{before}<answer>{json.dumps(part)}</answer>{after}")
     if texts:
         return texts, ""
-    return [], "box and points malformed" if {"boxes", "points"} <= fields.keys() else "a key is missing"
+    return [], "box and points malformed" if {
+        "boxes",
+        "points",
+    } <= fields.keys() else "a key is missing"
 
 
 def read(text: str, official: bool = False) -> Answer:
@@ -96,12 +117,17 @@ def read(text: str, official: bool = False) -> Answer:
     texts, problem = parts_of(text, official)
     parts = tuple(parse_answer(part, official) for part in texts)
     found = [part.bbox for part in parts if part.bbox]
-    around = (*np.min(found, axis=0)[:2].tolist(), *np.max(found, axis=0)[2:].tolist()) if found else None
+    around = (
+        (*np.min(found, axis=0)[:2].tolist(), *np.max(found, axis=0)[2:].tolist())
+        if found
+        else None
+    )
     worst = min((part.problem for part in parts), key=ANSWER_FORMAT.get, default=problem)
     return Answer(answer_fields(text, official)[0], around, None, worst, parts)
 
 
 # ---------------------------------------------------------------- the score
+
 
 def soft_f1(scores, regions: int) -> float:
     """2 sum / (m + n) of the best one-to-one assignment; scores: n rows of m, one for each region."""
@@ -120,17 +146,28 @@ def reward_terms(texts: list[str], sample, frame: Frame, official: bool = False)
     return [score(text, truth, official, frame.model) for text in texts]
 
 
-def score(text: str, truth: list[tuple[Box, Points]], official=False, frame: tuple[int, int] | None = None) -> Terms:
+def score(
+    text: str, truth: list[tuple[Box, Points]], official=False, frame: tuple[int, int] | None = None
+) -> Terms:
     """Every term of one completion, see above; truth: box and points of every region. frame: as in rewards.py."""
     answer, (texts, _) = read(text, official), parts_of(text, official)
-    terms = [[rewards.reward_terms(part, *region, official, frame) for region in truth] for part in texts]
+    terms = [
+        [rewards.reward_terms(part, *region, official, frame) for region in truth] for part in texts
+    ]
     single = rewards.reward_terms(text, *truth[0], official, frame)
     total = dict.fromkeys(single, 0.0)
     if texts:
         worth = np.array([[term["box_iou"] + term["point_dice"] for term in row] for row in terms])
-        hit = np.array([[max(term["box_iou"], term["point_dice"]) > MISS for term in row] for row in terms])
+        hit = np.array(
+            [[max(term["box_iou"], term["point_dice"]) > MISS for term in row] for row in terms]
+        )
         pairs = [pair for pair in zip(*_best(worth * hit)[0]) if hit[pair]]
         counted = [terms[i][j] for i, j in pairs or [np.unravel_index(worth.argmax(), worth.shape)]]
-        total = {name: 2 * sum(term[name] for term in counted) / (len(texts) + len(truth)) for name in single}
-    return total | {"think_format": single["think_format"],
-                    "answer_format": ANSWER_FORMAT[answer.problem] if texts else 0.0}
+        total = {
+            name: 2 * sum(term[name] for term in counted) / (len(texts) + len(truth))
+            for name in single
+        }
+    return total | {
+        "think_format": single["think_format"],
+        "answer_format": ANSWER_FORMAT[answer.problem] if texts else 0.0,
+    }

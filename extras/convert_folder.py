@@ -1,4 +1,5 @@
 """The folder that extras/convert.py writes, and what it reads: masks as grey values, JSON lists, parquet rows."""
+
 import io
 import json
 import re
@@ -8,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from extras.convert_words import split_side
 from runtime.files import parse_object, read_text
 from runtime.images import load_image
-from extras.convert_words import split_side
 
 
 class Folder:
@@ -35,8 +36,12 @@ class Folder:
             return self.fault(f"wrong {what}", f"{where}: {error}")
 
     def path(self, kind: str, name: str, suffix: str) -> Path:
-        self.files[kind] += 1                       # the number keeps two names from becoming one
-        return self.root / kind / f"{self.files[kind]:06}-{re.sub(r'[^A-Za-z0-9_-]+', '_', name)[:100]}{suffix}"
+        self.files[kind] += 1  # the number keeps two names from becoming one
+        return (
+            self.root
+            / kind
+            / f"{self.files[kind]:06}-{re.sub(r'[^A-Za-z0-9_-]+', '_', name)[:100]}{suffix}"
+        )
 
     def image(self, source: Path | bytes, name: str, where) -> dict | None:
         """{"image": file, "size": (W, H)} of a copy; None, and a fault, where it cannot be read."""
@@ -51,7 +56,11 @@ class Folder:
         """The fields of a sample of that (H, W) bool mask, which is written; None, and a fault, for a wrong mask."""
         W, H = image["size"]
         if mask.shape != (H, W) or not mask.any():
-            wrong = f"is {mask.shape[1]}x{mask.shape[0]}, its image {W}x{H}" if mask.any() else "is empty"
+            wrong = (
+                f"is {mask.shape[1]}x{mask.shape[0]}, its image {W}x{H}"
+                if mask.any()
+                else "is empty"
+            )
             return self.fault("wrong mask", f"{where}: {wrong}")
         file = self.path("masks", f"{Path(image['image']).stem[7:]}-{label}", ".png")
         Image.fromarray(np.uint8(mask) * 255).save(file)
@@ -69,8 +78,15 @@ class Folder:
         samples = defaultdict(Counter)
         for row in self.rows:
             samples[row["split"]][row["kind"]] += 1
-        report = {"samples": samples, **self.files, "sides": self.sides, "faults": {
-            kind: {"count": len(names), "names": names} for kind, names in sorted(self.faults.items())}}
+        report = {
+            "samples": samples,
+            **self.files,
+            "sides": self.sides,
+            "faults": {
+                kind: {"count": len(names), "names": names}
+                for kind, names in sorted(self.faults.items())
+            },
+        }
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows]
         (self.root / "samples.jsonl").write_text("".join(lines), encoding="utf-8")
         text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
@@ -80,7 +96,7 @@ class Folder:
 
 def greys(source: Path | bytes) -> np.ndarray:
     """(H, W) the grey values of a mask, as they are stored. ValueError where it has none."""
-    load_image(source)                              # refuses what is broken or hostile
+    load_image(source)  # refuses what is broken or hostile
     with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
         if image.mode.startswith(("I", "F")):
             raise ValueError(f"has more than 8 bits a pixel (mode {image.mode})")
@@ -106,6 +122,7 @@ def parquet_rows(file: Path, columns: set[str]):
     """Its rows, a few at a time in memory."""
     import pyarrow
     from pyarrow.parquet import ParquetFile
+
     try:
         opened = ParquetFile(file)
         if missing := columns - set(opened.schema_arrow.names):
@@ -113,4 +130,6 @@ def parquet_rows(file: Path, columns: set[str]):
         for batch in opened.iter_batches(16, columns=sorted(columns)):
             yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{file}: not a readable parquet file ({str(error).splitlines()[0]})") from None
+        raise ValueError(
+            f"{file}: not a readable parquet file ({str(error).splitlines()[0]})"
+        ) from None

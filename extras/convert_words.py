@@ -1,20 +1,24 @@
 """Which label of SLAKE's masks an English or Chinese text names; used by extras/convert.py."""
+
 import re
 from collections import defaultdict
 
-ALIASES = dict(entry.strip().split(": ") for entry in """
+ALIASES = dict(
+    entry.strip().split(": ")
+    for entry in """
     humerus head: humeral head, 肱骨头; larynx: 喉; femoral head: 股骨头; brain stem: brainstem, 脑干; duodenum: 十二指肠;
     tooth: teeth, 牙齿, 牙; liver: 肝脏, 肝; trachea: windpipe, 气管; eye: eyeball, 眼球, 眼睛, 眼; brain edema: 脑水肿;
     rectum: 直肠; esophagus: oesophagus, 食管, 食道; ear: 耳朵, 耳; bladder: 膀胱; kidney: 肾脏, 肾; spinal cord: 脊髓;
     brain non-enhancing tumor: non-enhancing tumor, 脑非增强肿瘤, 脑部非增强肿瘤, 非增强肿瘤; kidney cancer: 肾癌;
     temporal lobe: 颞叶; stomach: 胃; liver cancer: 肝癌; heart: 心脏; mandible: 下颌骨; small bowel: small intestine, 小肠;
     brain enhancing tumor: enhancing tumor, 脑增强肿瘤, 脑部增强肿瘤, 增强肿瘤; lung: 肺部, 肺; spleen: 脾脏, 脾;
-    colon: 结肠; lung cancer: 肺癌; parotid: parotid gland, 腮腺""".split(";"))
+    colon: 结肠; lung cancer: 肺癌; parotid: parotid gland, 腮腺""".split(";")
+)
 SIDES = {"左": "left", "右": "right"}
 
 
 def split_side(label: str) -> tuple[str, str]:
-    """"Left Lung" -> ("left", "lung"); "Liver" -> ("", "liver")."""
+    """ "Left Lung" -> ("left", "lung"); "Liver" -> ("", "liver")."""
     side, _, organ = label.lower().partition(" ")
     return (side, organ) if side in ("left", "right") and organ else ("", label.lower())
 
@@ -43,8 +47,11 @@ def mentions(labels: list[str]):
         organs |= {word: organ for word in words(organ)}
     longest = "|".join(map(re.escape, sorted(organs, key=len, reverse=True)))
     # a Chinese organ within the name of a disease (肺炎) is no mention of it
-    pattern = re.compile(rf"(?:\b(left and right|right and left|left|right) |(左右|左|右)[侧边]?的?)?"
-                         rf"(?<![a-z-])({longest})(?:e?s)?(?![a-z炎癌病瘤结])", re.IGNORECASE)
+    pattern = re.compile(
+        rf"(?:\b(left and right|right and left|left|right) |(左右|左|右)[侧边]?的?)?"
+        rf"(?<![a-z-])({longest})(?:e?s)?(?![a-z炎癌病瘤结])",
+        re.IGNORECASE,
+    )
 
     def find(text: str) -> list[set[str]]:
         found = []
@@ -53,6 +60,7 @@ def mentions(labels: list[str]):
             side = SIDES.get(chinese, english.lower())
             found.append({own[side]} if side in own else set(own.values()))
         return found
+
     return find
 
 

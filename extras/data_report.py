@@ -1,4 +1,5 @@
 """python data.py PATH: what is in a data set, every bad row with its reason, and a contact sheet."""
+
 import argparse
 from collections import Counter
 from pathlib import Path
@@ -10,10 +11,13 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from data import Sample, number_repeated_ids, usable_rows
 from runtime.readers import read_rows
 
-ON_SHEET = 12                   # samples per split on a contact sheet
-SIDE, TEXT = 224, 58            # of a picture there, and the height of what stands below it
-IDS = {".jsonl": "the row's id, else the folder's name and the line", ".json": "the annotation's id, else its number",
-       ".parquet": "extra_info's id, else its index, else the row's number"}
+ON_SHEET = 12  # samples per split on a contact sheet
+SIDE, TEXT = 224, 58  # of a picture there, and the height of what stands below it
+IDS = {
+    ".jsonl": "the row's id, else the folder's name and the line",
+    ".json": "the annotation's id, else its number",
+    ".parquet": "extra_info's id, else its index, else the row's number",
+}
 
 
 def report(path: Path, split: str, all_problems: list[str], pictures: list[Image.Image]) -> None:
@@ -27,14 +31,22 @@ def report(path: Path, split: str, all_problems: list[str], pictures: list[Image
             pictures.append(picture(sample))
     print(f"{split}: {sizes.total()} of {len(rows)} rows can be used")
     if split != "train" and not split.startswith(("test", "val")) and path.suffix != ".parquet":
-        print('  nothing reads a split of this name unless told to: "train" trains, "test" or "val" is held out')
+        print(
+            '  nothing reads a split of this name unless told to: "train" trains, "test" or "val" is held out'
+        )
     print("  sizes:", ", ".join(f"{size} ({count})" for size, count in sizes.most_common(8)))
     how = IDS.get(Path(rows[0]["where"].rpartition(", ")[0]).suffix)
     example = next((row for row in rows if not row["problem"]), rows[0])
     print(f"  ids look like {example['id']}" + (f" ({how})" if how else ""))
-    unnamed = "; (none): not in the row, so not in a table of evaluate.py" if "(none)" in str(categories) else ""
+    unnamed = (
+        "; (none): not in the row, so not in a table of evaluate.py"
+        if "(none)" in str(categories)
+        else ""
+    )
     print(f"  rows, supercategory / category{unnamed}:")
-    new = [problem for problem in problems if problem not in all_problems]      # a broken line is one of every split
+    new = [
+        problem for problem in problems if problem not in all_problems
+    ]  # a broken line is one of every split
     print("\n".join([f"{count:8} {name}" for name, count in sorted(categories.items())] + new))
     all_problems += new
 
@@ -56,7 +68,9 @@ def picture(sample: Sample) -> Image.Image:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="What is in a data set, and what is wrong with it.")
+    parser = argparse.ArgumentParser(
+        description="What is in a data set, and what is wrong with it."
+    )
     parser.add_argument("path", type=Path, help="a data set, as for --data")
     parser.add_argument("--split", help="only this one")
     parser.add_argument("--sheet", type=Path, help="write a picture of a few samples here")

@@ -17,6 +17,7 @@ TRL        GRPOTrainer(MODEL, reward, train_dataset=trl_dataset("train.parquet")
 ms-swift   swift rlhf --rlhf_type grpo --model MODEL --external_plugins extras/engines.py \\
                --reward_funcs medreasoner_soft --dataset train.parquet --columns '{"prompt": "messages"}'
 """
+
 import io
 import json
 import re
@@ -26,15 +27,24 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))      # engines load this file by its path
+sys.path.insert(0, str(Path(__file__).parents[1]))  # engines load this file by its path
 from rewards import MODES, reward_terms, total_reward
 from runtime.cli import exit_on, flag, parse_args, print0
 
-REWARD_NAME, REWARD_TYPE = "medreasoner", "sequential"  # EasyR1 reads these: one completion per call
+REWARD_NAME, REWARD_TYPE = (
+    "medreasoner",
+    "sequential",
+)  # EasyR1 reads these: one completion per call
 TAG = re.compile(r"<(?=(image|video|audio)>|\|)")
 
 
-def score(text: str, ground_truth: str, mode: str = "soft", weights: dict | None = None, official: bool = False):
+def score(
+    text: str,
+    ground_truth: str,
+    mode: str = "soft",
+    weights: dict | None = None,
+    official: bool = False,
+):
     """(reward, terms) of one completion. ground_truth: JSON {"bbox_2d": [4], "point_2d": [[2], [2]], "frame": [w, h]},
     in pixels of that frame; without "frame", as in U-MRG, of the 840 canvas. ValueError: unknown mode or term."""
     truth = json.loads(ground_truth)
@@ -42,7 +52,9 @@ def score(text: str, ground_truth: str, mode: str = "soft", weights: dict | None
     return total_reward(terms, mode, dict(weights or {})), terms
 
 
-def compute_score(data_source, solution_str, ground_truth, extra_info=None, **options) -> dict[str, float]:
+def compute_score(
+    data_source, solution_str, ground_truth, extra_info=None, **options
+) -> dict[str, float]:
     """verl. options, here and below: mode, weights, official."""
     total, terms = score(solution_str, ground_truth, **options)
     return {"score": total, **terms}
@@ -53,17 +65,26 @@ def easyr1(reward_input: dict, **options) -> dict[str, float]:
     return {"overall": total, **terms}
 
 
-def reward(completions, ground_truth, mode="soft", weights=None, official=False, **_) -> list[float]:
+def reward(
+    completions, ground_truth, mode="soft", weights=None, official=False, **_
+) -> list[float]:
     """TRL and ms-swift, a batch: completions are strings, or [{"role", "content"}] each."""
-    texts = [completion if isinstance(completion, str) else completion[-1]["content"] for completion in completions]
-    return [score(text, truth, mode, weights, official)[0] for text, truth in zip(texts, ground_truth, strict=True)]
+    texts = [
+        completion if isinstance(completion, str) else completion[-1]["content"]
+        for completion in completions
+    ]
+    return [
+        score(text, truth, mode, weights, official)[0]
+        for text, truth in zip(texts, ground_truth, strict=True)
+    ]
 
 
 try:
     from swift.rewards import ORM, orms
 except ImportError:
     pass
-else:                                                   # under ms-swift: --reward_funcs medreasoner_MODE
+else:  # under ms-swift: --reward_funcs medreasoner_MODE
+
     class MedReasoner(ORM):
         def __init__(self, args=None, mode="soft", **options):
             super().__init__(args, **options)
@@ -80,20 +101,36 @@ def rows(samples, template: str, split: str, resize: str, max_pixels: int):
     from PIL import Image
 
     from data import MIN_PIXELS, Frame, fill_prompt, model_size, to_model
+
     for index in range(len(samples)):
         sample, png = samples[index], io.BytesIO()
-        frame = Frame(sample.image.size, model_size(sample.image.size, resize, MIN_PIXELS, max_pixels))
+        frame = Frame(
+            sample.image.size, model_size(sample.image.size, resize, MIN_PIXELS, max_pixels)
+        )
         sample.image.resize(frame.model, Image.Resampling.BICUBIC).save(png, "PNG")
-        truth = json.dumps({"bbox_2d": to_model(sample.bbox, frame), "point_2d": to_model(sample.points, frame),
-                            "frame": frame.model})
+        truth = json.dumps(
+            {
+                "bbox_2d": to_model(sample.bbox, frame),
+                "point_2d": to_model(sample.points, frame),
+                "frame": frame.model,
+            }
+        )
         text = TAG.sub("< ", fill_prompt(template, sample.query))
-        names = {"id": sample.id, "supercategory": sample.supercategory, "category": sample.category}
-        yield {"images": [{"bytes": png.getvalue(), "path": ""}],                          # verl, ms-swift:
-               "prompt": [{"role": "user", "content": "<image>" + text}], "data_source": REWARD_NAME,
-               "reward_model": {"style": "rule", "ground_truth": truth},
-               "extra_info": {"index": index, "split": split, "question": sample.query, **names},
-               "problem": "<image>" + text, "ground_truth": truth,                          # EasyR1
-               "trl_prompt": [{"role": "user", "content": text}]}                           # TRL adds the image itself
+        names = {
+            "id": sample.id,
+            "supercategory": sample.supercategory,
+            "category": sample.category,
+        }
+        yield {
+            "images": [{"bytes": png.getvalue(), "path": ""}],  # verl, ms-swift:
+            "prompt": [{"role": "user", "content": "<image>" + text}],
+            "data_source": REWARD_NAME,
+            "reward_model": {"style": "rule", "ground_truth": truth},
+            "extra_info": {"index": index, "split": split, "question": sample.query, **names},
+            "problem": "<image>" + text,
+            "ground_truth": truth,  # EasyR1
+            "trl_prompt": [{"role": "user", "content": text}],
+        }  # TRL adds the image itself
 
 
 def export(file: Path, source) -> int:
@@ -101,7 +138,7 @@ def export(file: Path, source) -> int:
     import pyarrow as pa
     from pyarrow.parquet import ParquetWriter
 
-    def some():                                         # a row group: what a reader has in memory at once
+    def some():  # a row group: what a reader has in memory at once
         return list(islice(source, 64))
 
     table, temporary, count = pa.Table.from_pylist(some()), file.with_name(file.name + ".tmp"), 0
@@ -121,6 +158,7 @@ def export(file: Path, source) -> int:
 def trl_dataset(file: str | Path):
     """An exported file as TRL's train_dataset; images are decoded when asked for."""
     from datasets import Dataset, Image, List
+
     data = Dataset.from_parquet(str(file)).select_columns(["trl_prompt", "images", "ground_truth"])
     return data.rename_column("trl_prompt", "prompt").cast_column("images", List(Image()))
 
@@ -138,13 +176,18 @@ class Config:
 
 def main(cfg: Config) -> None:
     from data import OneBox, answers_of, load_prompt, load_samples
+
     file = Path(cfg.out)
     with exit_on(ValueError, OSError):
         if file.suffix != ".parquet" or file.exists():
-            raise ValueError(f"--out {file}: {'is there already' if file.exists() else 'give a name in .parquet'}")
+            raise ValueError(
+                f"--out {file}: {'is there already' if file.exists() else 'give a name in .parquet'}"
+            )
         template = load_prompt(cfg.prompt)
         if answers_of(template) is not OneBox:
-            raise ValueError(f"--prompt {cfg.prompt}: the reward here is of one box; several train with train_grpo.py")
+            raise ValueError(
+                f"--prompt {cfg.prompt}: the reward here is of one box; several train with train_grpo.py"
+            )
         samples = load_samples(cfg.data, cfg.split, cfg.skip_bad_rows)
         count = export(file, rows(samples, template, cfg.split, cfg.resize, cfg.max_pixels))
     print0(f"{count} questions -> {file}")

@@ -1,10 +1,11 @@
 """Bootstrap intervals: of a mean over questions, and of a difference between two runs on the same questions."""
+
 from collections import namedtuple
 
 import numpy as np
 
 Interval = namedtuple("Interval", "mean low high")
-FEW = 5                         # of fewer questions an interval says nothing: a dash is shown
+FEW = 5  # of fewer questions an interval says nothing: a dash is shown
 
 
 def interval(values, draws: int = 2000, seed: int = 0) -> Interval | None:
@@ -23,7 +24,7 @@ def paired_bootstrap(before, after, draws: int = 2000, seed: int = 0) -> Interva
 
 
 def percent(found: dict | None, sign: str = "") -> str:
-    """"37.5 [30.0, 45.0]" of an Interval as a dict, with its n; "–" where there is none."""
+    """ "37.5 [30.0, 45.0]" of an Interval as a dict, with its n; "–" where there is none."""
     if not found:
         return "–"
     mean, *ends = (f"{100 * found[key]:{sign}.1f}" for key in ("mean", "low", "high"))

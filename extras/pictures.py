@@ -1,4 +1,5 @@
 """Pictures of runs and evaluations, drawn with matplotlib, which is imported only here."""
+
 import math
 from pathlib import Path
 from textwrap import wrap
@@ -9,12 +10,12 @@ from matplotlib.lines import Line2D
 
 from asm import overlay
 from data import clip_to
+from extras.predictions import decode_mask, shown
 from metrics import iou
 from runtime.pictures import BOX_COLOUR, MASK_COLOUR, POINT_COLOURS
-from extras.predictions import decode_mask, shown
 
 WHITE = (255, 255, 255)
-LEGEND = 5.2                    # inches that the legend of examples.png needs
+LEGEND = 5.2  # inches that the legend of examples.png needs
 
 
 def curves(path: Path, rows: list[dict], panels: dict[str, list[str]]) -> None:
@@ -29,9 +30,11 @@ def curves(path: Path, rows: list[dict], panels: dict[str, list[str]]) -> None:
                 continue
             steps, values = [row["step"] for row in logged], [row[key] for row in logged]
             width = max(1, len(values) // 10)
-            means = [np.mean(values[max(0, i + 1 - width):i + 1]) for i in range(len(values))]
-            line, = axis.plot(steps, values, linewidth=1, alpha=0.25)
-            axis.plot(steps, means, "o-" if len(values) < 20 else "-", color=line.get_color(), label=key)
+            means = [np.mean(values[max(0, i + 1 - width) : i + 1]) for i in range(len(values))]
+            (line,) = axis.plot(steps, values, linewidth=1, alpha=0.25)
+            axis.plot(
+                steps, means, "o-" if len(values) < 20 else "-", color=line.get_color(), label=key
+            )
         if axis.lines:
             axis.legend(fontsize=8, frameon=False)
         axis.grid(alpha=0.25)
@@ -50,12 +53,25 @@ def examples(rows: list[dict], samples, path: Path, most: int = 12) -> None:
         axis = figure.add_subplot(lines, columns, place)
         axis.axis("off")
         draw_example(axis, order[pick], samples[order[pick]["index"]])
-    legend = {"box": ("-", "", BOX_COLOUR), "mask": ("", "s", MASK_COLOUR), "true box": ("--", "", WHITE),
-              "true mask": (":", "", WHITE),
-              **{f"point {n}": ("", "o", colour) for n, colour in enumerate(POINT_COLOURS, 1)}}
-    handles = [Line2D([], [], linestyle=line, marker=marker, color=np.divide(colour, 255))
-               for line, marker, colour in legend.values()]
-    figure.legend(handles, legend, loc="outside lower center", ncols=3, facecolor="dimgrey", labelcolor="white")
+    legend = {
+        "box": ("-", "", BOX_COLOUR),
+        "mask": ("", "s", MASK_COLOUR),
+        "true box": ("--", "", WHITE),
+        "true mask": (":", "", WHITE),
+        **{f"point {n}": ("", "o", colour) for n, colour in enumerate(POINT_COLOURS, 1)},
+    }
+    handles = [
+        Line2D([], [], linestyle=line, marker=marker, color=np.divide(colour, 255))
+        for line, marker, colour in legend.values()
+    ]
+    figure.legend(
+        handles,
+        legend,
+        loc="outside lower center",
+        ncols=3,
+        facecolor="dimgrey",
+        labelcolor="white",
+    )
     figure.savefig(path, dpi=80)
 
 
@@ -67,8 +83,21 @@ def draw_example(axis, p: dict, sample) -> None:
     (x1, y1, x2, y2), white = p["truth"]["bbox"], np.divide(WHITE, 255)
     axis.plot([x1, x2, x2, x1, x1], [y1, y1, y2, y2, y1], "--", lw=1.5, color=white)
     if sample.mask is not None:
-        axis.contour(np.arange(W) + 0.5, np.arange(H) + 0.5, sample.mask, [0.5], colors=[white],
-                     linestyles="dotted", linewidths=1.2)
-    said = completion["problem"] or (f"IoU {iou(p, completion):.2f}" if "bbox" in p["asked"] else "")
+        axis.contour(
+            np.arange(W) + 0.5,
+            np.arange(H) + 0.5,
+            sample.mask,
+            [0.5],
+            colors=[white],
+            linestyles="dotted",
+            linewidths=1.2,
+        )
+    said = completion["problem"] or (
+        f"IoU {iou(p, completion):.2f}" if "bbox" in p["asked"] else ""
+    )
     about = ", ".join(filter(None, (p["category"] or p["id"], said)))
-    axis.set_title("\n".join([*wrap(p["query"], 46, max_lines=3, placeholder=" …"), about]), fontsize=8, parse_math=False)
+    axis.set_title(
+        "\n".join([*wrap(p["query"], 46, max_lines=3, placeholder=" …"), about]),
+        fontsize=8,
+        parse_math=False,
+    )

@@ -11,6 +11,7 @@ norm1000 (0 to 1000 along each side), or model (as --crm resizes images). If no 
 their metrics are left out, and a line with a good box is no refusal. The same holds for boxes. A question without a line
 is a refusal.
 """
+
 import json
 from pathlib import Path
 
@@ -18,19 +19,21 @@ import numpy as np
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from data import MAX_PIXELS, MIN_PIXELS, Frame, model_size
+from extras.several import add_siblings
+from metrics import prediction
 from runtime.cli import print0
 from runtime.files import read_text, write_whole
-from metrics import prediction
 from runtime.pretrained import remembered_frame
-from extras.several import add_siblings
 
-FORM = {"text": str, "bbox": list, "points": list}      # of a line of --predictions
+FORM = {"text": str, "bbox": list, "points": list}  # of a line of --predictions
 
 
 def read_predictions(folder: str | Path) -> list[dict]:
     path = Path(folder) / "predictions.jsonl"
     if not path.is_file():
-        raise ValueError(f"{folder}: no predictions.jsonl in there; evaluate.py --out {folder} makes it")
+        raise ValueError(
+            f"{folder}: no predictions.jsonl in there; evaluate.py --out {folder} makes it"
+        )
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     if not rows or "completions" not in rows[0]:
         raise ValueError(f"{path}: empty, or of an older version; run the evaluation again")
@@ -45,7 +48,7 @@ def finished(out: Path) -> list[dict]:
     rows = []
     for path in sorted(out.glob("part-*.jsonl")):
         text = path.read_text()
-        whole = text[:text.rfind("\n") + 1]
+        whole = text[: text.rfind("\n") + 1]
         if whole != text:
             write_whole(path, whole)
         rows += [json.loads(line) for line in whole.splitlines()]
@@ -58,8 +61,10 @@ def in_order(rows: list[dict], n: int, out: Path) -> list[dict]:
     indexes = [row["index"] for row in rows]
     if indexes != list(range(n)):
         missing, extra = len(set(range(n)) - set(indexes)), len(indexes) - len(set(indexes))
-        raise ValueError(f"--out {out}: {missing} of {n} questions are missing, {extra} are there twice; remove "
-                         "part-*.jsonl in it and run again")
+        raise ValueError(
+            f"--out {out}: {missing} of {n} questions are missing, {extra} are there twice; remove "
+            "part-*.jsonl in it and run again"
+        )
     return rows
 
 
@@ -84,11 +89,14 @@ def decode_mask(rle: dict) -> np.ndarray:
 
 # ---------------------------------------------------------------- of another model
 
+
 def read_given(path: str) -> tuple[dict[str, dict], list[str]]:
     """--predictions -> {id: line}, and what was asked for: "bbox", "points" or both. ValueError names a line
     that does not have the form described above."""
     given, asked = {}, set()
-    for number, line in enumerate(read_text(path).split("\n"), 1):     # splitlines() would split texts, too
+    for number, line in enumerate(
+        read_text(path).split("\n"), 1
+    ):  # splitlines() would split texts, too
         if not line.strip():
             continue
         where = f"--predictions {path}, line {number}"
@@ -98,10 +106,15 @@ def read_given(path: str) -> tuple[dict[str, dict], list[str]]:
             raise ValueError(f"{where}: not JSON") from None
         row = row if isinstance(row, dict) else {}
         parts = {key for key, kind in FORM.items() if row.get(key) is not None}
-        if type(row.get("id")) not in (str, int) or not parts \
-                or not all(isinstance(row[key], FORM[key]) for key in parts):
-            raise ValueError(f"{where}: an object with id (text or number) and with text (text), bbox (list) "
-                             "or points (list) is needed")
+        if (
+            type(row.get("id")) not in (str, int)
+            or not parts
+            or not all(isinstance(row[key], FORM[key]) for key in parts)
+        ):
+            raise ValueError(
+                f"{where}: an object with id (text or number) and with text (text), bbox (list) "
+                "or points (list) is needed"
+            )
         if str(row["id"]) in given:
             raise ValueError(f"{where}: id {row['id']!r} has an earlier line; one line per id")
         given[str(row["id"])] = row
@@ -116,10 +129,15 @@ def model_sizes(cfg) -> tuple[str, int, int]:
     try:
         largest = Qwen2VLImageProcessorPil.from_pretrained(cfg.crm).size["longest_edge"]
     except (OSError, ValueError):
-        raise ValueError(f"--crm {cfg.crm}: --frame model needs its preprocessor_config.json") from None
+        raise ValueError(
+            f"--crm {cfg.crm}: --frame model needs its preprocessor_config.json"
+        ) from None
     saved = remembered_frame(cfg.crm)
-    return (cfg.resize or saved.get("resize", "aspect"), cfg.min_pixels or saved.get("min_pixels", MIN_PIXELS),
-            cfg.max_pixels or saved.get("max_pixels", min(MAX_PIXELS, largest)))
+    return (
+        cfg.resize or saved.get("resize", "aspect"),
+        cfg.min_pixels or saved.get("min_pixels", MIN_PIXELS),
+        cfg.max_pixels or saved.get("max_pixels", min(MAX_PIXELS, largest)),
+    )
 
 
 def from_file(cfg, samples) -> list[dict]:
@@ -128,8 +146,10 @@ def from_file(cfg, samples) -> list[dict]:
     where, ids = f"--predictions {cfg.predictions}", samples.ids()
     given, asked = read_given(cfg.predictions)
     if unknown := list(given.keys() - set(ids)):
-        raise ValueError(f"{where}: {len(unknown)} of {len(given)} ids are not in --data {cfg.data}, split "
-                         f"{cfg.split}, the first: {min(unknown)!r}; those there look like {ids[0]!r}")
+        raise ValueError(
+            f"{where}: {len(unknown)} of {len(given)} ids are not in --data {cfg.data}, split "
+            f"{cfg.split}, the first: {min(unknown)!r}; those there look like {ids[0]!r}"
+        )
     sizes = model_sizes(cfg) if cfg.frame == "model" else None
     rows, boxes, outside, fractions = [], 0, 0, 0
     for i, name in enumerate(ids):
@@ -140,15 +160,15 @@ def from_file(cfg, samples) -> list[dict]:
         else:
             frame = Frame(size, size if cfg.frame == "pixels" else (1000, 1000))
         text = row.get("text")
-        if text is None:                    # written as a completion, so that there is one parser
+        if text is None:  # written as a completion, so that there is one parser
             fields = {"bbox": row.get("bbox")}
             fields |= {f"points_{n}": point for n, point in enumerate(row.get("points") or [], 1)}
             text = f"<answer>{json.dumps(fields)}</answer>"
         p = prediction(sample, i, [text], frame) | {"asked": asked}
-        completion, = p["completions"]
+        (completion,) = p["completions"]
         if name not in given:
             completion["problem"] = "no prediction"
-        elif len(asked) == 1:               # what was not asked for cannot be missing
+        elif len(asked) == 1:  # what was not asked for cannot be missing
             completion["problem"] = "" if completion[asked[0]] else f"{asked[0]} malformed"
         if completion["bbox"]:
             boxes += 1
@@ -156,12 +176,18 @@ def from_file(cfg, samples) -> list[dict]:
             fractions += cfg.frame == "pixels" and max(completion["bbox"]) <= 1
         rows.append(p)
     if outside > boxes / 2:
-        raise ValueError(f"{where}: {outside} of {boxes} boxes leave their image, so --frame {cfg.frame} is "
-                         "wrong; give the frame they were written in")
+        raise ValueError(
+            f"{where}: {outside} of {boxes} boxes leave their image, so --frame {cfg.frame} is "
+            "wrong; give the frame they were written in"
+        )
     if boxes and fractions == boxes:
-        raise ValueError(f"{where}: the boxes look like fractions of the image; give pixels, or thousandths and --frame norm1000")
-    print0(f"{len(ids) - len(given)} of {len(ids)} questions have no prediction (refusals), "
-           f"{outside} boxes leave their image")
+        raise ValueError(
+            f"{where}: the boxes look like fractions of the image; give pixels, or thousandths and --frame norm1000"
+        )
+    print0(
+        f"{len(ids) - len(given)} of {len(ids)} questions have no prediction (refusals), "
+        f"{outside} boxes leave their image"
+    )
     return add_siblings(rows)
 
 

@@ -6,6 +6,7 @@
 MedSAM (arXiv 2304.12306) and SAM-Med2D (2308.16184) are fine-tuned from SAM (2304.02643), here the one in
 transformers; each prepares images in its own way. `segment`, its checks and its cache come from asm.ASM.
 """
+
 import re
 from pathlib import Path
 
@@ -29,7 +30,9 @@ class MedSAM(ASM):
         """(H, W, 3) uint8 -> (1, 3, S, S) float32 in [0, 1]: skimage.transform.resize(image, (S, S), order=3,
         preserve_range=True, anti_aliasing=True) to whole grey values, then the contrast stretched."""
         shrink = np.array([side / self.model.image_size for side in image.shape[:2]] + [1.0])
-        smooth = ndimage.gaussian_filter(image.astype(float), np.maximum(0, (shrink - 1) / 2), mode="mirror")
+        smooth = ndimage.gaussian_filter(
+            image.astype(float), np.maximum(0, (shrink - 1) / 2), mode="mirror"
+        )
         resized = ndimage.zoom(smooth, 1 / shrink, order=3, mode="mirror", grid_mode=True)
         resized = resized.clip(image.min(), image.max()).astype(np.uint8)
         grey = rearrange(torch.from_numpy(resized).float(), "h w c -> 1 c h w")
@@ -42,8 +45,13 @@ class MedSAM(ASM):
         corner = labels[0] > 1  # the labels are the same for every prompt
         boxes = rearrange(coords[:, corner], "n c xy -> 1 n (c xy)") if corner.any() else None
         points, clicks = (None if corner.all() else x[None, :, ~corner] for x in (coords, labels))
-        out = self.model(image_embeddings=features, multimask_output=self.multimask, input_boxes=boxes,
-                         input_points=points, input_labels=clicks)
+        out = self.model(
+            image_embeddings=features,
+            multimask_output=self.multimask,
+            input_boxes=boxes,
+            input_points=points,
+            input_labels=clicks,
+        )
         return out.pred_masks[0], out.iou_scores[0]
 
     def enlarge(self, logits, image_hw):
@@ -56,8 +64,10 @@ class SAMMed2D(MedSAM):
     def prepare(self, image):
         """(H, W, 3) uint8 -> (1, 3, S, S) float32, normalised. Nearest neighbours as OpenCV picks them."""
         size = self.model.image_size
-        rows, columns = (np.minimum(np.arange(size) * (1 / (size / side)), side - 1).astype(int)
-                         for side in image.shape[:2])
+        rows, columns = (
+            np.minimum(np.arange(size) * (1 / (size / side)), side - 1).astype(int)
+            for side in image.shape[:2]
+        )
         square = torch.from_numpy(image[rows][:, columns])
         return normalise(rearrange(square, "h w c -> 1 c h w").float() / 255)
 
@@ -72,14 +82,21 @@ class MLPWithAdapter(nn.Module):
     def __init__(self, mlp, width):
         super().__init__()
         self.mlp = mlp
-        self.channel = nn.Sequential(nn.Linear(width, width // 4, bias=False), nn.ReLU(),
-                                     nn.Linear(width // 4, width, bias=False), nn.Sigmoid())
+        self.channel = nn.Sequential(
+            nn.Linear(width, width // 4, bias=False),
+            nn.ReLU(),
+            nn.Linear(width // 4, width, bias=False),
+            nn.Sigmoid(),
+        )
         self.spatial = nn.Sequential(
-            nn.Conv2d(width, width, 3, stride=2, padding=1, bias=False), nn.ReLU(),
-            nn.ConvTranspose2d(width, width, 4, stride=2, padding=1, bias=False), nn.ReLU())
+            nn.Conv2d(width, width, 3, stride=2, padding=1, bias=False),
+            nn.ReLU(),
+            nn.ConvTranspose2d(width, width, 4, stride=2, padding=1, bias=False),
+            nn.ReLU(),
+        )
         self.norm = nn.LayerNorm(width)
 
-    def forward(self, x):                   # (B, H, W, C)
+    def forward(self, x):  # (B, H, W, C)
         maps = rearrange(x, "b h w c -> b c h w")
         gate = rearrange(self.channel(x.mean((1, 2))), "b c -> b c 1 1")
         added = rearrange(maps + self.spatial(gate * maps), "b c h w -> b h w c")
@@ -88,21 +105,39 @@ class MLPWithAdapter(nn.Module):
 
 SAM_FAMILIES = {"medsam": (MedSAM, 1024), "sam-med2d": (SAMMed2D, 256)}
 # transformers' name of a weight -> the released one, substituted in this order
-RELEASED_NAMES = [(re.compile(pattern), name) for pattern, name in (
-    (r".*shared.*", "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"),
-    (r"\.point_embed\.", ".point_embeddings."), (r"vision_encoder", "image_encoder"),
-    (r"encoder\.layers", "encoder.blocks"), (r"projection", "proj"),
-    (r"mlp\.mlp", "mlp"), (r"mlp\.(channel|spatial|norm)", r"Adapter.\1"),
-    (r"neck\.conv1", "neck.0"), (r"neck\.layer_norm1", "neck.1"), (r"neck\.conv2", "neck.2"),
-    (r"neck\.layer_norm2", "neck.3"), (r"mask_embed\.conv1", "mask_downscaling.0"),
-    (r"mask_embed\.layer_norm1", "mask_downscaling.1"), (r"mask_embed\.conv2", "mask_downscaling.3"),
-    (r"mask_embed\.layer_norm2", "mask_downscaling.4"), (r"mask_embed\.conv3", "mask_downscaling.6"),
-    (r"upscale_conv1", "output_upscaling.0"), (r"upscale_layer_norm", "output_upscaling.1"),
-    (r"upscale_conv2", "output_upscaling.3"), (r"(mlps\.\d|head)\.layers\.0", r"\1.layers.1"),
-    (r"proj_in", "layers.0"), (r"(mlps\.\d|head)\.proj_out", r"\1.layers.2"), (r"layer_norm", "norm"))]
+RELEASED_NAMES = [
+    (re.compile(pattern), name)
+    for pattern, name in (
+        (r".*shared.*", "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"),
+        (r"\.point_embed\.", ".point_embeddings."),
+        (r"vision_encoder", "image_encoder"),
+        (r"encoder\.layers", "encoder.blocks"),
+        (r"projection", "proj"),
+        (r"mlp\.mlp", "mlp"),
+        (r"mlp\.(channel|spatial|norm)", r"Adapter.\1"),
+        (r"neck\.conv1", "neck.0"),
+        (r"neck\.layer_norm1", "neck.1"),
+        (r"neck\.conv2", "neck.2"),
+        (r"neck\.layer_norm2", "neck.3"),
+        (r"mask_embed\.conv1", "mask_downscaling.0"),
+        (r"mask_embed\.layer_norm1", "mask_downscaling.1"),
+        (r"mask_embed\.conv2", "mask_downscaling.3"),
+        (r"mask_embed\.layer_norm2", "mask_downscaling.4"),
+        (r"mask_embed\.conv3", "mask_downscaling.6"),
+        (r"upscale_conv1", "output_upscaling.0"),
+        (r"upscale_layer_norm", "output_upscaling.1"),
+        (r"upscale_conv2", "output_upscaling.3"),
+        (r"(mlps\.\d|head)\.layers\.0", r"\1.layers.1"),
+        (r"proj_in", "layers.0"),
+        (r"(mlps\.\d|head)\.proj_out", r"\1.layers.2"),
+        (r"layer_norm", "norm"),
+    )
+]
 # one tensor that transformers holds under two names and stores once
-POSITIONS = ("shared_image_embedding.positional_embedding",
-             "prompt_encoder.shared_embedding.positional_embedding")
+POSITIONS = (
+    "shared_image_embedding.positional_embedding",
+    "prompt_encoder.shared_embedding.positional_embedding",
+)
 
 
 def released_name(key):
@@ -115,11 +150,14 @@ def released_name(key):
 def build_sam(family, image_size=None, **vision):
     """Untrained SAM, ViT-B, of a key of SAM_FAMILIES. vision: other sizes, fields of SamVisionConfig."""
     size = image_size or SAM_FAMILIES[family][1]
-    model = SamModel(SamConfig(
-        vision_config={"image_size": size, **vision},
-        prompt_encoder_config={"image_size": size, "image_embedding_size": size // 16},
-        mask_decoder_config={"layer_norm_eps": 1e-5}))              # SAM's own; transformers' default is 1e-6
-    model.image_size = size                                         # where asm.ASM looks for it
+    model = SamModel(
+        SamConfig(
+            vision_config={"image_size": size, **vision},
+            prompt_encoder_config={"image_size": size, "image_embedding_size": size // 16},
+            mask_decoder_config={"layer_norm_eps": 1e-5},
+        )
+    )  # SAM's own; transformers' default is 1e-6
+    model.image_size = size  # where asm.ASM looks for it
     if family == "sam-med2d":
         for layer in model.vision_encoder.layers:
             layer.mlp = MLPWithAdapter(layer.mlp, model.config.vision_config.hidden_size)
@@ -131,7 +169,9 @@ def load_sam(family, path, device, multimask=False, image_size=None):
     FileNotFoundError or ValueError, one line naming the file and the key, if there is no such model."""
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such ASM; give the released file, or a folder of transformers")
+        raise FileNotFoundError(
+            f"{path}: no such ASM; give the released file, or a folder of transformers"
+        )
     if image_size is not None:
         raise ValueError(f"image_size: {family} has one size, that of its position embeddings")
     model = build_sam(family)
@@ -147,4 +187,6 @@ def load_sam(family, path, device, multimask=False, image_size=None):
     stored = [weights[name] for name in POSITIONS if name in weights]
     weights |= dict.fromkeys(POSITIONS, stored[0]) if stored else {}
     load_weights(model, weights, path)
-    return SAM_FAMILIES[family][0](model.to(device), {"family": family}, multimask or family == "sam-med2d")
+    return SAM_FAMILIES[family][0](
+        model.to(device), {"family": family}, multimask or family == "sam-med2d"
+    )

@@ -1,11 +1,12 @@
 """Metrics of questions that mean several: where the same words mean several things in one image (add_siblings),
 and where a box was asked for each region (extras/boxes.py). p: a prediction of metrics.py.
 """
+
 from collections import defaultdict
 
-from rewards import box_iou
-from metrics import iou, mean
 from extras.boxes import soft_f1
+from metrics import iou, mean
+from rewards import box_iou
 
 
 def add_siblings(predictions: list[dict]) -> list[dict]:
@@ -28,9 +29,11 @@ def iou_any(p: dict, completion: dict) -> float:
 
 def among_siblings(score):
     """A metric of the questions that have siblings (see add_siblings): score(p, n), n the siblings and itself."""
+
     def metric(p: dict) -> float | None:
         siblings = p["truth"].get("siblings")
         return score(p, 1 + len(siblings)) if siblings and "bbox" in p["asked"] else None
+
     return metric
 
 
@@ -39,10 +42,14 @@ def region_f1(p: dict, completion: dict, least: float | None = None) -> float | 
     was asked for."""
     if "regions" not in p["truth"]:
         return None
-    ious = [[box_iou(part["bbox"], truth) if part["bbox"] else 0.0 for truth in p["truth"]["regions"]]
-            for part in completion["regions"]]
-    return soft_f1(ious if least is None else [[float(v >= least) for v in row] for row in ious],
-                   len(p["truth"]["regions"]))
+    ious = [
+        [box_iou(part["bbox"], truth) if part["bbox"] else 0.0 for truth in p["truth"]["regions"]]
+        for part in completion["regions"]
+    ]
+    return soft_f1(
+        ious if least is None else [[float(v >= least) for v in row] for row in ious],
+        len(p["truth"]["regions"]),
+    )
 
 
 def count_error(p: dict, completion: dict) -> float | None:
@@ -52,7 +59,7 @@ def count_error(p: dict, completion: dict) -> float | None:
     return abs(len(completion["regions"]) / len(p["truth"]["regions"]) - 1)
 
 
-METRICS = {     # name: function of a prediction -> float, or None where undefined; their titles: metrics.py
+METRICS = {  # name: function of a prediction -> float, or None where undefined; their titles: metrics.py
     # where several in the image are meant by the same words; by luck: one of the n picked blindly, as well drawn
     "iou_several": among_siblings(lambda p, n: mean(p, iou)),
     "iou_any": among_siblings(lambda p, n: mean(p, iou_any)),

@@ -2,17 +2,19 @@
 
 rows: lines of predictions.jsonl; metrics: evaluate.METRICS, {name: (title, function of a row)}.
 """
+
 import json
 from collections import Counter
 from pathlib import Path
 
-from runtime.files import write_whole
 from extras.intervals import interval, percent
+from runtime.files import write_whole
 
 
 def summarise(rows: list[dict], metrics: dict) -> dict:
     """{"all": {"n": questions, metric: {mean, low, high, n} or None, …}, "supercategory": {name: the same},
     "category": {…}, "wording": {…}, "refusals": {reason: count}}"""
+
     def part(chosen: list[dict]) -> dict:
         result = {"n": len(chosen)}
         for key in metrics:
@@ -24,8 +26,10 @@ def summarise(rows: list[dict], metrics: dict) -> dict:
     summary = {"all": part(values)}
     for name in ("supercategory", "category", "wording"):
         groups = sorted({row[name] for row in rows if row[name]})
-        summary[name] = {group: part([value for row, value in zip(rows, values) if row[name] == group])
-                         for group in groups}
+        summary[name] = {
+            group: part([value for row, value in zip(rows, values) if row[name] == group])
+            for group in groups
+        }
     problems = Counter(c["problem"] for row in rows for c in row["completions"] if c["problem"])
     return {**summary, "refusals": dict(problems.most_common())}
 
@@ -35,11 +39,17 @@ def table(summary: dict, metrics: dict) -> str:
     keys = [key for key in metrics if summary["all"][key]]
 
     def line(name: str, group: dict) -> str:
-        return f"| {name} | {group['n']} | " + " | ".join(percent(group[key]) for key in keys) + " |"
+        return (
+            f"| {name} | {group['n']} | " + " | ".join(percent(group[key]) for key in keys) + " |"
+        )
 
-    lines = ["Percent, mean over questions [95 % bootstrap interval; – for fewer than 5].", "",
-             "| | n | " + " | ".join(metrics[key][0] for key in keys) + " |",
-             "|---" * (len(keys) + 2) + "|", line("all", summary["all"])]
+    lines = [
+        "Percent, mean over questions [95 % bootstrap interval; – for fewer than 5].",
+        "",
+        "| | n | " + " | ".join(metrics[key][0] for key in keys) + " |",
+        "|---" * (len(keys) + 2) + "|",
+        line("all", summary["all"]),
+    ]
     for name in ("supercategory", "wording", "category"):
         if summary[name]:
             lines.append(f"| *by {name.replace('super', 'super-')}* |" + " |" * (len(keys) + 1))

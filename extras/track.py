@@ -6,6 +6,7 @@
 tensorboard writes to runs/NAME/tensorboard; wandb, trackio and swanlab to where they are set up to write, as run NAME
 of project medreasoner. A resumed run sends its earlier rows again, to a new run: none is missing or there twice.
 """
+
 import importlib.util
 import json
 import shutil
@@ -16,7 +17,16 @@ from pathlib import Path
 from runtime.cli import TRACKERS, Parser, exit_on, print0
 from runtime.files import parse_object, read_jsonl, read_text
 
-FAILURES = (OSError, RuntimeError, ValueError, TypeError, AttributeError, LookupError, ImportError, AssertionError)
+FAILURES = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    ImportError,
+    AssertionError,
+)
 
 
 def need(name: str) -> None:
@@ -36,9 +46,12 @@ class Tracker:
     def start(self, folder: Path, config: dict) -> None:
         if self.name == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
+
             shutil.rmtree(folder / "tensorboard", ignore_errors=True)
             writer = SummaryWriter(folder / "tensorboard")
-            writer.add_text("config", "    " + json.dumps(config, indent=1).replace("\n", "\n    "))    # Markdown: code
+            writer.add_text(
+                "config", "    " + json.dumps(config, indent=1).replace("\n", "\n    ")
+            )  # Markdown: code
 
             def send(numbers: dict, step: int) -> None:
                 for key, value in numbers.items():
@@ -55,7 +68,11 @@ class Tracker:
         """Rows of metrics.jsonl; of each the numbers are sent."""
         for row in rows:
             if self.send:
-                numbers = {key: value for key, value in row.items() if type(value) in (int, float) and key != "step"}
+                numbers = {
+                    key: value
+                    for key, value in row.items()
+                    if type(value) in (int, float) and key != "step"
+                }
                 self.try_to(self.send, numbers, step=row["step"])
 
     def finish(self) -> None:
@@ -67,15 +84,26 @@ class Tracker:
             function(*args, **options)
         except (*FAILURES, *self.own_errors()) as error:
             self.send = self.end = None
-            print0(f"\n--track {self.name}: {type(error).__name__}: {' '.join(str(error).split())}; it is dropped, "
-                   "metrics.jsonl has everything")
+            print0(
+                f"\n--track {self.name}: {type(error).__name__}: {' '.join(str(error).split())}; it is dropped, "
+                "metrics.jsonl has everything"
+            )
 
     def own_errors(self) -> set[type[Exception]]:
         """The exceptions that the tracker's own modules define."""
-        values = [value for name, module in list(sys.modules.items()) if name.split(".")[0] == self.name
-                  for value in vars(module).values()]
-        return {value for value in values if isinstance(value, type) and issubclass(value, Exception)
-                and value.__module__.split(".")[0] == self.name}
+        values = [
+            value
+            for name, module in list(sys.modules.items())
+            if name.split(".")[0] == self.name
+            for value in vars(module).values()
+        ]
+        return {
+            value
+            for value in values
+            if isinstance(value, type)
+            and issubclass(value, Exception)
+            and value.__module__.split(".")[0] == self.name
+        }
 
 
 def main() -> None:
@@ -92,10 +120,12 @@ def main() -> None:
             raise ValueError(f"{args.folder / 'metrics.jsonl'}: no row there")
         for number, row in enumerate(rows, 1):
             if type(row.get("step")) is not int:
-                raise ValueError(f"{args.folder / 'metrics.jsonl'}, line {number}: step is no whole number; give the "
-                                 "folder of a run of train_grpo.py or train_sft.py")
+                raise ValueError(
+                    f"{args.folder / 'metrics.jsonl'}, line {number}: step is no whole number; give the "
+                    "folder of a run of train_grpo.py or train_sft.py"
+                )
     tracker = Tracker(args.track, args.folder, config, rows)
     tracker.finish()
-    if not tracker.end:                                 # it was dropped
+    if not tracker.end:  # it was dropped
         raise SystemExit(1)
     print0(f"{len(rows)} rows of {args.folder} -> {args.track}")

@@ -12,6 +12,7 @@ of every question, the commands and their seconds. Larger scale: --crm, --data, 
 --flags "@recipes/lora_7b.args",
 --torchrun "--nproc-per-node 8".
 """
+
 import argparse
 import json
 import shlex
@@ -23,12 +24,12 @@ from pathlib import Path
 import numpy as np
 
 from evaluate import scores
+from extras.predictions import read_predictions
+from metrics import mean
 from paper.experiments import GRPO, RUNS, commands
 from paper.report import CURVES, picture, read_results, report
 from rewards import parse_answer
 from runtime.files import write_whole
-from metrics import mean
-from extras.predictions import read_predictions
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -46,35 +47,63 @@ def execute(name: str, seed: int, args) -> None:
     for command in todo:
         start = time.perf_counter()
         out = Path(command[command.index("--out") + 1])
-        last = "frame.json" if "paper.careless" in command else f"step_{RUNS[name].longer * args.steps:06d}"
+        last = (
+            "frame.json"
+            if "paper.careless" in command
+            else f"step_{RUNS[name].longer * args.steps:06d}"
+        )
         if (out / last).exists():
-            seconds.append(None)                                    # made before
+            seconds.append(None)  # made before
             continue
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         seconds.append(round(time.perf_counter() - start, 1))
-    rows = [{"id": row["id"], "supercategory": row["supercategory"], "wording": row["wording"],
-             "formed": round(mean(row, well_formed), 4),
-             **{key: value if value is None else round(value, 4) for key, value in scores(row).items()}}
-            for row in read_predictions(out)]
+    rows = [
+        {
+            "id": row["id"],
+            "supercategory": row["supercategory"],
+            "wording": row["wording"],
+            "formed": round(mean(row, well_formed), 4),
+            **{
+                key: value if value is None else round(value, 4)
+                for key, value in scores(row).items()
+            },
+        }
+        for row in read_predictions(out)
+    ]
     log = Path(args.work) / f"{name}-{seed}/metrics.jsonl"
-    steps = [json.loads(line) for line in log.read_text().splitlines()] if RUNS[name].script == GRPO else []
+    steps = (
+        [json.loads(line) for line in log.read_text().splitlines()]
+        if RUNS[name].script == GRPO
+        else []
+    )
     shown = [shlex.join(["python" if c[0] == sys.executable else c[0], *c[1:]]) for c in todo]
-    result = {"name": name, "seed": seed, "date": time.strftime("%Y-%m-%d"), "seconds": seconds,
-              "commands": shown, "curves": {key: [round(step[key], 4) for step in steps] for key in CURVES},
-              "questions": rows}
+    result = {
+        "name": name,
+        "seed": seed,
+        "date": time.strftime("%Y-%m-%d"),
+        "seconds": seconds,
+        "commands": shown,
+        "curves": {key: [round(step[key], 4) for step in steps] for key in CURVES},
+        "questions": rows,
+    }
     write_whole(args.results / f"{name}-{seed}.json", json.dumps(result) + "\n")
     iou = 100 * np.mean([row["iou"] for row in rows])
     print(f"{name}, seed {seed}: IoU {iou:.1f}, {sum(s or 0 for s in seconds):.0f} s", flush=True)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m paper", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m paper",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--crm", default="demo/crm")
     parser.add_argument("--asm", default="demo/asm")
     parser.add_argument("--data", default="demo/data")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=40, help="of GRPO and of SFT, on the same questions")
+    parser.add_argument(
+        "--steps", type=int, default=40, help="of GRPO and of SFT, on the same questions"
+    )
     parser.add_argument("--flags", default="@recipes/demo.args", help="of every GRPO run")
     parser.add_argument("--sft-flags", default="--batch 12 --lr 1e-4", help="of every SFT run")
     parser.add_argument("--max-new-tokens", type=int, default=128)
@@ -95,7 +124,11 @@ if __name__ == "__main__":
         parser.error(f"--only {unknown[0]}: not one of {', '.join(RUNS)}")
     todo = [(name, seed) for seed in range(args.seeds) for name in names]
     if args.list:
-        print("\n".join(shlex.join(command) for name, seed in todo for command in commands(name, seed, args)))
+        print(
+            "\n".join(
+                shlex.join(command) for name, seed in todo for command in commands(name, seed, args)
+            )
+        )
         sys.exit()
     args.results.mkdir(parents=True, exist_ok=True)
     for name, seed in [] if args.report else todo:

@@ -6,6 +6,7 @@ The embedded CRM breaks its format in one completion of twenty. Here a short con
 (demo/make/crm.py, stage f) has half of the completions broken on purpose: the trace not closed, a comma or a brace of the
 JSON missing, a key said twice.
 """
+
 import argparse
 from dataclasses import replace
 
@@ -14,17 +15,33 @@ from data import load_samples
 from demo.make import crm as make_crm
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m paper.careless", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m paper.careless",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--crm", default="demo/crm")
     parser.add_argument("--data", default="demo/data")
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--broken", type=float, default=.5, help="part of the completions that break the format")
+    parser.add_argument(
+        "--broken", type=float, default=0.5, help="part of the completions that break the format"
+    )
     parser.add_argument("--out", default="runs/paper/careless")
     args = parser.parse_args()
     make_crm.HABITS["f"] = replace(make_crm.HABITS["f"], broken=args.broken)
     crm = load_crm(args.crm)
-    make_crm.run_stage("f", crm, make_crm.Heads(crm.model.config.text_config.hidden_size),
-                       load_samples(args.data, "train"), args.steps, batch=12, lr=2e-4, dense_weight=0, digit_weight=3,
-                       stretch=1, seed=0, work=f"{args.out}-stages")
+    make_crm.run_stage(
+        "f",
+        crm,
+        make_crm.Heads(crm.model.config.text_config.hidden_size),
+        load_samples(args.data, "train"),
+        args.steps,
+        batch=12,
+        lr=2e-4,
+        dense_weight=0,
+        digit_weight=3,
+        stretch=1,
+        seed=0,
+        work=f"{args.out}-stages",
+    )
     crm.save(args.out)

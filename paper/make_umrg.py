@@ -17,6 +17,7 @@ out). With it, a CSV: image, mask, category, and if known supercategory, modalit
 any OpenAI-compatible endpoint (pip install openai; the key is OPENAI_API_KEY); every reply is kept in
 --cache, so an interrupted run asks nothing twice.
 """
+
 import argparse
 import csv
 import hashlib
@@ -43,6 +44,7 @@ COLUMNS = ("image", "mask", "category", "supercategory", "modality", "patient")
 
 # ---------------------------------------------------------------- 1: which images and masks can be used
 
+
 def find(images: Path, masks: Path, table: Path | None) -> list[Item]:
     """All pairs. ValueError names what is missing."""
     for flag, folder in (("--images", images), ("--masks", masks)):
@@ -57,19 +59,27 @@ def find(images: Path, masks: Path, table: Path | None) -> list[Item]:
         for number, row in enumerate(rows, 2):
             if gap := [key for key in ("image", "mask", "category") if not row[key]]:
                 raise ValueError(f"--table {table}, line {number}: no {gap[0]}")
-        return [Item(images / row["image"], masks / row["mask"],
-                     **{key: row[key] for key in COLUMNS[2:] if row[key]}) for row in rows]
+        return [
+            Item(
+                images / row["image"],
+                masks / row["mask"],
+                **{key: row[key] for key in COLUMNS[2:] if row[key]},
+            )
+            for row in rows
+        ]
     stems, items = {p.stem: p for p in sorted(images.iterdir()) if p.suffix.lower() in PICTURES}, []
     for mask in sorted(p for p in masks.iterdir() if p.suffix.lower() in PICTURES):
         names = [stem for stem in stems if mask.stem == stem or mask.stem.startswith(stem + "_")]
         if names:
             stem = max(names, key=len)
             # x_liver_000.png: a count, not a name
-            category = re.sub(r"_\d{3,}$", "", mask.stem[len(stem) + 1:])
+            category = re.sub(r"_\d{3,}$", "", mask.stem[len(stem) + 1 :])
             items.append(Item(stems[stem], mask, category.replace("_", " ") or "target"))
     if not items:
-        raise ValueError(f"--masks {masks}: no mask there has the name of an image in {images}; name it so, "
-                         "or give --table")
+        raise ValueError(
+            f"--masks {masks}: no mask there has the name of an image in {images}; name it so, "
+            "or give --table"
+        )
     return items
 
 
@@ -99,35 +109,47 @@ def derive(item: Item, args) -> dict:
         raise ValueError(f"the image {error}") from None
     mask = load_mask(item.mask, of=item.image)
     if mask.shape != image.size[::-1]:
-        raise ValueError(f"the mask is {mask.shape[1]}x{mask.shape[0]}, "
-                         f"the image {image.width}x{image.height}")
+        raise ValueError(
+            f"the mask is {mask.shape[1]}x{mask.shape[0]}, the image {image.width}x{image.height}"
+        )
     if args.largest:
         pieces, count = ndimage.label(mask)
         if count > 1:
             mask = pieces == np.bincount(pieces.ravel())[1:].argmax() + 1
     share = mask.mean()
     if not args.min_area <= share <= args.max_area:
-        raise ValueError(f"the mask covers {100 * share:.2f} % of the image, outside --min-area and "
-                         "--max-area" if share else "the mask is empty")
+        raise ValueError(
+            f"the mask covers {100 * share:.2f} % of the image, outside --min-area and --max-area"
+            if share
+            else "the mask is empty"
+        )
     grey, (W, H) = np.asarray(image.convert("L"), dtype=float), image.size
     around = ndimage.binary_dilation(mask, iterations=max(2, min(W, H) // 40)) & ~mask
     x1, y1, x2, y2 = box = box_from_mask(mask)
     difference = grey[mask].mean() - grey[around].mean() if around.any() else 0.0
-    return {"size": [W, H], "box": box, "points": keypoints_from_mask(mask), "area": round(float(share), 5),
-            "horizontal": ("left", "centre", "right")[int(3 * (x1 + x2) / 2 / (W + 1))],
-            "vertical": ("upper", "middle", "lower")[int(3 * (y1 + y2) / 2 / (H + 1))],
-            "tone": "bright" if difference > 12 else "dark" if difference < -12 else "grey",
-            "shape": "elongated" if max(x2 - x1, y2 - y1) > 2 * min(x2 - x1, y2 - y1) else "rounded",
-            "hash": hashlib.sha256(image.tobytes() + mask.tobytes()).hexdigest(), "mask": png(mask)}
+    return {
+        "size": [W, H],
+        "box": box,
+        "points": keypoints_from_mask(mask),
+        "area": round(float(share), 5),
+        "horizontal": ("left", "centre", "right")[int(3 * (x1 + x2) / 2 / (W + 1))],
+        "vertical": ("upper", "middle", "lower")[int(3 * (y1 + y2) / 2 / (H + 1))],
+        "tone": "bright" if difference > 12 else "dark" if difference < -12 else "grey",
+        "shape": "elongated" if max(x2 - x1, y2 - y1) > 2 * min(x2 - x1, y2 - y1) else "rounded",
+        "hash": hashlib.sha256(image.tobytes() + mask.tobytes()).hexdigest(),
+        "mask": png(mask),
+    }
 
 
 def png(pixels) -> bytes:
     Image.fromarray(pixels.astype(np.uint8) * 255 if pixels.dtype == bool else pixels).save(
-        buffer := io.BytesIO(), format="PNG", optimize=True)
+        buffer := io.BytesIO(), format="PNG", optimize=True
+    )
     return buffer.getvalue()
 
 
 # ---------------------------------------------------------------- 5: the data set
+
 
 def split_of(item: Item, test_share: float) -> str:
     """By patient, or by image: a function of the name, so that it stays the same when data are added."""
@@ -138,13 +160,24 @@ def split_of(item: Item, test_share: float) -> str:
 
 def row(item: Item, index: int) -> dict:
     f = item.facts
-    extra = {"id": item.id, "supercategory": item.supercategory, "category": item.category, "index": index,
-             "modality": item.modality, "patient": item.patient, "think": item.think}
+    extra = {
+        "id": item.id,
+        "supercategory": item.supercategory,
+        "category": item.category,
+        "index": index,
+        "modality": item.modality,
+        "patient": item.patient,
+        "think": item.think,
+    }
     truth = json.dumps({"bbox_2d": f["box"], "point_2d": f["points"]})
-    return {"data_source": "umrg", "prompt": [{"role": "user", "content": item.query}],
-            "images": [{"bytes": png(np.asarray(load_image(item.image))), "path": item.image.name}],
-            "masks": [{"bytes": f["mask"], "path": item.mask.name}],
-            "reward_model": {"style": "rule", "ground_truth": truth}, "extra_info": extra}
+    return {
+        "data_source": "umrg",
+        "prompt": [{"role": "user", "content": item.query}],
+        "images": [{"bytes": png(np.asarray(load_image(item.image))), "path": item.image.name}],
+        "masks": [{"bytes": f["mask"], "path": item.mask.name}],
+        "reward_model": {"style": "rule", "ground_truth": truth},
+        "extra_info": extra,
+    }
 
 
 def write_splits(items: list[Item], out: Path, test_share: float) -> Counter:
@@ -166,7 +199,9 @@ def write_splits(items: list[Item], out: Path, test_share: float) -> Counter:
 def main(args) -> None:
     found = find(args.images, args.masks, args.table)
     if repeated := [name for name, n in Counter(item.id for item in found).items() if n > 1]:
-        raise ValueError(f"--masks {args.masks}: {len(repeated)} names come twice, the first: {repeated[0]}")
+        raise ValueError(
+            f"--masks {args.masks}: {len(repeated)} names come twice, the first: {repeated[0]}"
+        )
     chat = Chat(args) if args.base_url else None
     items, dropped = clean(found, args)
     for reason, count in Counter(d["reason"] for d in dropped).most_common(10):
@@ -178,32 +213,51 @@ def main(args) -> None:
         before, items = len(items), decided(items, args.decisions)
         print(f"{before - len(items)} of {before} rejected by {args.decisions}")
     counts = write_splits(items, args.out, args.test_share)
-    report = {"found": len(found), "dropped": dropped, "words": dict(by), **counts,
-              "categories": dict(Counter(item.category for item in items))}
+    report = {
+        "found": len(found),
+        "dropped": dropped,
+        "words": dict(by),
+        **counts,
+        "categories": dict(Counter(item.category for item in items)),
+    }
     (args.out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     if args.review:
         args.review.write_text(review_page(items), encoding="utf-8")
         print(f"to look through: {args.review}")
-    print(f"{counts['train']} train and {counts['test']} test samples in {args.out}, words by "
-          + ", ".join(f"{who} {n}" for who, n in by.items())
-          + f"; {len(dropped)} dropped, see {args.out / 'report.json'}")
+    print(
+        f"{counts['train']} train and {counts['test']} test samples in {args.out}, words by "
+        + ", ".join(f"{who} {n}" for who, n in by.items())
+        + f"; {len(dropped)} dropped, see {args.out / 'report.json'}"
+    )
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m paper.make_umrg", description=__doc__,
-                                     allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m paper.make_umrg",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--images", type=Path, required=True)
     parser.add_argument("--masks", type=Path, required=True)
     parser.add_argument("--table", type=Path, help=f"CSV with {', '.join(COLUMNS)}")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--min-area", type=float, default=0.0005, help="smallest share of the image")
+    parser.add_argument(
+        "--min-area", type=float, default=0.0005, help="smallest share of the image"
+    )
     parser.add_argument("--max-area", type=float, default=0.9, help="largest share of the image")
-    parser.add_argument("--largest", action="store_true", help="of a mask in pieces, keep the largest only")
+    parser.add_argument(
+        "--largest", action="store_true", help="of a mask in pieces, keep the largest only"
+    )
     parser.add_argument("--test-share", type=float, default=0.2)
-    parser.add_argument("--base-url", help="an OpenAI-compatible endpoint; none: words from templates")
+    parser.add_argument(
+        "--base-url", help="an OpenAI-compatible endpoint; none: words from templates"
+    )
     parser.add_argument("--model", help="the endpoint's model")
     parser.add_argument("--timeout", type=float, default=60, help="seconds for one reply")
-    parser.add_argument("--retries", type=int, default=5, help="of a request that fails (429, 5xx, time-out)")
+    parser.add_argument(
+        "--retries", type=int, default=5, help="of a request that fails (429, 5xx, time-out)"
+    )
     parser.add_argument("--tries", type=int, default=3, help="for a reply that can be used")
     parser.add_argument("--cache", type=Path, default=Path("build/umrg_cache"))
     parser.add_argument("--price-in", type=float, default=0.0, help="money for a million tokens in")

@@ -17,6 +17,7 @@ all of it. So there are three controls: another sample's question about this ima
 sampled as often as there are wordings, because chance alone lowers the worst of several. Answers are greedy unless
 --temperature is given; the third control then uses it, else 1. Writes table.md, summary.json and answers.jsonl.
 """
+
 import json
 import random
 import re
@@ -32,20 +33,29 @@ from tqdm import tqdm
 
 from crm import load_crm
 from data import load_samples
+from extras.intervals import interval, paired_bootstrap, percent
+from extras.several import add_siblings
+from metrics import ask
 from paper.umrg_words import Chat
 from rewards import box_iou
 from runtime.cli import ModelConfig, exit_on, flag, parse_args, print0
 from runtime.files import write_whole
-from metrics import ask
 from runtime.parallel import Ranks
-from extras.intervals import interval, paired_bootstrap, percent
-from extras.several import add_siblings
 
 FIXED = ASKED, OTHER, GREY = "as asked", "another sample's question", "a grey image"
 ALL, SAMPLED = "all wordings", "the same question, sampled"
-MEASURES = {"iou": "IoU", "worst": "worst", "drop": "drop", "hard_pass": "hard pass", "as_before": "as before",
-            "consistency": "consistency", "flips": "flips", "refused": "refusals",
-            "iou_any": "IoU, any sibling", "iou_luck": "IoU, by luck"}
+MEASURES = {
+    "iou": "IoU",
+    "worst": "worst",
+    "drop": "drop",
+    "hard_pass": "hard pass",
+    "as_before": "as before",
+    "consistency": "consistency",
+    "flips": "flips",
+    "refused": "refusals",
+    "iou_any": "IoU, any sibling",
+    "iou_luck": "IoU, by luck",
+}
 
 
 @dataclass
@@ -70,20 +80,64 @@ class Config(ModelConfig):
 
 # ---------------------------------------------------------------- wordings: (question, random.Random) -> question
 
-SHORTHAND = {"on the left": "on L", "on the right": "on R", "left": "L", "right": "R", "upper lobe": "UL",
-             "lower lobe": "LL", "with": "w/", "without": "w/o", "patient": "pt", "computed tomography": "CT",
-             "magnetic resonance": "MR", "chest film": "CXR", "ultrasound": "US", "history": "hx", "please": "pls",
-             "and": "&", "because": "b/c", "treatment": "tx", "diagnosis": "dx", "fracture": "fx", "year-old": "yo"}
-SYNONYMS = {"kidney": "renal organ", "liver": "hepatic organ", "lung": "pulmonary organ", "heart": "cardiac organ",
-            "tumour": "neoplasm", "tumor": "neoplasm", "lump": "mass", "region": "area", "picture": "image",
-            "represent": "stand for", "corresponds to": "matches", "mark": "indicate", "show me": "point out to me",
-            "look closer at": "examine", "large": "sizeable", "big": "sizeable", "small": "little", "round": "circular",
-            "bright": "light", "dark": "dim", "structure": "formation", "organ": "body part"}
+SHORTHAND = {
+    "on the left": "on L",
+    "on the right": "on R",
+    "left": "L",
+    "right": "R",
+    "upper lobe": "UL",
+    "lower lobe": "LL",
+    "with": "w/",
+    "without": "w/o",
+    "patient": "pt",
+    "computed tomography": "CT",
+    "magnetic resonance": "MR",
+    "chest film": "CXR",
+    "ultrasound": "US",
+    "history": "hx",
+    "please": "pls",
+    "and": "&",
+    "because": "b/c",
+    "treatment": "tx",
+    "diagnosis": "dx",
+    "fracture": "fx",
+    "year-old": "yo",
+}
+SYNONYMS = {
+    "kidney": "renal organ",
+    "liver": "hepatic organ",
+    "lung": "pulmonary organ",
+    "heart": "cardiac organ",
+    "tumour": "neoplasm",
+    "tumor": "neoplasm",
+    "lump": "mass",
+    "region": "area",
+    "picture": "image",
+    "represent": "stand for",
+    "corresponds to": "matches",
+    "mark": "indicate",
+    "show me": "point out to me",
+    "look closer at": "examine",
+    "large": "sizeable",
+    "big": "sizeable",
+    "small": "little",
+    "round": "circular",
+    "bright": "light",
+    "dark": "dim",
+    "structure": "formation",
+    "organ": "body part",
+}
 FRAMES = ("In this image, {}", "Quick question from the ward: {}", "{} Thank you.", "pls help - {}")
-HISTORY = ("The patient is 58 years old and takes vitamin D.", "Seen on a Tuesday; no known allergies.",
-           "He came by bicycle and works as a teacher.", "Her tonsils were taken out in childhood.")
-STOP = set("a an the is are was were be of on in at to for this that these those which what where could can let us me "
-           "my please and by its it there do does with".split())
+HISTORY = (
+    "The patient is 58 years old and takes vitamin D.",
+    "Seen on a Tuesday; no known allergies.",
+    "He came by bicycle and works as a teacher.",
+    "Her tonsils were taken out in childhood.",
+)
+STOP = set(
+    "a an the is are was were be of on in at to for this that these those which what where could can let us me "
+    "my please and by its it there do does with".split()
+)
 
 
 def typos(query: str, rng: random.Random) -> str:
@@ -92,13 +146,17 @@ def typos(query: str, rng: random.Random) -> str:
     long = [i for i, word in enumerate(words) if len(re.sub(r"\W", "", word)) >= 5]
     for i in rng.sample(long, min(2, len(long))):
         word, at = words[i], rng.randrange(1, len(words[i]) - 2)
-        words[i] = word[:at] + (word[at + 1:] if rng.random() < 0.5 else word[at + 1] + word[at] + word[at + 2:])
+        words[i] = word[:at] + (
+            word[at + 1 :] if rng.random() < 0.5 else word[at + 1] + word[at] + word[at + 2 :]
+        )
     return " ".join(words)
 
 
 def by_table(table: dict[str, str]):
     """A wording that replaces whole words, the longest entry first."""
-    pattern = re.compile(r"\b(" + "|".join(map(re.escape, sorted(table, key=len, reverse=True))) + r")\b", re.I)
+    pattern = re.compile(
+        r"\b(" + "|".join(map(re.escape, sorted(table, key=len, reverse=True))) + r")\b", re.I
+    )
     return lambda query, rng: pattern.sub(lambda found: table[found[0].lower()], query)
 
 
@@ -109,7 +167,10 @@ def framed(query: str, rng: random.Random) -> str:
 
 def telegraphic(query: str, rng: random.Random) -> str:
     """Without stop words; the question as it is if nothing else is in it."""
-    return " ".join(word for word in query.split() if re.sub(r"\W", "", word).lower() not in STOP) or query
+    return (
+        " ".join(word for word in query.split() if re.sub(r"\W", "", word).lower() not in STOP)
+        or query
+    )
 
 
 VARIANTS = {
@@ -125,7 +186,10 @@ VARIANTS = {
 
 def wordings(query: str, name: str, seed: int) -> dict[str, str]:
     """{variant: question} for those that change it; name, of the sample, and seed make the choices."""
-    found = {kind: change(query, random.Random(f"{seed} {kind} {name}")) for kind, change in VARIANTS.items()}
+    found = {
+        kind: change(query, random.Random(f"{seed} {kind} {name}"))
+        for kind, change in VARIANTS.items()
+    }
     return {kind: text for kind, text in found.items() if text.strip() and text != query}
 
 
@@ -136,7 +200,9 @@ def unusable(text, query: str, names: list[str]) -> str:
     said = {side for side in ("left", "right") if side in query.lower()}
     if said != {side for side in ("left", "right") if side in text.lower()}:
         return "Keep what the question says of left and right."
-    if named := [name for name in names if name.lower() in text.lower() and name.lower() not in query.lower()]:
+    if named := [
+        name for name in names if name.lower() in text.lower() and name.lower() not in query.lower()
+    ]:
         return f'The question must not name the target: it says "{named[0]}".'
     return "" if text.strip() != query.strip() else "Use other words."
 
@@ -146,20 +212,28 @@ def paraphrases(chat: Chat, sample, count: int, tries: int) -> dict[str, str]:
     names = [sample.category, *(n for n in sample.extra.get("names") or [] if isinstance(n, str))]
     found = {}
     for number in range(1, count + 1):
-        messages = [{"role": "user", "content":
-                     f"Paraphrase number {number} of this question about a medical image, same meaning, other words, "
-                     f"no hint that is not in it: {json.dumps(sample.query)}. Reply with a JSON object: \"question\"."}]
+        messages = [
+            {
+                "role": "user",
+                "content": f"Paraphrase number {number} of this question about a medical image, same meaning, other words, "
+                f'no hint that is not in it: {json.dumps(sample.query)}. Reply with a JSON object: "question".',
+            }
+        ]
         for _ in range(tries):
             reply = chat.ask(messages)
             text = reply.get("question") if isinstance(reply, dict) else None
             if not (wrong := unusable(text, sample.query, [name for name in names if name])):
                 found[f"paraphrase {number}"] = text.strip()
                 break
-            messages += [{"role": "assistant", "content": json.dumps(reply)}, {"role": "user", "content": wrong}]
+            messages += [
+                {"role": "assistant", "content": json.dumps(reply)},
+                {"role": "user", "content": wrong},
+            ]
     return found
 
 
 # ---------------------------------------------------------------- asking
+
 
 class Jobs(Sequence):
     """Samples whose question, and image, may have been exchanged: [(index, kind, question)], decoded when asked for."""
@@ -173,7 +247,9 @@ class Jobs(Sequence):
     def __getitem__(self, i):
         index, kind, query = self.jobs[i]
         sample = self.samples[index]
-        grey = {"image": Image.new("RGB", sample.image.size, (128, 128, 128))} if kind == GREY else {}
+        grey = (
+            {"image": Image.new("RGB", sample.image.size, (128, 128, 128))} if kind == GREY else {}
+        )
         return replace(sample, query=query, **grey)
 
 
@@ -185,9 +261,15 @@ def strangers(samples, seed: int) -> list[str]:
     for row in rows:
         apart = [other for other in rows if other["query"] != row["query"]]
         if not apart:
-            raise ValueError(f"{row['where']}: all {len(rows)} questions are the same, so that none of another sample "
-                             "can be asked as a control; raise --limit")
-        chosen.append(rng.choice([other for other in apart if other["category"] != row["category"]] or apart)["query"])
+            raise ValueError(
+                f"{row['where']}: all {len(rows)} questions are the same, so that none of another sample "
+                "can be asked as a control; raise --limit"
+            )
+        chosen.append(
+            rng.choice([other for other in apart if other["category"] != row["category"]] or apart)[
+                "query"
+            ]
+        )
     return chosen
 
 
@@ -199,48 +281,84 @@ def others_in(kinds) -> list[str]:
 def answers(crm, samples, texts: list[dict[str, str]], cfg, ranks) -> list[dict]:
     """A row per sample: id, supercategory, truth, siblings, said {kind: {query, bbox, problem}}, and resampled, as many
     of these as it has wordings. texts: {kind: question} per sample, FIXED included. Boxes in the image frame."""
-    jobs = Jobs(samples, [(i, kind, text) for i, several in enumerate(texts) for kind, text in several.items()])
+    jobs = Jobs(
+        samples,
+        [(i, kind, text) for i, several in enumerate(texts) for kind, text in several.items()],
+    )
     most = max(len(others_in(several)) for several in texts)
     plain = Jobs(samples, [(i, ASKED, several[ASKED]) for i, several in enumerate(texts)])
     found = []
-    for several, count, temperature in ((jobs, 1, cfg.temperature), (plain, most, cfg.temperature or 1.0)):
-        mine = range(len(several) if count else 0)[ranks.rank::ranks.world]
-        asked = ask(crm, several, mine, {"": (count, temperature)}, cfg.max_new_tokens, cfg.seed, cfg.batch)
+    for several, count, temperature in (
+        (jobs, 1, cfg.temperature),
+        (plain, most, cfg.temperature or 1.0),
+    ):
+        mine = range(len(several) if count else 0)[ranks.rank :: ranks.world]
+        asked = ask(
+            crm, several, mine, {"": (count, temperature)}, cfg.max_new_tokens, cfg.seed, cfg.batch
+        )
         for _, sample, _, p in tqdm(asked, total=len(mine), disable=ranks.rank > 0, ncols=100):
             index, kind, query = several.jobs[p["index"]]
-            said = [{"query": query, "bbox": c["bbox"], "problem": c["problem"]} for c in p["completions"]]
+            said = [
+                {"query": query, "bbox": c["bbox"], "problem": c["problem"]}
+                for c in p["completions"]
+            ]
             found.append((index, kind if several is jobs else "", said, p))
     rows, found = {}, sorted(ranks.gather(found), key=lambda item: item[0])
     add_siblings([p for _, kind, _, p in found if kind == ASKED])
     for index, kind, said, p in found:
-        row = rows.setdefault(index, {"id": p["id"], "supercategory": p["supercategory"], "truth": p["truth"]["bbox"],
-                                      "siblings": [], "said": {}, "resampled": []})
+        row = rows.setdefault(
+            index,
+            {
+                "id": p["id"],
+                "supercategory": p["supercategory"],
+                "truth": p["truth"]["bbox"],
+                "siblings": [],
+                "said": {},
+                "resampled": [],
+            },
+        )
         row["siblings"] = p["truth"].get("siblings", row["siblings"])
         if kind:
             row["said"][kind] = said[0]
         else:
-            row["resampled"] = said[:len(others_in(texts[index]))]
+            row["resampled"] = said[: len(others_in(texts[index]))]
     return list(rows.values())
 
 
 # ---------------------------------------------------------------- measures
 
-def measures(truth, first: dict, others: list[dict], siblings: Sequence = ()) -> dict[str, float | None]:
+
+def measures(
+    truth, first: dict, others: list[dict], siblings: Sequence = ()
+) -> dict[str, float | None]:
     """MEASURES of the answers to one question (see above). Without others: those that the first alone has; siblings:
     the boxes of what else it may mean."""
+
     def same(one: dict, two: dict) -> float:
         return box_iou(one["bbox"], two["bbox"]) if one["bbox"] and two["bbox"] else 0.0
 
     v = [same(answer, {"bbox": truth}) for answer in (first, *others)]
-    found = {"iou": np.mean(v[1:] or v), "worst": min(v), "hard_pass": min(v) >= 0.5,
-             "refused": np.mean([bool(answer["problem"]) for answer in others or [first]])}
+    found = {
+        "iou": np.mean(v[1:] or v),
+        "worst": min(v),
+        "hard_pass": min(v) >= 0.5,
+        "refused": np.mean([bool(answer["problem"]) for answer in others or [first]]),
+    }
     if siblings:
-        best = np.mean([max(same(answer, {"bbox": box}) for box in (truth, *siblings)) for answer in others or [first]])
+        best = np.mean(
+            [
+                max(same(answer, {"bbox": box}) for box in (truth, *siblings))
+                for answer in others or [first]
+            ]
+        )
         found |= {"iou_any": best, "iou_luck": best / (1 + len(siblings))}
     if others:
-        found |= {"drop": v[0] - found["iou"], "flips": np.mean([(w >= 0.5) != (v[0] >= 0.5) for w in v[1:]]),
-                  "as_before": np.mean([same(first, other) for other in others]),
-                  "consistency": np.mean([same(*pair) for pair in combinations((first, *others), 2)])}
+        found |= {
+            "drop": v[0] - found["iou"],
+            "flips": np.mean([(w >= 0.5) != (v[0] >= 0.5) for w in v[1:]]),
+            "as_before": np.mean([same(first, other) for other in others]),
+            "consistency": np.mean([same(*pair) for pair in combinations((first, *others), 2)]),
+        }
     return {key: float(found[key]) if key in found else None for key in MEASURES}
 
 
@@ -249,12 +367,24 @@ def summarise(rows: list[dict]) -> dict:
     wordings less that with another sample's question}."""
     spoken = {kind for row in rows for kind in others_in(row["said"])}
     names = [*(kind for kind in VARIANTS if kind in spoken), *sorted(spoken - VARIANTS.keys())]
-    chosen = {ASKED: lambda row: [], ALL: lambda row: [row["said"][kind] for kind in others_in(row["said"])],
-              **{name: lambda row, name=name: [row["said"][name]] if name in row["said"] else []
-                 for name in (*names, OTHER, GREY)},
-              SAMPLED: lambda row: row["resampled"]}
-    found = {kind: [measures(row["truth"], row["said"][ASKED], of(row), row["siblings"]) if kind == ASKED or of(row) else None
-                    for row in rows] for kind, of in chosen.items()}
+    chosen = {
+        ASKED: lambda row: [],
+        ALL: lambda row: [row["said"][kind] for kind in others_in(row["said"])],
+        **{
+            name: lambda row, name=name: [row["said"][name]] if name in row["said"] else []
+            for name in (*names, OTHER, GREY)
+        },
+        SAMPLED: lambda row: row["resampled"],
+    }
+    found = {
+        kind: [
+            measures(row["truth"], row["said"][ASKED], of(row), row["siblings"])
+            if kind == ASKED or of(row)
+            else None
+            for row in rows
+        ]
+        for kind, of in chosen.items()
+    }
 
     def ends(values) -> dict | None:
         values = [value for value in values if value is not None]
@@ -264,25 +394,41 @@ def summarise(rows: list[dict]) -> dict:
         return [one and one[key] for one in found[kind]]
 
     beyond = paired_bootstrap(column(OTHER, "as_before"), column(ALL, "as_before"))
-    return {"n": len(rows), "kinds": {kind: {key: ends(column(kind, key)) for key in MEASURES} for kind in found},
-            "beyond": beyond and beyond._asdict()}
+    return {
+        "n": len(rows),
+        "kinds": {kind: {key: ends(column(kind, key)) for key in MEASURES} for kind in found},
+        "beyond": beyond and beyond._asdict(),
+    }
 
 
 def table(summary: dict) -> str:
     """The summary as Markdown, in percent."""
     shown = [key for key in MEASURES if any(found[key] for found in summary["kinds"].values())]
-    lines = [f"Percent, mean over {summary['n']} questions [95 % bootstrap interval; – for fewer than 5].", "",
-             "| | n | " + " | ".join(MEASURES[key] for key in shown) + " |", "|---" * (len(shown) + 2) + "|"]
+    lines = [
+        f"Percent, mean over {summary['n']} questions [95 % bootstrap interval; – for fewer than 5].",
+        "",
+        "| | n | " + " | ".join(MEASURES[key] for key in shown) + " |",
+        "|---" * (len(shown) + 2) + "|",
+    ]
     for kind, found in summary["kinds"].items():
         if found["iou"]:
             if kind == OTHER:
                 lines.append("| *controls* |" + " |" * (len(shown) + 1))
-            lines.append(f"| {kind} | {found['iou']['n']} | " + " | ".join(percent(found[key]) for key in shown) + " |")
+            lines.append(
+                f"| {kind} | {found['iou']['n']} | "
+                + " | ".join(percent(found[key]) for key in shown)
+                + " |"
+            )
     if beyond := summary["beyond"]:
         low, high = 100 * beyond["low"], 100 * beyond["high"]
-        verdict = "It listens to the question" if low > 0 else "Not shown that it listens to the question"
-        lines += ["", f"{verdict}: in other words its box stays as before by {100 * beyond['mean']:+.1f} "
-                  f"[{low:+.1f}, {high:+.1f}] more than under another sample's question."]
+        verdict = (
+            "It listens to the question" if low > 0 else "Not shown that it listens to the question"
+        )
+        lines += [
+            "",
+            f"{verdict}: in other words its box stays as before by {100 * beyond['mean']:+.1f} "
+            f"[{low:+.1f}, {high:+.1f}] more than under another sample's question.",
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -292,17 +438,28 @@ def main(cfg: Config) -> None:
         raise ValueError("--base-url needs --model, and one process, without torchrun")
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: is a file; give a folder")
-    samples = load_samples(cfg.data, cfg.split, cfg.skip_bad_rows)[:cfg.limit or None]
+    samples = load_samples(cfg.data, cfg.split, cfg.skip_bad_rows)[: cfg.limit or None]
     samples.check()
     strange = strangers(samples, cfg.seed)
     endpoint = vars(cfg) | {"cache": Path(cfg.cache), "price_in": 0.0, "price_out": 0.0}
     chat = Chat(SimpleNamespace(**endpoint)) if cfg.base_url else None
     how = {name: getattr(cfg, name) for name in ("resize", "min_pixels", "max_pixels", "prompt")}
-    crm = load_crm(cfg.crm, ranks.device, ranks.dtype(cfg.dtype),
-                   **{name: value for name, value in how.items() if value is not None})
+    crm = load_crm(
+        cfg.crm,
+        ranks.device,
+        ranks.dtype(cfg.dtype),
+        **{name: value for name, value in how.items() if value is not None},
+    )
     texts = []
     for row, name, other in zip(samples.rows, samples.ids(), strange):
-        texts.append({ASKED: row["query"], **wordings(row["query"], name, cfg.seed), OTHER: other, GREY: row["query"]})
+        texts.append(
+            {
+                ASKED: row["query"],
+                **wordings(row["query"], name, cfg.seed),
+                OTHER: other,
+                GREY: row["query"],
+            }
+        )
     if chat:
         for i, several in enumerate(texts):
             several |= paraphrases(chat, samples[i], cfg.paraphrases, cfg.tries)
@@ -315,7 +472,9 @@ def main(cfg: Config) -> None:
         write_whole(out / "summary.json", json.dumps(summary, indent=1) + "\n")
         write_whole(out / "table.md", table(summary))
         print0(table(summary).rstrip())
-        print0(f"tables {out / 'table.md'}, numbers {out / 'summary.json'}, answers {out / 'answers.jsonl'}")
+        print0(
+            f"tables {out / 'table.md'}, numbers {out / 'summary.json'}, answers {out / 'answers.jsonl'}"
+        )
     ranks.stop()
 
 

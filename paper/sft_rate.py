@@ -5,6 +5,7 @@
 Every sixth training question is held out; SFT runs on the others with each rate, and evaluate.py scores the held-out
 ones as the experiments do, four sampled completions per question.
 """
+
 import argparse
 import subprocess
 import sys
@@ -17,10 +18,15 @@ from evaluate import scores
 from extras.predictions import read_predictions
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m paper.sft_rate", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m paper.sft_rate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--crm", default="demo/crm")
-    parser.add_argument("--data", type=Path, default=Path("demo/data"), help="folder with train.parquet")
+    parser.add_argument(
+        "--data", type=Path, default=Path("demo/data"), help="folder with train.parquet"
+    )
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch", type=int, default=12)
     parser.add_argument("--rates", type=float, nargs="+", default=[2e-5, 1e-4, 4e-4, 1e-3])
@@ -35,12 +41,51 @@ if __name__ == "__main__":
     pq.write_table(table.filter(held_out), data / "test.parquet")
     for rate in args.rates:
         run = args.work / f"rate-{args.steps}-{rate:g}"
-        subprocess.run([sys.executable, "train_sft.py", "--crm", args.crm, "--data", data, "--steps", str(args.steps),
-                        "--batch", str(args.batch), "--lr", str(rate), "--eval-every", "-1", "--out", run,
-                        "--resume", "auto"], check=True, stdout=subprocess.DEVNULL)
-        subprocess.run([sys.executable, "evaluate.py", "--crm", run / f"step_{args.steps:06d}", "--data", data,
-                        "--samples", "4", "--limit", str(args.limit), "--out", f"{run}-eval"], check=True,
-                       stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [
+                sys.executable,
+                "train_sft.py",
+                "--crm",
+                args.crm,
+                "--data",
+                data,
+                "--steps",
+                str(args.steps),
+                "--batch",
+                str(args.batch),
+                "--lr",
+                str(rate),
+                "--eval-every",
+                "-1",
+                "--out",
+                run,
+                "--resume",
+                "auto",
+            ],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+        subprocess.run(
+            [
+                sys.executable,
+                "evaluate.py",
+                "--crm",
+                run / f"step_{args.steps:06d}",
+                "--data",
+                data,
+                "--samples",
+                "4",
+                "--limit",
+                str(args.limit),
+                "--out",
+                f"{run}-eval",
+            ],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
         rows = [scores(row) for row in read_predictions(Path(f"{run}-eval"))]
-        print(f"--lr {rate:g}: IoU {100 * np.mean([row['iou'] for row in rows]):.1f}, "
-              f"named {100 * np.mean([row['named'] for row in rows]):.0f} %", flush=True)
+        print(
+            f"--lr {rate:g}: IoU {100 * np.mean([row['iou'] for row in rows]):.1f}, "
+            f"named {100 * np.mean([row['named'] for row in rows]):.0f} %",
+            flush=True,
+        )

@@ -1,4 +1,5 @@
 """The page on which a person accepts or rejects the samples of paper/make_umrg.py, and what came of it."""
+
 import base64
 import html
 import io
@@ -41,10 +42,18 @@ def review_page(items: list[Item]) -> str:
         picture = overlay(load_image(item.image), mask, f["box"], f["points"])
         picture.save(buffer := io.BytesIO(), format="JPEG")
         encoded = base64.b64encode(buffer.getvalue()).decode()
-        words = "".join(f"<p><b>{html.escape(k)}</b> {html.escape(v)}</p>" for k, v in (
-            ("target", f"{item.category}, {item.modality}"), ("question", item.query), ("trace", item.think)))
-        sections.append(f'<section data-id="{html.escape(item.id, quote=True)}">'
-                        f'<img alt="" src="data:image/jpeg;base64,{encoded}"><div>{words}</div></section>')
+        words = "".join(
+            f"<p><b>{html.escape(k)}</b> {html.escape(v)}</p>"
+            for k, v in (
+                ("target", f"{item.category}, {item.modality}"),
+                ("question", item.query),
+                ("trace", item.think),
+            )
+        )
+        sections.append(
+            f'<section data-id="{html.escape(item.id, quote=True)}">'
+            f'<img alt="" src="data:image/jpeg;base64,{encoded}"><div>{words}</div></section>'
+        )
     return PAGE.format(count=len(items), sections="\n".join(sections))
 
 
@@ -58,6 +67,7 @@ def decided(items: list[Item], path: Path) -> list[Item]:
     except (OSError, ValueError) as error:
         raise ValueError(f"--decisions {path}: {error}") from None
     if unknown := sorted(decisions.keys() - known):
-        raise ValueError(f"--decisions {path}: {len(unknown)} ids are not in this data, "
-                         f"the first: {unknown[0]}")
+        raise ValueError(
+            f"--decisions {path}: {len(unknown)} ids are not in this data, the first: {unknown[0]}"
+        )
     return [item for item in items if decisions.get(item.id) != "reject"]

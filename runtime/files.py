@@ -1,4 +1,5 @@
 """Files: read what a stranger may give as data only; write so that a kill leaves the old file or the new."""
+
 import json
 import os
 from pathlib import Path
@@ -8,18 +9,30 @@ from textwrap import shorten
 import safetensors.torch
 import torch
 
-UNREADABLE = (UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError,
-              AssertionError, OverflowError, OSError)    # what torch.load raises on garbage, found by fuzzing
+UNREADABLE = (
+    UnpicklingError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    OverflowError,
+    OSError,
+)  # what torch.load raises on garbage, found by fuzzing
 
 
 def read_torch(file: str | Path, device="cpu", mmap: bool = False):
     """What torch.save wrote, plain tensors and containers; nothing in it is run. ValueError names the file.
     mmap: tensors stay on disk until they are used, and the ranks of a machine share the memory."""
-    open(file, "rb").close()                        # a missing file is an OSError of its own
+    open(file, "rb").close()  # a missing file is an OSError of its own
     try:
         return torch.load(str(file), map_location=device, weights_only=True, mmap=mmap)
     except UNREADABLE as error:
-        raise ValueError(f"{file}: not a torch file of plain tensors ({type(error).__name__})") from error
+        raise ValueError(
+            f"{file}: not a torch file of plain tensors ({type(error).__name__})"
+        ) from error
 
 
 def read_text(path: str | Path) -> str:
@@ -82,4 +95,6 @@ def load_weights(model: torch.nn.Module, weights: dict, source: str | Path) -> N
     try:
         model.load_state_dict({str(name): tensor for name, tensor in weights.items()})
     except RuntimeError as error:
-        raise ValueError(f"{source}: its keys do not fit the model: {shorten(str(error), 400)}") from error
+        raise ValueError(
+            f"{source}: its keys do not fit the model: {shorten(str(error), 400)}"
+        ) from error

@@ -3,6 +3,7 @@
 A layer is gathered while it computes, and the whole model, in its compute type, while the sampler runs. Over several
 nodes they are sharded within a node and replicated across (hybrid sharding).
 """
+
 import os
 from contextlib import contextmanager
 
@@ -34,19 +35,26 @@ def shard(crm, ranks: Ranks, offload: bool = False) -> None:
     if offload:
         raise ValueError("--offload works with one process or --parallel ddp, not with fsdp")
     if crm.lora:
-        raise ValueError("--parallel fsdp shards whole models; LoRA matrices are small: use --parallel ddp")
+        raise ValueError(
+            "--parallel fsdp shards whole models; LoRA matrices are small: use --parallel ddp"
+        )
     local = int(os.environ["LOCAL_WORLD_SIZE"])
     shape = (ranks.world // local, local) if ranks.world > local else (ranks.world,)
-    mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=("node", "local")[-len(shape):])
-    precision = MixedPrecisionPolicy(param_dtype=crm.model.lm_head.weight.dtype, reduce_dtype=torch.float32,
-                                     cast_forward_inputs=False)
+    mesh = init_device_mesh(
+        ranks.device.type, shape, mesh_dim_names=("node", "local")[-len(shape) :]
+    )
+    precision = MixedPrecisionPolicy(
+        param_dtype=crm.model.lm_head.weight.dtype,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,
+    )
     crm.model.float()
 
     def sharded(model) -> Root:
         root = Root(model)
         for part in (*model.model.visual.blocks, *model.model.language_model.layers, root):
             fully_shard(part, mesh=mesh, mp_policy=precision)
-        root(lambda: None)                      # the first call makes it the root, over the parts
+        root(lambda: None)  # the first call makes it the root, over the parts
         root.reshard()
         return root
 

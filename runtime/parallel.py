@@ -6,6 +6,7 @@
 A whole group lives on one rank, what it samples depends on (seed, step, prompt) only, and a loss is a sum whose
 weights span the tokens of all ranks. So the numbers depend neither on the kind nor on the number of ranks.
 """
+
 import datetime
 import os
 import resource
@@ -23,6 +24,7 @@ import transformers
 @dataclass
 class Ranks:
     """This process among all that torchrun started (rank 0 of 1 without torchrun)."""
+
     rank: int = 0
     world: int = 1
     device: torch.device = torch.device("cpu")
@@ -31,21 +33,28 @@ class Ranks:
     def start(cls, timeout_minutes: float = 30) -> "Ranks":
         """timeout_minutes: how long a rank waits for the others before it ends with an error."""
         transformers.logging.disable_progress_bar()
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")    # packs differ in size
+        os.environ.setdefault(
+            "PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"
+        )  # packs differ in size
         cuda, local = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
         device = torch.device("cuda", local) if cuda else torch.device("cpu")
-        torch.backends.cuda.enable_cudnn_sdp(False)     # it plans every new shape anew, and ours are all new
+        torch.backends.cuda.enable_cudnn_sdp(
+            False
+        )  # it plans every new shape anew, and ours are all new
         if "WORLD_SIZE" not in os.environ:
             return cls(device=device)
         if cuda:
             torch.cuda.set_device(device)
         sys.excepthook = _name_the_rank
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None,
-                                timeout=datetime.timedelta(minutes=timeout_minutes))
+        dist.init_process_group(
+            "nccl" if cuda else "gloo",
+            device_id=device if cuda else None,
+            timeout=datetime.timedelta(minutes=timeout_minutes),
+        )
         return cls(dist.get_rank(), dist.get_world_size(), device)
 
     def dtype(self, name: str) -> torch.dtype:
-        """"auto" is bfloat16 on an accelerator and float32 elsewhere."""
+        """ "auto" is bfloat16 on an accelerator and float32 elsewhere."""
         auto = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         return auto if name == "auto" else getattr(torch, name)
 
@@ -74,16 +83,22 @@ class Ranks:
     def share(self, items: list) -> list:
         """This rank's equal part of a list, in order."""
         size = len(items) // self.world
-        return items[self.rank * size:][:size]
+        return items[self.rank * size :][:size]
 
 
 def _name_the_rank(kind, error, trace):
     """How an uncaught error on one rank of many is printed; torchrun then ends the others."""
     lost = isinstance(error, dist.DistError) or any(
-        words in str(error) for words in ("gloo", "by peer", "Broken pipe", "Timed out"))
+        words in str(error) for words in ("gloo", "by peer", "Broken pipe", "Timed out")
+    )
     hint = "; another rank is gone or waits elsewhere, its own message says why" if lost else ""
-    print("".join(traceback.format_exception(kind, error, trace)) + f"error: rank {os.environ['RANK']} of "
-          f"{os.environ['WORLD_SIZE']}: {kind.__name__}{hint}", file=sys.stderr, flush=True)
+    print(
+        "".join(traceback.format_exception(kind, error, trace))
+        + f"error: rank {os.environ['RANK']} of "
+        f"{os.environ['WORLD_SIZE']}: {kind.__name__}{hint}",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def peak_memory(device: torch.device) -> float:
@@ -96,12 +111,14 @@ def peak_memory(device: torch.device) -> float:
 
 # ---------------------------------------------------------------- a model that may be sharded, see runtime/fsdp.py
 
+
 def unsharded(crm):
     """Inside, every rank holds all weights of crm.model, so that sampling, and scoring without gradient, need no other
     rank. All ranks must enter and leave together. Without effect where the model is not sharded."""
     if crm.root is None:
         return nullcontext()
     from runtime import fsdp
+
     return fsdp.unsharded(crm)
 
 

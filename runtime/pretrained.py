@@ -1,4 +1,5 @@
 """A Qwen2.5-VL as a folder and in memory: model, tokenizer, image processor, what a checkpoint of ours remembers."""
+
 import json
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,11 +13,19 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from data import PROMPTS
 from runtime.files import parse_object, read_text
 
-UNLOADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, safetensors.SafetensorError,
-              StrictDataclassError)         # what from_pretrained raises on a broken folder, found by fuzzing
-FEW_ROWS, LARGE = 64, 2 ** 20               # rows of a product and weights of a layer, see FewRowsLinear
+UNLOADABLE = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    safetensors.SafetensorError,
+    StrictDataclassError,
+)  # what from_pretrained raises on a broken folder, found by fuzzing
+FEW_ROWS, LARGE = 64, 2**20  # rows of a product and weights of a layer, see FewRowsLinear
 FRAME_TYPES = {"resize": str, "min_pixels": int, "max_pixels": int, "prompt": str}
-FRAME_FILE = "frame.json"                   # how a checkpoint's images were resized, and its prompt
+FRAME_FILE = "frame.json"  # how a checkpoint's images were resized, and its prompt
 
 
 class FewRowsLinear(torch.nn.Linear):
@@ -35,9 +44,17 @@ def read_pretrained(path: str | Path, dtype, device="cpu"):
     torn, or no Qwen2.5-VL. On a CPU large linear layers become FewRowsLinear."""
     folder = Path(path)
     if checkpoints := sorted(folder.glob("step_*[0-9]")):
-        raise ValueError(f"--crm {path}: is the folder of a run; give a checkpoint in it, such as {checkpoints[-1]}")
-    of_hub = not str(path).startswith((".", "/", "~")) and str(path).count("/") <= 1 and not folder.exists()
-    beside = of_hub and folder.parent != Path() and folder.parent.exists()          # runs/nope is meant as a folder
+        raise ValueError(
+            f"--crm {path}: is the folder of a run; give a checkpoint in it, such as {checkpoints[-1]}"
+        )
+    of_hub = (
+        not str(path).startswith((".", "/", "~"))
+        and str(path).count("/") <= 1
+        and not folder.exists()
+    )
+    beside = (
+        of_hub and folder.parent != Path() and folder.parent.exists()
+    )  # runs/nope is meant as a folder
     if (beside or not of_hub) and not (folder / "config.json").is_file():
         why = f", nor looked for on the hub, as there is a folder {folder.parent}" if beside else ""
         raise ValueError(f"--crm {path}: no folder with a config.json there{why}")
@@ -51,7 +68,9 @@ def read_pretrained(path: str | Path, dtype, device="cpu"):
         try:
             return kind.from_pretrained(path, **settings)
         except UNLOADABLE as error:
-            problem = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+            problem = (
+                f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+            )
             raise ValueError(f"--crm {path}: cannot be loaded ({problem})") from None
 
     if (kind := load(AutoConfig).model_type) != "qwen2_5_vl":
@@ -72,11 +91,15 @@ def remembered_frame(path: str | Path) -> dict:
     for key, value in saved.items():
         known = type(value) is FRAME_TYPES.get(key)
         if not known or (key == "prompt" and value not in PROMPTS and "{query}" not in value):
-            raise ValueError(f"{file}: {key}: {value!r} is not what save writes there; mend or remove the file")
+            raise ValueError(
+                f"{file}: {key}: {value!r} is not what save writes there; mend or remove the file"
+            )
     return saved
 
 
-def write_pretrained(path: str | Path, model, tokenizer, image_processor, lora, frame: dict) -> None:
+def write_pretrained(
+    path: str | Path, model, tokenizer, image_processor, lora, frame: dict
+) -> None:
     """The folder that read_pretrained reads. lora: the PEFT model around the model, or None; its matrices are merged
     into the weights, and kept beside them in adapter/. frame: for remembered_frame."""
     weights = {}
@@ -84,10 +107,13 @@ def write_pretrained(path: str | Path, model, tokenizer, image_processor, lora, 
         if "lora_" not in name:
             weights[name.replace(".base_layer", "")] = p.detach()
     for name, layer in model.named_modules():
-        if hasattr(layer, "get_delta_weight"):                      # a linear layer with LoRA matrices
-            weight, delta = layer.base_layer.weight.detach(), layer.get_delta_weight("default").detach()
+        if hasattr(layer, "get_delta_weight"):  # a linear layer with LoRA matrices
+            weight, delta = (
+                layer.base_layer.weight.detach(),
+                layer.get_delta_weight("default").detach(),
+            )
             weights[f"{name}.weight"] = (weight.float() + delta.float()).to(weight.dtype).cpu()
-    model.generation_config.do_sample = True        # save_pretrained refuses a temperature without it
+    model.generation_config.do_sample = True  # save_pretrained refuses a temperature without it
     model.save_pretrained(path, state_dict=weights)
     if lora:
         lora.save_pretrained(Path(path) / "adapter")

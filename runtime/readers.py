@@ -12,14 +12,23 @@ and where there is more to say than DEFAULTS does:
   problem                               "" or what could not be read, as in "image: is missing"
 To add a reader, write the function and name it in READERS, by the pattern of a path or of what is in a folder.
 """
+
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 
 from runtime.files import parse_object, read_text
 
-DEFAULTS = {"mask": None, "bbox": None, "points": None, "supercategory": "", "category": "", "think": "", "extra": {},
-            "problem": ""}
+DEFAULTS = {
+    "mask": None,
+    "bbox": None,
+    "points": None,
+    "supercategory": "",
+    "category": "",
+    "think": "",
+    "extra": {},
+    "problem": "",
+}
 
 
 def read_folder(path: Path, split: str) -> tuple[list[dict], list[str]]:
@@ -38,24 +47,36 @@ def read_folder(path: Path, split: str) -> tuple[list[dict], list[str]]:
         try:
             fields = parse_object(line, "text")
             splits.add(str(fields.get("split", "train")))
-        except ValueError as error:                 # of no known split: a bad row of every one
+        except ValueError as error:  # of no known split: a bad row of every one
             fields, problem = {"split": split}, str(error)
         if fields.get("split", "train") != split:
             continue
         if missing := [key for key in ("image", "query") if key not in fields]:
-            problem = problem or f"{missing[0]}: is missing (keys here: {', '.join(fields) or 'none'})"
+            problem = (
+                problem or f"{missing[0]}: is missing (keys here: {', '.join(fields) or 'none'})"
+            )
         try:
             image = file_in(file.parent / "images", fields.get("image"))
             mask = file_in(file.parent / "masks", fields["mask"]) if fields.get("mask") else None
             if "scan" in fields:
                 from extras.scans import png_bytes
+
                 image = partial(png_bytes, image, fields["scan"])
                 mask = mask and partial(png_bytes, mask, fields["scan"], mask=True)
         except (ValueError, OSError) as error:
             problem = problem or f"{'mask' if image else 'image'}: {error}"
-        rows.append({"where": f"{file}, line {number}", "problem": problem, "image": image, "mask": mask,
-                     "id": str(fields.get("id", f"{file.parent.name}-{number}")), "extra": fields,
-                     **{key: fields.get(key) for key in ("query", "bbox", "points")}, **names_in(fields)})
+        rows.append(
+            {
+                "where": f"{file}, line {number}",
+                "problem": problem,
+                "image": image,
+                "mask": mask,
+                "id": str(fields.get("id", f"{file.parent.name}-{number}")),
+                "extra": fields,
+                **{key: fields.get(key) for key in ("query", "bbox", "points")},
+                **names_in(fields),
+            }
+        )
     return rows, sorted(splits)
 
 
@@ -72,7 +93,9 @@ def file_in(folder: Path, name) -> Path:
         raise ValueError(f"{name} is outside {folder}; put the file there")
     if not file.exists():
         doubled = name.startswith(f"{folder.name}/")
-        raise ValueError(f"no such file: {file}" + (f'; leave out "{folder.name}/"' if doubled else ""))
+        raise ValueError(
+            f"no such file: {file}" + (f'; leave out "{folder.name}/"' if doubled else "")
+        )
     return file
 
 
@@ -81,8 +104,11 @@ def in_tools(module: str):
     return lambda path, split: import_module(f"extras.{module}").read(path, split)
 
 
-READERS = {"samples.jsonl": read_folder, "**/*.parquet": in_tools("umrg"),  # pattern of a file: its reader
-           "**/*.json": in_tools("coco")}
+READERS = {
+    "samples.jsonl": read_folder,
+    "**/*.parquet": in_tools("umrg"),  # pattern of a file: its reader
+    "**/*.json": in_tools("coco"),
+}
 
 
 def read_rows(path: Path, split: str | None) -> tuple[list[dict], list[str]]:
@@ -94,9 +120,15 @@ def read_rows(path: Path, split: str | None) -> tuple[list[dict], list[str]]:
         if path.resolve().match(pattern) if path.is_file() else any(path.glob(pattern)):
             rows, splits = reader(path, split or "")
             if split is not None and not rows:
-                raise ValueError(f"{path}: no sample in split {split!r}; the splits there: "
-                                 f"{', '.join(splits) or 'none'} (training wants train and test; evaluate.py has --split)")
-            return [DEFAULTS | {"where": f"{path}, row {number}", "id": f"{path.stem}-{number}"} | row
-                    for number, row in enumerate(rows, 1)], splits
+                raise ValueError(
+                    f"{path}: no sample in split {split!r}; the splits there: "
+                    f"{', '.join(splits) or 'none'} (training wants train and test; evaluate.py has --split)"
+                )
+            return [
+                DEFAULTS | {"where": f"{path}, row {number}", "id": f"{path.stem}-{number}"} | row
+                for number, row in enumerate(rows, 1)
+            ], splits
     names = " nor ".join(pattern.removeprefix("**/") for pattern in READERS)
-    raise ValueError(f"{path}: neither {names}{' in it' if path.is_dir() else ''}; see runtime/readers.py")
+    raise ValueError(
+        f"{path}: neither {names}{' in it' if path.is_dir() else ''}; see runtime/readers.py"
+    )

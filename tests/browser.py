@@ -1,7 +1,8 @@
 """A headless Chromium, driven over its own debugging pipe: no driver, no package, no network.
 
-    python tests/browser.py PAGE.html PICTURE.png ["a JavaScript expression to run first"]
+python tests/browser.py PAGE.html PICTURE.png ["a JavaScript expression to run first"]
 """
+
 import base64
 import fcntl
 import json
@@ -12,7 +13,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))),
+    None,
+)
 
 
 class Browser:
@@ -27,21 +31,38 @@ class Browser:
         self.profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         its_in, self.out = os.pipe()
         self.inp, its_out = os.pipe()
-        flags = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars",
-                 f"--user-data-dir={self.profile.name}", "--remote-debugging-pipe", "about:blank")
+        flags = (
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            "--hide-scrollbars",
+            f"--user-data-dir={self.profile.name}",
+            "--remote-debugging-pipe",
+            "about:blank",
+        )
         its_ends = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in (its_in, its_out)]
 
-        def as_3_and_4():                       # where Chromium expects its pipe
+        def as_3_and_4():  # where Chromium expects its pipe
             for end, number in zip(its_ends, (3, 4)):
                 os.dup2(end, number)
 
-        self.process = subprocess.Popen([CHROMIUM, *flags], preexec_fn=as_3_and_4, pass_fds=(3, 4),
-                                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.process = subprocess.Popen(
+            [CHROMIUM, *flags],
+            preexec_fn=as_3_and_4,
+            pass_fds=(3, 4),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         for end in (its_in, its_out, *its_ends):
             os.close(end)
         self.session = None
-        target, = (t for t in self.call("Target.getTargets")["targetInfos"] if t["type"] == "page")
-        self.session = self.call("Target.attachToTarget", targetId=target["targetId"], flatten=True)["sessionId"]
+        (target,) = (
+            t for t in self.call("Target.getTargets")["targetInfos"] if t["type"] == "page"
+        )
+        self.session = self.call(
+            "Target.attachToTarget", targetId=target["targetId"], flatten=True
+        )["sessionId"]
         for domain in ("Page", "Runtime", "Network", "Log"):
             self.call(f"{domain}.enable")
         self.resize(*self.size)
@@ -57,7 +78,11 @@ class Browser:
     def call(self, method, **params):
         self.count += 1
         message = {"id": self.count, "method": method, "params": params}
-        os.write(self.out, json.dumps(message | ({"sessionId": self.session} if self.session else {})).encode() + b"\0")
+        os.write(
+            self.out,
+            json.dumps(message | ({"sessionId": self.session} if self.session else {})).encode()
+            + b"\0",
+        )
         while (answer := self._read()).get("id") != self.count:
             self._event(answer)
         assert "error" not in answer, (method, answer["error"])
@@ -76,12 +101,21 @@ class Browser:
         self.loaded |= kind == "Page.loadEventFired"
         if kind == "Network.requestWillBeSent":
             self.requests.append(params["request"]["url"])
-        elif kind == "Runtime.exceptionThrown" or kind == "Log.entryAdded" and params["entry"]["level"] == "error":
+        elif (
+            kind == "Runtime.exceptionThrown"
+            or kind == "Log.entryAdded"
+            and params["entry"]["level"] == "error"
+        ):
             self.errors.append(params)
 
     def resize(self, width, height):
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1,
-                  mobile=width < 600)
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=width < 600,
+        )
 
     def open(self, file):
         """A Path, or an address as text."""
@@ -92,13 +126,21 @@ class Browser:
 
     def run(self, script):
         """The value of a JavaScript expression."""
-        answer = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        answer = self.call(
+            "Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True
+        )
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
     def move(self, x, y, kind="mouseMoved"):
-        self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="none" if kind == "mouseMoved" else "left",
-                  clickCount=0 if kind == "mouseMoved" else 1)
+        self.call(
+            "Input.dispatchMouseEvent",
+            type=kind,
+            x=x,
+            y=y,
+            button="none" if kind == "mouseMoved" else "left",
+            clickCount=0 if kind == "mouseMoved" else 1,
+        )
 
     def click(self, x, y):
         for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
@@ -111,7 +153,9 @@ class Browser:
             return [b.x + b.width / 2, b.y + b.height / 2] }})()""")
 
     def picture(self, path, whole=False):
-        data = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)["data"]
+        data = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)[
+            "data"
+        ]
         path.write_bytes(base64.b64decode(data))
 
 

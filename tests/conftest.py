@@ -1,4 +1,5 @@
 """What several test files share: a random tiny Qwen2.5-VL, and how scripts are run. No GPU, no network."""
+
 import multiprocessing
 import os
 import runpy
@@ -11,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-sys.path.insert(0, str(Path(__file__).parents[1]))     # the scripts are not a package
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the scripts are not a package
 
 import numpy as np
 import pytest
@@ -21,17 +22,31 @@ from PIL import Image
 from crm import CHAT
 from data import PROMPTS
 from demo.make.crm import tiny_crm
-from runtime.cli import ROOT
 from extras import pictures
+from runtime.cli import ROOT
 
-TEXTS = [PROMPTS["reasoning"], PROMPTS["direct"], *CHAT,
-         "What could the elongated shadow on the left be? 0 1 2 3 4 5 6 7 8 9"] * 3
+TEXTS = [
+    PROMPTS["reasoning"],
+    PROMPTS["direct"],
+    *CHAT,
+    "What could the elongated shadow on the left be? 0 1 2 3 4 5 6 7 8 9",
+] * 3
 
 
 # importing torch and transformers takes seconds: once is enough, for the scripts and for what this file imports
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["train_grpo", "train_sft", "infer", "evaluate", "extras.pictures", "pyarrow.parquet",
-                              "demo.make.crm", "pytest"])
+FORKS.set_forkserver_preload(
+    [
+        "train_grpo",
+        "train_sft",
+        "infer",
+        "evaluate",
+        "extras.pictures",
+        "pyarrow.parquet",
+        "demo.make.crm",
+        "pytest",
+    ]
+)
 
 
 class Script:
@@ -56,7 +71,7 @@ class Script:
         return self.returncode
 
     def send_signal(self, number):
-        with suppress(ProcessLookupError):              # it has just ended
+        with suppress(ProcessLookupError):  # it has just ended
             os.kill(self.pid, number)
 
     def communicate(self, timeout=150):
@@ -92,14 +107,35 @@ def ranks(processes, *command, before=None, node=None):
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     node = node or processes
-    env = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(node)}
-    return [Script(*command, before=before, **env, RANK=str(r), LOCAL_RANK=str(r % node)) for r in range(processes)]
+    env = {
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": port,
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(node),
+    }
+    return [
+        Script(*command, before=before, **env, RANK=str(r), LOCAL_RANK=str(r % node))
+        for r in range(processes)
+    ]
 
 
 def random_crm(seed=0, **options):
     """0.3M parameters, float32, spread-out weights so that its distributions are far from uniform."""
-    crm = tiny_crm(TEXTS, vocab_size=400, hidden=64, layers=2, heads=4, kv_heads=2, mlp=128, vision_hidden=64,
-                   vision_layers=2, vision_heads=4, vision_mlp=128, seed=seed, **options)
+    crm = tiny_crm(
+        TEXTS,
+        vocab_size=400,
+        hidden=64,
+        layers=2,
+        heads=4,
+        kv_heads=2,
+        mlp=128,
+        vision_hidden=64,
+        vision_layers=2,
+        vision_heads=4,
+        vision_mlp=128,
+        seed=seed,
+        **options,
+    )
     with torch.no_grad():
         for name, p in crm.model.named_parameters():
             if p.ndim > 1:
@@ -110,7 +146,9 @@ def random_crm(seed=0, **options):
 
 
 def noise_image(width, height, seed=0):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    )
 
 
 def pytest_collection_modifyitems(items):
@@ -126,7 +164,13 @@ def crm():
 @pytest.fixture(scope="session")
 def prompts(crm):
     """Three prompts with different texts and image sizes."""
-    return [crm.encode(noise_image(*size, seed), PROMPTS[kind].replace("{query}", query))
-            for seed, (size, kind, query) in enumerate([
-                ((112, 84), "reasoning", "What is it?"), ((61, 203), "direct", "Where is the long shadow?"),
-                ((140, 140), "reasoning", "Which?")])]
+    return [
+        crm.encode(noise_image(*size, seed), PROMPTS[kind].replace("{query}", query))
+        for seed, (size, kind, query) in enumerate(
+            [
+                ((112, 84), "reasoning", "What is it?"),
+                ((61, 203), "direct", "Where is the long shadow?"),
+                ((140, 140), "reasoning", "Which?"),
+            ]
+        )
+    ]

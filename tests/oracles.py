@@ -1,4 +1,5 @@
 """The slow, obvious versions that the fast code is compared with. Shapes as in scoring.py."""
+
 import torch
 
 from bench.parity import naive_logp
@@ -8,8 +9,12 @@ __all__ = ["dense_score", "gradients_of", "naive_logp", "next_logits"]
 
 def next_logits(crm, prompt, ids, temperature=1.0):
     """Logits of the token after ids, (V,), by transformers' own forward over everything; banned ones -inf."""
-    logits = crm.model(input_ids=ids[None], pixel_values=prompt.pixel_values, image_grid_thw=prompt.grid_thw,
-                       mm_token_type_ids=(ids[None] == crm.image_id).int()).logits[0, -1]
+    logits = crm.model(
+        input_ids=ids[None],
+        pixel_values=prompt.pixel_values,
+        image_grid_thw=prompt.grid_thw,
+        mm_token_type_ids=(ids[None] == crm.image_id).int(),
+    ).logits[0, -1]
     return (logits.float() / temperature).index_fill(0, crm.banned, -torch.inf)
 
 
@@ -19,8 +24,8 @@ def dense_score(crm, pack, temperature=1.0):
     model = crm.model.model.language_model
     embeddings, positions, owners, places = [], [], [], []
     for p, (group, rows) in enumerate(pack):
-        completions = [group.tokens[row, :group.lengths[row]] for row in rows]
-        features, = crm.image_features([group.prompt])
+        completions = [group.tokens[row, : group.lengths[row]] for row in rows]
+        (features,) = crm.image_features([group.prompt])
         x, position = crm.embed(group.prompt, features, completions)
         embeddings.append(x)
         positions.append(position)
@@ -35,9 +40,12 @@ def dense_score(crm, pack, temperature=1.0):
         for j in range(i + 1):
             mask[i, j] = owners[j] in (owners[i], (owners[i][0], None))
     model.set_attn_implementation("sdpa")
-    hidden = model(inputs_embeds=torch.cat(embeddings)[None], position_ids=torch.cat(positions, 1)[:, None],
-                   attention_mask=dict.fromkeys(model.config.layer_types, mask[None, None]),
-                   use_cache=False).last_hidden_state[0]
+    hidden = model(
+        inputs_embeds=torch.cat(embeddings)[None],
+        position_ids=torch.cat(positions, 1)[:, None],
+        attention_mask=dict.fromkeys(model.config.layer_types, mask[None, None]),
+        use_cache=False,
+    ).last_hidden_state[0]
     out, places = [], iter(places)
     for group, rows in pack:
         logps = torch.zeros(len(rows), group.tokens.shape[1])

@@ -1,19 +1,41 @@
 """The segmenter: loading, refusing, prompting, drawing, and agreement with sam2's own predictor."""
+
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
 import yaml
+from conftest import Script
 from PIL import Image
 
 import asm as asm_module
-from asm import ASM, MEDSAM2, SAM2_CONFIG, SEGMENTERS, build_model, load_asm, overlay, prompt_tokens, read_config
+from asm import (
+    ASM,
+    MEDSAM2,
+    SAM2_CONFIG,
+    SEGMENTERS,
+    build_model,
+    load_asm,
+    overlay,
+    prompt_tokens,
+    read_config,
+)
+from data import load_samples
+from demo.make.asm import (
+    HERE,
+    PARITY,
+    PREPARED,
+    PREPARED_SIDE,
+    PROMPT_KINDS,
+    dice,
+    parity_case,
+    parity_prompts,
+    predictor_answers,
+    save_asm,
+    tiny_config,
+)
 from extras.sam1 import MedSAM, SAMMed2D, build_sam, released_name
 from runtime.pictures import OVERLAY_SIDE
-from conftest import Script
-from data import load_samples
-from demo.make.asm import (HERE, PARITY, PREPARED, PREPARED_SIDE, PROMPT_KINDS, dice, parity_case, parity_prompts,
-                           predictor_answers, save_asm, tiny_config)
 
 BOXES = np.array([[10, 5, 60, 40], [30, 20, 90, 50], [100, 10, 180, 55]], dtype=float)
 POINTS = np.array([[[20, 20], [40, 30]], [[50, 30], [70, 40]], [[120, 30], [150, 40]]], dtype=float)
@@ -58,6 +80,7 @@ def rewrite(folder, change):
 
 # ---------------------------------------------------------------- loading
 
+
 def test_a_saved_folder_gives_the_same_logits_and_masks_bit_for_bit(tiny, folder):
     again = load_asm(folder, "cpu")
     case = noise_image(), BOXES, POINTS
@@ -86,7 +109,7 @@ def test_a_medsam2_checkpoint_loads_at_512_and_segments(tmp_path):
     torch.save({"model": {name: tensor.half() for name, tensor in weights.items()}}, file)
     asm = load_asm(str(file), "cpu")
     assert asm.model.image_size == MEDSAM2["image_size"] == 512
-    assert asm.model.sam_mask_decoder.dynamic_multimask_via_stability        # as sam2's build_sam2 has it
+    assert asm.model.sam_mask_decoder.dynamic_multimask_via_stability  # as sam2's build_sam2 has it
     assert torch.equal(asm.model.no_mem_embed, weights["no_mem_embed"].half().float())
     masks, scores = asm.segment(noise_image(), BOXES, POINTS)
     assert masks.shape == (3, 61, 203) and np.isfinite(scores).all()
@@ -94,13 +117,19 @@ def test_a_medsam2_checkpoint_loads_at_512_and_segments(tmp_path):
 
 
 def test_image_size_overrides_the_folders_own(folder):
-    assert load_asm(folder, "cpu", image_size=96).logits(noise_image(), BOXES)[0].shape == (3, 24, 24)
+    assert load_asm(folder, "cpu", image_size=96).logits(noise_image(), BOXES)[0].shape == (
+        3,
+        24,
+        24,
+    )
     with pytest.raises(ValueError, match="image_size: a multiple of 32 .* not 100"):
         load_asm(folder, "cpu", image_size=100)
 
 
 def test_multimask_reaches_the_model(folder):
-    assert load_asm(folder, "cpu", multimask=True).multimask and not load_asm(folder, "cpu").multimask
+    assert (
+        load_asm(folder, "cpu", multimask=True).multimask and not load_asm(folder, "cpu").multimask
+    )
 
 
 def test_a_large_image_is_shrunk_with_antialiasing(tiny, monkeypatch):
@@ -110,8 +139,13 @@ def test_a_large_image_is_shrunk_with_antialiasing(tiny, monkeypatch):
     tiny.encode(image)
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     for c in range(3):
-        small = Image.fromarray(image[..., c].astype(np.float32)).resize((64, 64), Image.Resampling.BILINEAR)
-        assert np.abs(seen[0][0, c].numpy() - (np.asarray(small) / 255 - mean[c]) / std[c]).max() < 1e-3
+        small = Image.fromarray(image[..., c].astype(np.float32)).resize(
+            (64, 64), Image.Resampling.BILINEAR
+        )
+        assert (
+            np.abs(seen[0][0, c].numpy() - (np.asarray(small) / 255 - mean[c]) / std[c]).max()
+            < 1e-3
+        )
 
 
 def test_a_loaded_model_is_frozen(folder):
@@ -123,12 +157,22 @@ def test_a_loaded_model_is_frozen(folder):
 
 # ---------------------------------------------------------------- refusing to load
 
-@pytest.mark.parametrize("change, told", [
-    (lambda w: w.pop("no_mem_embed"), r'asm: .* Missing .*"no_mem_embed"'),
-    (lambda w: w.update(stranger=torch.zeros(1)), r'asm: .* Unexpected .*"stranger"'),
-    (lambda w: w.update(no_mem_embed=torch.zeros(1, 1, 3)), r"asm: .* size mismatch for no_mem_embed"),
-    (lambda w: [w.pop(key) for key in sorted(w)[:50]], r'asm: .* Missing .*"image_encoder.*\[\.\.\.\]$'),
-])
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        (lambda w: w.pop("no_mem_embed"), r'asm: .* Missing .*"no_mem_embed"'),
+        (lambda w: w.update(stranger=torch.zeros(1)), r'asm: .* Unexpected .*"stranger"'),
+        (
+            lambda w: w.update(no_mem_embed=torch.zeros(1, 1, 3)),
+            r"asm: .* size mismatch for no_mem_embed",
+        ),
+        (
+            lambda w: [w.pop(key) for key in sorted(w)[:50]],
+            r'asm: .* Missing .*"image_encoder.*\[\.\.\.\]$',
+        ),
+    ],
+)
 def test_weights_that_do_not_fit_are_refused_by_key(folder, change, told):
     rewrite(folder, change)
     with pytest.raises(ValueError, match=told) as refusal:
@@ -136,17 +180,35 @@ def test_weights_that_do_not_fit_are_refused_by_key(folder, change, told):
     assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"garbage", b"PK\x03\x04 garbage", b"\x80\x02garbage",
-                                     b"0.garbage", b"\x8c\x01\xe9.", bytes(range(256)) * 9])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"garbage",
+        b"PK\x03\x04 garbage",
+        b"\x80\x02garbage",
+        b"0.garbage",
+        b"\x8c\x01\xe9.",
+        bytes(range(256)) * 9,
+    ],
+)
 def test_a_garbage_file_is_refused_by_name(tmp_path, content):
     (tmp_path / "garbage.pt").write_bytes(content)
-    with pytest.raises(ValueError, match="garbage.pt: not a torch file of plain tensors") as refusal:
+    with pytest.raises(
+        ValueError, match="garbage.pt: not a torch file of plain tensors"
+    ) as refusal:
         load_asm(tmp_path / "garbage.pt", "cpu")
     assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("held, told", [([1, 2], "start with one of"), ({"state": {}}, "medsam: sam-med2d:"),
-                                        ({"model": 3}, "as in MedSAM2_latest.pt")])
+@pytest.mark.parametrize(
+    "held, told",
+    [
+        ([1, 2], "start with one of"),
+        ({"state": {}}, "medsam: sam-med2d:"),
+        ({"model": 3}, "as in MedSAM2_latest.pt"),
+    ],
+)
 def test_a_torch_file_without_a_state_dict_is_refused(tmp_path, held, told):
     torch.save(held, tmp_path / "other.pt")
     with pytest.raises(ValueError, match='other.pt: {"model": state_dict} is needed.*' + told):
@@ -165,13 +227,24 @@ def test_a_pickle_that_calls_something_is_refused_and_not_run(tmp_path, capsys):
     assert "unpickled" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("content, told", [
-    ("model: {_target_: builtins.print, x: called}", "_target_: builtins.print` is no part of SAM 2"),
-    ("model: {_target_: sam2.modeling.sam2_base.SAM2Base, x: [{_target_: os.getcwd}]}", "os.getcwd"),
-    ("model: {_target_: sam2.modeling.sam2_base.SAM2Base}", "no SAM 2 can be built"),
-    ("[1, 2]", "no `model:` section"), ("", "no `model:` section"),
-    ("model: ${nowhere}", "not a model's yaml"), ("a: [", "not a model's yaml"),
-])
+@pytest.mark.parametrize(
+    "content, told",
+    [
+        (
+            "model: {_target_: builtins.print, x: called}",
+            "_target_: builtins.print` is no part of SAM 2",
+        ),
+        (
+            "model: {_target_: sam2.modeling.sam2_base.SAM2Base, x: [{_target_: os.getcwd}]}",
+            "os.getcwd",
+        ),
+        ("model: {_target_: sam2.modeling.sam2_base.SAM2Base}", "no SAM 2 can be built"),
+        ("[1, 2]", "no `model:` section"),
+        ("", "no `model:` section"),
+        ("model: ${nowhere}", "not a model's yaml"),
+        ("a: [", "not a model's yaml"),
+    ],
+)
 def test_a_config_that_is_not_sam2s_is_refused_and_calls_nothing(folder, content, told, capsys):
     (folder / "config.yaml").write_text(content)
     with pytest.raises(ValueError, match="asm.*: .*" + told.replace("$", r"\$")) as refusal:
@@ -179,16 +252,24 @@ def test_a_config_that_is_not_sam2s_is_refused_and_calls_nothing(folder, content
     assert "\n" not in str(refusal.value) and capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("value", [
-    r"\${oc.create:{_target_:builtins.print,_args_:[called]}}", r"\\\${oc.create:{_target_:builtins.print,_args_:[called]}}",
-    {"deep": [r"\${oc.create:{_target_:builtins.print,_args_:[called]}}"]},
-    {b"key": {"_target_": "builtins.print", "_args_": ["called"]}}, [{"_target_": "builtins.print", "_args_": ["called"]}]])
+@pytest.mark.parametrize(
+    "value",
+    [
+        r"\${oc.create:{_target_:builtins.print,_args_:[called]}}",
+        r"\\\${oc.create:{_target_:builtins.print,_args_:[called]}}",
+        {"deep": [r"\${oc.create:{_target_:builtins.print,_args_:[called]}}"]},
+        {b"key": {"_target_": "builtins.print", "_args_": ["called"]}},
+        [{"_target_": "builtins.print", "_args_": ["called"]}],
+    ],
+)
 def test_a_reference_cannot_hide_a_call_from_the_check(folder, value, capsys):
     """hydra resolves references once more when it builds, after the names were checked."""
     config = yaml.safe_load((folder / "config.yaml").read_text())
     config["model"]["image_encoder"]["hidden"] = value
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    with pytest.raises(ValueError, match="asm.*: `_target_: .* is no part of SAM 2 and was not called") as refusal:
+    with pytest.raises(
+        ValueError, match="asm.*: `_target_: .* is no part of SAM 2 and was not called"
+    ) as refusal:
         load_asm(folder, "cpu")
     assert "\n" not in str(refusal.value) and capsys.readouterr().out == ""
 
@@ -209,15 +290,22 @@ def test_what_is_not_there_is_named(folder, tmp_path):
 
 # ---------------------------------------------------------------- a segmenter of one's own
 
+
 class Otsu:
     """What is brighter than Otsu's threshold, inside the box: the smallest segmenter."""
 
     def segment(self, image, boxes=None, points=None):
         grey = image.mean(2)
         below = [grey <= level for level in range(255)]
-        spread = [b.mean() * (1 - b.mean()) * (grey[b].mean() - grey[~b].mean()) ** 2 if 0 < b.mean() < 1 else 0
-                  for b in below]
-        masks = np.repeat([~below[int(np.argmax(spread))]], len(points if boxes is None else boxes), 0)
+        spread = [
+            b.mean() * (1 - b.mean()) * (grey[b].mean() - grey[~b].mean()) ** 2
+            if 0 < b.mean() < 1
+            else 0
+            for b in below
+        ]
+        masks = np.repeat(
+            [~below[int(np.argmax(spread))]], len(points if boxes is None else boxes), 0
+        )
         return masks, np.ones(len(masks), np.float32)
 
 
@@ -226,18 +314,26 @@ def test_a_segmenter_of_ones_own_is_one_entry_in_the_registry(monkeypatch):
     image = np.full((40, 50, 3), 30, np.uint8)
     image[10:20, 15:35] = 200
     masks, scores = load_asm("otsu", "cpu").segment(image, boxes=[[10, 5, 40, 25]])
-    assert masks.shape == (1, 40, 50) and np.array_equal(masks[0], image[..., 0] == 200) and len(scores) == 1
+    assert (
+        masks.shape == (1, 40, 50)
+        and np.array_equal(masks[0], image[..., 0] == 200)
+        and len(scores) == 1
+    )
 
 
 def test_a_loader_gets_the_rest_of_the_spec_the_device_and_the_options(monkeypatch):
     monkeypatch.setitem(SEGMENTERS, "mine:", lambda *args, **options: (args, options))
-    assert load_asm("mine:a:b.pt", "cuda", multimask=True, image_size=64) == \
-        (("a:b.pt", "cuda"), {"multimask": True, "image_size": 64})
+    assert load_asm("mine:a:b.pt", "cuda", multimask=True, image_size=64) == (
+        ("a:b.pt", "cuda"),
+        {"multimask": True, "image_size": 64},
+    )
 
 
 def test_an_unknown_spec_is_one_line_that_names_what_there_is(monkeypatch):
     for spec in ("otsu", "sam:x.pth", "medsam", "nowhere/asm"):
-        with pytest.raises(FileNotFoundError, match=f"^{spec}: no such ASM; .*config.yaml.*medsam: sam-med2d:") as refusal:
+        with pytest.raises(
+            FileNotFoundError, match=f"^{spec}: no such ASM; .*config.yaml.*medsam: sam-med2d:"
+        ) as refusal:
             load_asm(spec, "cpu")
         assert "\n" not in str(refusal.value)
 
@@ -260,6 +356,7 @@ except FileNotFoundError:
 
 # ---------------------------------------------------------------- segmenting
 
+
 @pytest.mark.parametrize("boxes, points", [(BOXES, POINTS), (BOXES, None), (None, POINTS)])
 @pytest.mark.parametrize("multimask", [False, True])
 def test_many_prompts_at_once_are_as_one_by_one(demo_asm, boxes, points, multimask):
@@ -268,7 +365,7 @@ def test_many_prompts_at_once_are_as_one_by_one(demo_asm, boxes, points, multima
     logits, scores = asm.logits(image, boxes, points)
     masks, _ = asm.segment(image, boxes, points)
     for i in range(3):
-        one = [None if prompts is None else prompts[i:i + 1] for prompts in (boxes, points)]
+        one = [None if prompts is None else prompts[i : i + 1] for prompts in (boxes, points)]
         torch.testing.assert_close(asm.logits(image, *one)[0][0], logits[i], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(asm.logits(image, *one)[1][0], scores[i], atol=1e-5, rtol=1e-5)
         assert (asm.segment(image, *one)[0][0] == masks[i]).all()
@@ -288,7 +385,7 @@ def test_an_image_is_encoded_once_for_all_that_is_asked_of_it(tiny):
     again, _ = tiny.segment(image.copy(), BOXES, POINTS)
     tiny.segment(image, BOXES[:1])
     assert len(calls) == 1 and np.array_equal(first, again)
-    image[0, 0] ^= 255                                      # another image, even if it is the same array
+    image[0, 0] ^= 255  # another image, even if it is the same array
     tiny.segment(image, BOXES, POINTS)
     handle.remove()
     assert len(calls) == 2
@@ -340,27 +437,42 @@ def test_any_number_of_points_may_stand_beside_a_box(tiny):
         assert masks.shape == (3, 61, 203) and scores.shape == (3,)
 
 
-@pytest.mark.parametrize("image, told", [
-    (noise_image()[..., 0], r"uint8 \(61, 203\)"), (noise_image().astype(float), "float64"),
-    (noise_image()[..., :2], r"\(61, 203, 2\)"), (np.zeros((0, 5, 3), np.uint8), r"\(0, 5, 3\)"),
-    (Image.new("RGB", (9, 9)), "Image"), (np.zeros((2, 9, 9, 3), np.uint8), r"\(2, 9, 9, 3\)"),
-])
+@pytest.mark.parametrize(
+    "image, told",
+    [
+        (noise_image()[..., 0], r"uint8 \(61, 203\)"),
+        (noise_image().astype(float), "float64"),
+        (noise_image()[..., :2], r"\(61, 203, 2\)"),
+        (np.zeros((0, 5, 3), np.uint8), r"\(0, 5, 3\)"),
+        (Image.new("RGB", (9, 9)), "Image"),
+        (np.zeros((2, 9, 9, 3), np.uint8), r"\(2, 9, 9, 3\)"),
+    ],
+)
 def test_anything_but_a_uint8_rgb_array_is_refused(tiny, image, told):
     with pytest.raises(ValueError, match="image: a uint8 RGB array .*" + told):
         tiny.segment(image, BOXES)
 
 
-@pytest.mark.parametrize("prompts, told", [
-    ({}, "both None"), ({"boxes": BOXES[0]}, r"boxes: numbers \(n, 4\) are needed, not float64 \(4,\)"),
-    ({"boxes": BOXES[:, :3]}, r"boxes: .* \(3, 3\)"), ({"boxes": 3}, "boxes: "), ({"boxes": []}, "boxes: "),
-    ({"points": POINTS[0]}, r"points: numbers \(n, m, 2\) .* float64 \(2, 2\)"),
-    ({"boxes": BOXES[:0]}, r"boxes: .* \(0, 4\)"),
-    ({"boxes": BOXES, "points": POINTS[:2]}, "3 boxes but 2 sets of points"),
-    ({"boxes": [[0, 0, np.nan, 9]]}, "boxes: every coordinate must be finite"),
-    ({"points": [[[0, np.inf]]]}, "points: every .* finite"), ({"boxes": [[0, 0, 9, 1e300]]}, "boxes: every .* finite"),
-    ({"boxes": 3, "points": POINTS}, "boxes: numbers"), ({"points": POINTS[:, :0]}, r"points: .* \(3, 0, 2\)"),
-    ({"boxes": [["a", "b", "c", "d"]]}, "boxes: numbers"), ({"boxes": BOXES > 0}, "boxes: numbers .* bool"),
-])
+@pytest.mark.parametrize(
+    "prompts, told",
+    [
+        ({}, "both None"),
+        ({"boxes": BOXES[0]}, r"boxes: numbers \(n, 4\) are needed, not float64 \(4,\)"),
+        ({"boxes": BOXES[:, :3]}, r"boxes: .* \(3, 3\)"),
+        ({"boxes": 3}, "boxes: "),
+        ({"boxes": []}, "boxes: "),
+        ({"points": POINTS[0]}, r"points: numbers \(n, m, 2\) .* float64 \(2, 2\)"),
+        ({"boxes": BOXES[:0]}, r"boxes: .* \(0, 4\)"),
+        ({"boxes": BOXES, "points": POINTS[:2]}, "3 boxes but 2 sets of points"),
+        ({"boxes": [[0, 0, np.nan, 9]]}, "boxes: every coordinate must be finite"),
+        ({"points": [[[0, np.inf]]]}, "points: every .* finite"),
+        ({"boxes": [[0, 0, 9, 1e300]]}, "boxes: every .* finite"),
+        ({"boxes": 3, "points": POINTS}, "boxes: numbers"),
+        ({"points": POINTS[:, :0]}, r"points: .* \(3, 0, 2\)"),
+        ({"boxes": [["a", "b", "c", "d"]]}, "boxes: numbers"),
+        ({"boxes": BOXES > 0}, "boxes: numbers .* bool"),
+    ],
+)
 def test_prompts_of_another_shape_are_refused(tiny, prompts, told):
     with pytest.raises(ValueError, match=told):
         tiny.segment(noise_image(), **prompts)
@@ -368,13 +480,14 @@ def test_prompts_of_another_shape_are_refused(tiny, prompts, told):
 
 # ---------------------------------------------------------------- agreement with sam2's own predictor
 
+
 @pytest.fixture(scope="module")
 def predictor_says():
     """The recorded answers, and, where torchvision imports, those of the predictor itself."""
     sources = [dict(np.load(PARITY))]
     try:
         sources.append(predictor_answers())
-    except (ImportError, RuntimeError):             # no torchvision, or one that was built for another torch
+    except (ImportError, RuntimeError):  # no torchvision, or one that was built for another torch
         pass
     return sources
 
@@ -394,10 +507,14 @@ def test_sam2s_own_predictor_gives_the_same_answer(predictor_says, kind, multima
 
 # ---------------------------------------------------------------- the demo's segmenter
 
+
 def test_the_demo_segmenter_finds_what_it_is_shown(demo_asm):
     samples = load_samples(HERE / "data", "test")
     picked = [samples[int(i)] for i in np.random.default_rng(0).permutation(len(samples))[:60]]
-    found = [dice(demo_asm.segment(np.array(s.image), [s.bbox], [s.points])[0][0], s.mask) for s in picked]
+    found = [
+        dice(demo_asm.segment(np.array(s.image), [s.bbox], [s.points])[0][0], s.mask)
+        for s in picked
+    ]
     assert np.mean(found) >= 0.85
 
 
@@ -409,7 +526,13 @@ def test_the_demo_segmenter_is_small(demo_asm):
 # ---------------------------------------------------------------- MedSAM, SAM-Med2D
 
 FAMILIES = ("medsam", "sam-med2d")
-SMALL = dict(hidden_size=24, num_hidden_layers=3, num_attention_heads=2, global_attn_indexes=[1], window_size=3)
+SMALL = dict(
+    hidden_size=24,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    global_attn_indexes=[1],
+    window_size=3,
+)
 
 
 def released_layout(size, width, depth, heads, whole, window, adapters):
@@ -443,14 +566,27 @@ def released_layout(size, width, depth, heads, whole, window, adapters):
     put("image_encoder.neck.2", D, D, 3, 3)
     put("image_encoder.neck.3", D, bias=D)
     shapes["prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"] = (2, D // 2)
-    for name in (*(f"point_embeddings.{i}" for i in range(4)), "not_a_point_embed", "no_mask_embed"):
+    for name in (
+        *(f"point_embeddings.{i}" for i in range(4)),
+        "not_a_point_embed",
+        "no_mask_embed",
+    ):
         put(f"prompt_encoder.{name}", 1, D)
-    for i, shape in ((0, (4, 1, 2, 2)), (1, (4,)), (3, (16, 4, 2, 2)), (4, (16,)), (6, (D, 16, 1, 1))):
+    for i, shape in (
+        (0, (4, 1, 2, 2)),
+        (1, (4,)),
+        (3, (16, 4, 2, 2)),
+        (4, (16,)),
+        (6, (D, 16, 1, 1)),
+    ):
         put(f"prompt_encoder.mask_downscaling.{i}", *shape, bias=shape[0])
     for i in range(2):
         layer = f"mask_decoder.transformer.layers.{i}."
-        for name, inner in (("self_attn", D), ("cross_attn_token_to_image", D // 2),
-                            ("cross_attn_image_to_token", D // 2)):
+        for name, inner in (
+            ("self_attn", D),
+            ("cross_attn_token_to_image", D // 2),
+            ("cross_attn_image_to_token", D // 2),
+        ):
             for part in "qkv":
                 put(f"{layer}{name}.{part}_proj", inner, D, bias=inner)
             put(f"{layer}{name}.out_proj", D, inner, bias=D)
@@ -468,7 +604,10 @@ def released_layout(size, width, depth, heads, whole, window, adapters):
     put("mask_decoder.output_upscaling.0", D, D // 4, 2, 2, bias=D // 4)
     put("mask_decoder.output_upscaling.1", D // 4, bias=D // 4)
     put("mask_decoder.output_upscaling.3", D // 4, D // 8, 2, 2, bias=D // 8)
-    for head, out in (*((f"output_hypernetworks_mlps.{i}", D // 8) for i in range(4)), ("iou_prediction_head", 4)):
+    for head, out in (
+        *((f"output_hypernetworks_mlps.{i}", D // 8) for i in range(4)),
+        ("iou_prediction_head", 4),
+    ):
         for i, (rows, columns) in enumerate(((D, D), (D, D), (out, D))):
             put(f"mask_decoder.{head}.layers.{i}", rows, columns, bias=rows)
     return shapes
@@ -492,57 +631,96 @@ class SlowSAM:
         H, W, C = x.shape
         qkv, d, out = self.linear(f"{name}.qkv", x), C // self.heads, torch.zeros_like(x)
         for head in range(self.heads):
-            q, k, v = (qkv[..., part * C + head * d:part * C + (head + 1) * d] for part in range(3))
+            q, k, v = (
+                qkv[..., part * C + head * d : part * C + (head + 1) * d] for part in range(3)
+            )
             for y in range(H):
                 for z in range(W):
-                    score = (k @ q[y, z]) / d ** 0.5
-                    score += (self.w[f"{name}.rel_pos_h"][y - torch.arange(H) + H - 1] @ q[y, z])[:, None]
+                    score = (k @ q[y, z]) / d**0.5
+                    score += (self.w[f"{name}.rel_pos_h"][y - torch.arange(H) + H - 1] @ q[y, z])[
+                        :, None
+                    ]
                     score += self.w[f"{name}.rel_pos_w"][z - torch.arange(W) + W - 1] @ q[y, z]
                     share = score.flatten().softmax(0).reshape(H, W)
-                    out[y, z, head * d:(head + 1) * d] = torch.einsum("hw,hwc->c", share, v)
+                    out[y, z, head * d : (head + 1) * d] = torch.einsum("hw,hwc->c", share, v)
         return self.linear(f"{name}.proj", out)
 
     def encode(self, pixels):
         conv, w = torch.nn.functional.conv2d, self.w
-        x = conv(pixels.double(), w["image_encoder.patch_embed.proj.weight"],
-                 w["image_encoder.patch_embed.proj.bias"], stride=16)[0].permute(1, 2, 0)
+        x = conv(
+            pixels.double(),
+            w["image_encoder.patch_embed.proj.weight"],
+            w["image_encoder.patch_embed.proj.bias"],
+            stride=16,
+        )[0].permute(1, 2, 0)
         x = x + w["image_encoder.pos_embed"][0]
         S = len(x)
         for i in range(sum(name.endswith("attn.qkv.weight") for name in w)):
             block = f"image_encoder.blocks.{i}"
-            normed, side = self.norm(f"{block}.norm1", x, 1e-6), S if i in self.whole else self.window
-            padded = torch.zeros(-(-S // side) * side, -(-S // side) * side, x.shape[-1], dtype=x.dtype)
+            normed, side = (
+                self.norm(f"{block}.norm1", x, 1e-6),
+                S if i in self.whole else self.window,
+            )
+            padded = torch.zeros(
+                -(-S // side) * side, -(-S // side) * side, x.shape[-1], dtype=x.dtype
+            )
             padded[:S, :S] = normed
             for y in range(0, S, side):
                 for z in range(0, S, side):
-                    padded[y:y + side, z:z + side] = self.window_attention(
-                        f"{block}.attn", padded[y:y + side, z:z + side].clone())
+                    padded[y : y + side, z : z + side] = self.window_attention(
+                        f"{block}.attn", padded[y : y + side, z : z + side].clone()
+                    )
             x = x + padded[:S, :S]
             normed = self.norm(f"{block}.norm2", x, 1e-6)
-            added = self.linear(f"{block}.mlp.lin2", torch.nn.functional.gelu(self.linear(f"{block}.mlp.lin1", normed)))
+            added = self.linear(
+                f"{block}.mlp.lin2",
+                torch.nn.functional.gelu(self.linear(f"{block}.mlp.lin1", normed)),
+            )
             if f"{block}.Adapter.norm.weight" in w:
-                gate = self.linear(f"{block}.Adapter.channel.2", self.linear(
-                    f"{block}.Adapter.channel.0", normed.mean((0, 1))).relu()).sigmoid()
-                maps = conv((normed * gate).permute(2, 0, 1)[None], w[f"{block}.Adapter.spatial.0.weight"], stride=2,
-                            padding=1).relu()
-                maps = torch.nn.functional.conv_transpose2d(maps, w[f"{block}.Adapter.spatial.2.weight"], stride=2,
-                                                            padding=1).relu()
-                added = added + self.norm(f"{block}.Adapter.norm", normed + maps[0].permute(1, 2, 0), 1e-5)
+                gate = self.linear(
+                    f"{block}.Adapter.channel.2",
+                    self.linear(f"{block}.Adapter.channel.0", normed.mean((0, 1))).relu(),
+                ).sigmoid()
+                maps = conv(
+                    (normed * gate).permute(2, 0, 1)[None],
+                    w[f"{block}.Adapter.spatial.0.weight"],
+                    stride=2,
+                    padding=1,
+                ).relu()
+                maps = torch.nn.functional.conv_transpose2d(
+                    maps, w[f"{block}.Adapter.spatial.2.weight"], stride=2, padding=1
+                ).relu()
+                added = added + self.norm(
+                    f"{block}.Adapter.norm", normed + maps[0].permute(1, 2, 0), 1e-5
+                )
             x = x + added
-        x = self.norm("image_encoder.neck.1", x @ w["image_encoder.neck.0.weight"][:, :, 0, 0].T, 1e-6)
-        x = conv(x.permute(2, 0, 1)[None], w["image_encoder.neck.2.weight"], padding=1)[0].permute(1, 2, 0)
-        return self.norm("image_encoder.neck.3", x, 1e-6)                           # (h, w, 256)
+        x = self.norm(
+            "image_encoder.neck.1", x @ w["image_encoder.neck.0.weight"][:, :, 0, 0].T, 1e-6
+        )
+        x = conv(x.permute(2, 0, 1)[None], w["image_encoder.neck.2.weight"], padding=1)[0].permute(
+            1, 2, 0
+        )
+        return self.norm("image_encoder.neck.3", x, 1e-6)  # (h, w, 256)
 
     def place(self, xy):
         """Coordinates in [0, 1] -> sines and cosines."""
-        angle = 2 * np.pi * ((2 * xy.double() - 1)
-                             @ self.w["prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"])
+        angle = (
+            2
+            * np.pi
+            * (
+                (2 * xy.double() - 1)
+                @ self.w["prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"]
+            )
+        )
         return torch.cat([angle.sin(), angle.cos()], -1)
 
     def attend(self, name, q, k, v):
         q, k, v = (self.linear(f"{name}.{part}_proj", x) for part, x in zip("qkv", (q, k, v)))
         d = q.shape[1] // 8
-        heads = [(q[:, i:i + d] @ k[:, i:i + d].T / d ** 0.5).softmax(-1) @ v[:, i:i + d] for i in range(0, 8 * d, d)]
+        heads = [
+            (q[:, i : i + d] @ k[:, i : i + d].T / d**0.5).softmax(-1) @ v[:, i : i + d]
+            for i in range(0, 8 * d, d)
+        ]
         return self.linear(f"{name}.out_proj", torch.cat(heads, 1))
 
     def mlp(self, name, x):
@@ -555,34 +733,90 @@ class SlowSAM:
         """One prompt -> logits (4, h, w) and scores (4): first the single mask, then the three."""
         w, prompt = self.w, []
         for xy, kind in [(xy, 1) for xy in points] + [(xy, 2 + i) for i, xy in enumerate(box)]:
-            prompt.append(self.place((torch.as_tensor(xy) + 0.5) / size) + w[f"prompt_encoder.point_embeddings.{kind}.weight"][0])
+            prompt.append(
+                self.place((torch.as_tensor(xy) + 0.5) / size)
+                + w[f"prompt_encoder.point_embeddings.{kind}.weight"][0]
+            )
         if not len(box):
             prompt.append(w["prompt_encoder.not_a_point_embed.weight"][0])
-        tokens = torch.cat([w["mask_decoder.iou_token.weight"], w["mask_decoder.mask_tokens.weight"], torch.stack(prompt)])
+        tokens = torch.cat(
+            [
+                w["mask_decoder.iou_token.weight"],
+                w["mask_decoder.mask_tokens.weight"],
+                torch.stack(prompt),
+            ]
+        )
         S = len(features)
         grid = (torch.arange(S) + 0.5) / S
-        where = self.place(torch.stack([grid.expand(S, S), grid[:, None].expand(S, S)], -1)).reshape(S * S, -1)
-        image, q = (features + w["prompt_encoder.no_mask_embed.weight"][0]).reshape(S * S, -1), tokens
+        where = self.place(
+            torch.stack([grid.expand(S, S), grid[:, None].expand(S, S)], -1)
+        ).reshape(S * S, -1)
+        image, q = (
+            (features + w["prompt_encoder.no_mask_embed.weight"][0]).reshape(S * S, -1),
+            tokens,
+        )
         for i in range(2):
             layer = f"mask_decoder.transformer.layers.{i}"
-            q = self.attend(f"{layer}.self_attn", q, q, q) if i == 0 else \
-                q + self.attend(f"{layer}.self_attn", q + tokens, q + tokens, q)
+            q = (
+                self.attend(f"{layer}.self_attn", q, q, q)
+                if i == 0
+                else q + self.attend(f"{layer}.self_attn", q + tokens, q + tokens, q)
+            )
             q = self.norm(f"{layer}.norm1", q, 1e-5)
-            q = self.norm(f"{layer}.norm2", q + self.attend(f"{layer}.cross_attn_token_to_image", q + tokens, image + where,
-                                                            image), 1e-5)
-            q = self.norm(f"{layer}.norm3", q + self.linear(f"{layer}.mlp.lin2",
-                                                            self.linear(f"{layer}.mlp.lin1", q).relu()), 1e-5)
-            image = self.norm(f"{layer}.norm4", image + self.attend(f"{layer}.cross_attn_image_to_token", image + where,
-                                                                    q + tokens, q), 1e-5)
-        q = self.norm("mask_decoder.transformer.norm_final_attn", q + self.attend(
-            "mask_decoder.transformer.final_attn_token_to_image", q + tokens, image + where, image), 1e-5)
+            q = self.norm(
+                f"{layer}.norm2",
+                q
+                + self.attend(
+                    f"{layer}.cross_attn_token_to_image", q + tokens, image + where, image
+                ),
+                1e-5,
+            )
+            q = self.norm(
+                f"{layer}.norm3",
+                q + self.linear(f"{layer}.mlp.lin2", self.linear(f"{layer}.mlp.lin1", q).relu()),
+                1e-5,
+            )
+            image = self.norm(
+                f"{layer}.norm4",
+                image
+                + self.attend(f"{layer}.cross_attn_image_to_token", image + where, q + tokens, q),
+                1e-5,
+            )
+        q = self.norm(
+            "mask_decoder.transformer.norm_final_attn",
+            q
+            + self.attend(
+                "mask_decoder.transformer.final_attn_token_to_image",
+                q + tokens,
+                image + where,
+                image,
+            ),
+            1e-5,
+        )
         up, gelu = torch.nn.functional.conv_transpose2d, torch.nn.functional.gelu
-        x = up(image.reshape(1, S, S, -1).permute(0, 3, 1, 2), w["mask_decoder.output_upscaling.0.weight"],
-               w["mask_decoder.output_upscaling.0.bias"], stride=2)
-        x = gelu(self.norm("mask_decoder.output_upscaling.1", x.permute(0, 2, 3, 1), 1e-6)).permute(0, 3, 1, 2)
-        x = gelu(up(x, w["mask_decoder.output_upscaling.3.weight"], w["mask_decoder.output_upscaling.3.bias"], stride=2))[0]
-        masks = [torch.einsum("c,chw->hw", self.mlp(f"mask_decoder.output_hypernetworks_mlps.{i}", q[1 + i]), x)
-                 for i in range(4)]
+        x = up(
+            image.reshape(1, S, S, -1).permute(0, 3, 1, 2),
+            w["mask_decoder.output_upscaling.0.weight"],
+            w["mask_decoder.output_upscaling.0.bias"],
+            stride=2,
+        )
+        x = gelu(self.norm("mask_decoder.output_upscaling.1", x.permute(0, 2, 3, 1), 1e-6)).permute(
+            0, 3, 1, 2
+        )
+        x = gelu(
+            up(
+                x,
+                w["mask_decoder.output_upscaling.3.weight"],
+                w["mask_decoder.output_upscaling.3.bias"],
+                stride=2,
+            )
+        )[0]
+        masks = [
+            torch.einsum(
+                "c,chw->hw", self.mlp(f"mask_decoder.output_hypernetworks_mlps.{i}", q[1 + i]), x
+            )
+            for i in range(4)
+        ]
         return torch.stack(masks), self.mlp("mask_decoder.iou_prediction_head", q[0])
 
 
@@ -591,8 +825,10 @@ def small_sam(family, tmp_path, monkeypatch):
     monkeypatch.setattr("extras.sam1.build_sam", lambda f: build_sam(f, 128, **SMALL))
     shapes = released_layout(128, 24, 3, 2, [1], 3, family == "sam-med2d")
     generator = torch.Generator().manual_seed(0)
-    weights = {name: torch.randn(shape, generator=generator) / max(1, np.prod(shape[1:])) ** 0.5
-               for name, shape in shapes.items()}
+    weights = {
+        name: torch.randn(shape, generator=generator) / max(1, np.prod(shape[1:])) ** 0.5
+        for name, shape in shapes.items()
+    }
     torch.save({"model": weights} if family == "sam-med2d" else weights, tmp_path / "released.pth")
     return f"{family}:{tmp_path / 'released.pth'}", weights
 
@@ -600,7 +836,10 @@ def small_sam(family, tmp_path, monkeypatch):
 @pytest.mark.parametrize("family, size", [("medsam", 1024), ("sam-med2d", 256)])
 def test_the_released_layout_is_this_one_key_by_key(family, size):
     with torch.device("meta"):
-        own = {released_name(key): tuple(tensor.shape) for key, tensor in build_sam(family).state_dict().items()}
+        own = {
+            released_name(key): tuple(tensor.shape)
+            for key, tensor in build_sam(family).state_dict().items()
+        }
     assert own == released_layout(size, 768, 12, 12, [2, 5, 8, 11], 14, family == "sam-med2d")
 
 
@@ -608,13 +847,17 @@ def test_the_released_layout_is_this_one_key_by_key(family, size):
 def test_the_decoders_layer_norms_have_sams_epsilon(family):
     with torch.device("meta"):
         decoder = build_sam(family).mask_decoder.transformer
-    assert {module.eps for module in decoder.modules() if isinstance(module, torch.nn.LayerNorm)} == {1e-5}
+    assert {
+        module.eps for module in decoder.modules() if isinstance(module, torch.nn.LayerNorm)
+    } == {1e-5}
 
 
 @pytest.mark.parametrize("boxes, points", [(BOXES, POINTS), (BOXES, None), (None, POINTS)])
 @pytest.mark.parametrize("multimask", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_first_sam_gives_what_its_equations_give(family, boxes, points, multimask, tmp_path, monkeypatch):
+def test_the_first_sam_gives_what_its_equations_give(
+    family, boxes, points, multimask, tmp_path, monkeypatch
+):
     spec, weights = small_sam(family, tmp_path, monkeypatch)
     asm, image = load_asm(spec, "cpu", multimask), noise_image()
     slow = SlowSAM(weights, 2, [1], 3)
@@ -622,8 +865,12 @@ def test_the_first_sam_gives_what_its_equations_give(family, boxes, points, mult
     logits, scores = asm.logits(image, boxes, points)
     scale = np.array(image.shape[1::-1]) / 128
     for i in range(3):
-        all_four, quality = slow.decode(features, () if boxes is None else boxes[i].reshape(2, 2) / scale,
-                                        () if points is None else points[i] / scale, 128)
+        all_four, quality = slow.decode(
+            features,
+            () if boxes is None else boxes[i].reshape(2, 2) / scale,
+            () if points is None else points[i] / scale,
+            128,
+        )
         best = 1 + quality[1:].argmax() if multimask or family == "sam-med2d" else 0
         torch.testing.assert_close(logits[i].double(), all_four[best], atol=1e-4, rtol=1e-3)
         torch.testing.assert_close(scores[i].double(), quality[best], atol=1e-4, rtol=1e-3)
@@ -634,21 +881,40 @@ def test_images_are_prepared_as_scikit_image_and_opencv_do():
     told, model = np.load(PREPARED), build_sam("medsam", PREPARED_SIDE, **SMALL)
     for name in ("wide", "small", "flat"):
         image = told[f"{name}/image"]
-        assert np.array_equal(MedSAM(model, {}).prepare(image)[0].permute(1, 2, 0).numpy(), told[f"{name}/medsam"].astype(np.float32))
-        nearest = (told[f"{name}/sam-med2d"] - np.array([123.675, 116.28, 103.53])) / [58.395, 57.12, 57.375]
+        assert np.array_equal(
+            MedSAM(model, {}).prepare(image)[0].permute(1, 2, 0).numpy(),
+            told[f"{name}/medsam"].astype(np.float32),
+        )
+        nearest = (told[f"{name}/sam-med2d"] - np.array([123.675, 116.28, 103.53])) / [
+            58.395,
+            57.12,
+            57.375,
+        ]
         found = SAMMed2D(model, {}).prepare(image)[0].permute(1, 2, 0).numpy()
         np.testing.assert_allclose(found, nearest, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_first_sams_masks_have_the_images_size_and_are_made_its_way(family, tmp_path, monkeypatch):
+def test_the_first_sams_masks_have_the_images_size_and_are_made_its_way(
+    family, tmp_path, monkeypatch
+):
     asm = load_asm(small_sam(family, tmp_path, monkeypatch)[0], "cpu")
     masks, scores = asm.segment(noise_image(), BOXES, POINTS)
-    assert masks.shape == (3, 61, 203) and masks.dtype == bool and 0 < masks.mean() < 1 and scores.shape == (3,)
+    assert (
+        masks.shape == (3, 61, 203)
+        and masks.dtype == bool
+        and 0 < masks.mean() < 1
+        and scores.shape == (3,)
+    )
     low = asm.logits(noise_image(), BOXES, POINTS)[0][:, None]
     grow = dict(mode="bilinear", align_corners=False)
-    full = torch.nn.functional.interpolate(low.sigmoid(), (61, 203), **grow) - 0.5 if family == "medsam" else \
-        torch.nn.functional.interpolate(torch.nn.functional.interpolate(low, (128, 128), **grow), (61, 203), **grow)
+    full = (
+        torch.nn.functional.interpolate(low.sigmoid(), (61, 203), **grow) - 0.5
+        if family == "medsam"
+        else torch.nn.functional.interpolate(
+            torch.nn.functional.interpolate(low, (128, 128), **grow), (61, 203), **grow
+        )
+    )
     assert np.array_equal(masks, (full[:, 0] > 0).numpy())
 
 
@@ -664,9 +930,14 @@ def test_a_folder_in_the_layout_of_transformers_loads_and_gives_the_same(tmp_pat
 
 
 def test_one_familys_file_is_refused_as_anothers(tmp_path, monkeypatch, folder):
-    for family, other, told in (("medsam", "sam-med2d", "Missing .*mlp.channel"), ("sam-med2d", "medsam", "Unexpected .*Adapter")):
+    for family, other, told in (
+        ("medsam", "sam-med2d", "Missing .*mlp.channel"),
+        ("sam-med2d", "medsam", "Unexpected .*Adapter"),
+    ):
         spec, _ = small_sam(family, tmp_path, monkeypatch)
-        with pytest.raises(ValueError, match=f"released.pth: its keys do not fit the model: .*{told}"):
+        with pytest.raises(
+            ValueError, match=f"released.pth: its keys do not fit the model: .*{told}"
+        ):
             load_asm(spec.replace(family, other, 1), "cpu")
     small_sam("medsam", tmp_path, monkeypatch)
     with pytest.raises(ValueError, match="start with one of: medsam:"):
@@ -682,10 +953,20 @@ def test_one_familys_file_is_refused_as_anothers(tmp_path, monkeypatch, folder):
 
 # ---------------------------------------------------------------- overlay
 
-@pytest.mark.parametrize("size, shown", [((112, 80), (448, 320)), ((448, 300), (448, 300)),
-                                         ((30, 60), (224, 448)), ((1500, 900), (1500, 900))])
+
+@pytest.mark.parametrize(
+    "size, shown",
+    [
+        ((112, 80), (448, 320)),
+        ((448, 300), (448, 300)),
+        ((30, 60), (224, 448)),
+        ((1500, 900), (1500, 900)),
+    ],
+)
 def test_an_overlay_is_at_least_448_pixels_long_and_keeps_the_ratio(size, shown):
-    picture = overlay(Image.new("L", size, 90), np.ones(size[::-1], bool), (5, 5, 20, 20), ((8, 8), (15, 15)))
+    picture = overlay(
+        Image.new("L", size, 90), np.ones(size[::-1], bool), (5, 5, 20, 20), ((8, 8), (15, 15))
+    )
     assert picture.size == shown and picture.mode == "RGB" and max(picture.size) >= OVERLAY_SIDE
 
 
@@ -693,9 +974,13 @@ def test_an_overlay_colours_the_mask_the_box_and_the_points_and_nothing_else():
     grey = np.full((448, 448, 3), 120, np.uint8)
     mask = np.zeros((448, 448), bool)
     mask[100:200, 100:200] = True
-    picture = np.asarray(overlay(grey, mask, (250, 250, 350, 350), ((120, 400), (200, 400)))).astype(int)
+    picture = np.asarray(
+        overlay(grey, mask, (250, 250, 350, 350), ((120, 400), (200, 400)))
+    ).astype(int)
     colour = np.ptp(picture, axis=2)
-    assert colour[150, 150] > 20 and colour[100:103, 150].max() > colour[150, 150]  # tinted, outlined
+    assert (
+        colour[150, 150] > 20 and colour[100:103, 150].max() > colour[150, 150]
+    )  # tinted, outlined
     assert colour[246:254, 300].max() > 100 and colour[300, 300] == 0  # only the box's edge
     assert colour[400, 120] > 100 and colour[400, 200] > 100  # two points
     assert (picture[400, 120] != picture[400, 200]).any()  # told apart
@@ -709,7 +994,7 @@ def centre_of(colours):
 
 
 def test_an_overlay_draws_a_point_at_the_centre_of_its_pixel():
-    black = np.zeros((56, 56, 3), np.uint8)                 # shown eight times as large
+    black = np.zeros((56, 56, 3), np.uint8)  # shown eight times as large
     for x, y in ((10, 20), (40.5, 30.25)):
         lit = np.asarray(overlay(black, points=[(x, y)])).max(2) > 60
         assert centre_of(lit) == pytest.approx((8 * (x + 0.5), 8 * (y + 0.5)), abs=0.6)
@@ -717,20 +1002,24 @@ def test_an_overlay_draws_a_point_at_the_centre_of_its_pixel():
 
 def test_an_overlay_draws_a_box_on_its_edges_and_the_mask_on_its_pixels():
     black, mask = np.zeros((56, 56, 3), np.uint8), np.zeros((56, 56), bool)
-    mask[30:40, 12:24] = True                               # its tight box is 12, 30, 24, 40
+    mask[30:40, 12:24] = True  # its tight box is 12, 30, 24, 40
     lit = np.asarray(overlay(black, mask)).max(2) > 40
     rows, columns = lit.any(1).nonzero()[0], lit.any(0).nonzero()[0]
-    assert (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1) == pytest.approx((96, 240, 192, 320), abs=1)
+    assert (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1) == pytest.approx(
+        (96, 240, 192, 320), abs=1
+    )
     lit = np.asarray(overlay(black, bbox=(12, 30, 24, 40))).max(2) > 128
     for across, low, high in ((lit[280], 96, 192), (lit[:, 144], 240, 320)):
-        line = across.nonzero()[0]                          # two edges, each as wide on either side of its place
+        line = across.nonzero()[0]  # two edges, each as wide on either side of its place
         sides = line[line < line.mean()], line[line > line.mean()]
         assert [side.mean() + 0.5 for side in sides] == pytest.approx([low, high], abs=0.6)
 
 
 def test_an_overlay_draws_every_point_and_repeats_the_colours():
     black = np.zeros((448, 448, 3), np.uint8)
-    picture = np.asarray(overlay(black, points=[(50, 50), (150, 50), (250, 50), (350, 50)])).astype(int)
+    picture = np.asarray(overlay(black, points=[(50, 50), (150, 50), (250, 50), (350, 50)])).astype(
+        int
+    )
     colours = [picture[50, x] for x in (50, 150, 250, 350)]
     assert np.array_equal(colours[0], colours[2]) and np.array_equal(colours[1], colours[3])
     assert (colours[0] != colours[1]).any()

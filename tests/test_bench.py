@@ -1,4 +1,5 @@
 """What a run needs, computed from its configuration; the random models of the bench."""
+
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -34,16 +35,35 @@ def need(gpus=1, **flags):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_prints_a_plan_that_fits_its_card(recipe, folder_7b, capsys):
     kind, gpus = RECIPES[recipe]
-    memory.main([kind, f"@recipes/{recipe}.args", "--crm", str(folder_7b), "--data", "demo/data",
-                 "--gpus", str(gpus)])
+    memory.main(
+        [
+            kind,
+            f"@recipes/{recipe}.args",
+            "--crm",
+            str(folder_7b),
+            "--data",
+            "demo/data",
+            "--gpus",
+            str(gpus),
+        ]
+    )
     out = capsys.readouterr().out
-    assert "fits on a GPU of 80 GB" in out and "8.29 billion parameters" in out and "PFLOP per step" in out
+    assert (
+        "fits on a GPU of 80 GB" in out
+        and "8.29 billion parameters" in out
+        and "PFLOP per step" in out
+    )
 
 
 def test_a_plan_says_what_does_not_fit(folder_7b, capsys):
-    memory.main(["@recipes/soft_7b.args", "--crm", str(folder_7b), "--data", "demo/data", "--gpus", "1"])
+    memory.main(
+        ["@recipes/soft_7b.args", "--crm", str(folder_7b), "--data", "demo/data", "--gpus", "1"]
+    )
     out = capsys.readouterr().out
-    assert "does NOT fit on a GPU of 80 GB" in out and "1 of a rank's 128 prompts sampled together" in out
+    assert (
+        "does NOT fit on a GPU of 80 GB" in out
+        and "1 of a rank's 128 prompts sampled together" in out
+    )
 
 
 def test_a_missing_checkpoint_is_one_line_with_status_2(capsys):
@@ -55,12 +75,19 @@ def test_a_missing_checkpoint_is_one_line_with_status_2(capsys):
 def test_memory_of_weights_and_optimizer_is_counted_exactly():
     """3B, all weights: bfloat16 weights 2, float32 masters 4, gradients 4, two moments 8 bytes each."""
     N = sum(p.numel() for p in need().model.parameters())
-    full, offloaded, sharded = (memory.memory(need(**flags)) for flags in
-                                ({}, {"offload": True}, {"gpus": 8, "parallel": "fsdp"}))
-    for name, size in (("weights", 2), ("float32 masters", 4), ("gradients, float32", 4),
-                       ("AdamW's two moments", 8), ("reference model", 2)):
+    full, offloaded, sharded = (
+        memory.memory(need(**flags))
+        for flags in ({}, {"offload": True}, {"gpus": 8, "parallel": "fsdp"})
+    )
+    for name, size in (
+        ("weights", 2),
+        ("float32 masters", 4),
+        ("gradients, float32", 4),
+        ("AdamW's two moments", 8),
+        ("reference model", 2),
+    ):
         assert full[name] == pytest.approx(N * size / 1e9)
-    assert offloaded["gradients, float32"] == full["gradients, float32"]        # summed on the GPU
+    assert offloaded["gradients, float32"] == full["gradients, float32"]  # summed on the GPU
     assert "AdamW's two moments" not in offloaded and "float32 masters" not in offloaded
     assert sharded["AdamW's two moments"] == pytest.approx(N / 1e9)
     assert offloaded["most at once"] < sharded["most at once"] + 20 < full["most at once"]
@@ -70,10 +97,13 @@ def test_only_what_trains_has_an_optimizer():
     rank = 64
     lora = memory.memory(need(lora_rank=rank))
     model, c = need().model, need().model.config.text_config
-    layer = sum(rank * sum(m.weight.shape) for name, m in model.model.language_model.layers[0].named_modules()
-                if isinstance(m, torch.nn.Linear))
+    layer = sum(
+        rank * sum(m.weight.shape)
+        for name, m in model.model.language_model.layers[0].named_modules()
+        if isinstance(m, torch.nn.Linear)
+    )
     assert lora["AdamW's two moments"] == pytest.approx(c.num_hidden_layers * layer * 8 / 1e9)
-    assert "reference model" not in lora                               # the matrices are switched off instead
+    assert "reference model" not in lora  # the matrices are switched off instead
     norms = need(trainable="language_model.*norm").trained()
     assert norms and all("norm" in name for name in norms) and need(freeze_vision=True).frozen_tower
 
@@ -81,14 +111,16 @@ def test_only_what_trains_has_an_optimizer():
 def test_rollouts_are_planned_in_chunks_that_half_of_the_free_memory_holds():
     n = need(prompts=64)
     per_prompt = n.cache_per_token * (n.prompt + 16 * 512)
-    assert n.cache_per_token == 36 * 2 * 2 * 128 * 2                    # layers, k and v, heads, size, bytes
+    assert n.cache_per_token == 36 * 2 * 2 * 128 * 2  # layers, k and v, heads, size, bytes
     for free, together in ((1e12, 64), (10 * per_prompt, 5), (0, 1)):
         assert memory.at_once(n, free) == together
 
 
 def test_trained_vision_tower_keeps_its_activations_and_checkpointing_drops_those_of_the_layers():
-    frozen, trained, kept = (memory.memory(need(**flags)) for flags in
-                             ({"freeze_vision": True}, {}, {"checkpointing": False}))
+    frozen, trained, kept = (
+        memory.memory(need(**flags))
+        for flags in ({"freeze_vision": True}, {}, {"checkpointing": False})
+    )
     name = "update: vision tower"
     assert frozen[name] < trained[name] < kept[name]
     assert kept["update: language layers"] > 5 * trained["update: language layers"]
@@ -98,8 +130,15 @@ def test_operations_are_those_of_a_hand_count():
     """3B LoRA: sampling 1, the reference 1, the update 2 and 1 recomputed: five forward passes."""
     n = need(lora_rank=64, minibatches=1)
     model = n.model
-    body, head, tower, merger = map(memory.count, (model.model.language_model.layers, model.lm_head,
-                                                   model.model.visual.blocks, model.model.visual.merger))
+    body, head, tower, merger = map(
+        memory.count,
+        (
+            model.model.language_model.layers,
+            model.lm_head,
+            model.model.visual.blocks,
+            model.model.visual.merger,
+        ),
+    )
     words, completions = 8 * (1150 + 16 * 512), 8 * 16 * 512
     expected = 5 * 2 * (body * words + head * completions) + 2 * 8 * 3600 * (tower + merger / 4)
     assert memory.operations(n) == pytest.approx(expected)
@@ -118,7 +157,9 @@ def test_recipes_parse_and_their_multi_node_commands_have_a_rendezvous():
         assert "--nnodes" in text
     assert "cannot be reproduced" in (ROOT / "recipes/eval_7b.args").read_text()
     for recipe in ("eval_7b", "slake_7b", "biomedparse_7b"):
-        cfg = parse_args(evaluate.Config, "", argv=[f"@recipes/{recipe}.args"], embedded=lambda config: [])
+        cfg = parse_args(
+            evaluate.Config, "", argv=[f"@recipes/{recipe}.args"], embedded=lambda config: []
+        )
         assert cfg.split == "test" and cfg.resize == "square:840"
 
 
@@ -127,7 +168,7 @@ def test_random_models_have_large_key_biases_in_the_first_and_the_last_layer():
     layers = crm.model.model.language_model.layers
     for layer in (layers[0], layers[-1]):
         bias = layer.self_attn.k_proj.bias.view(-1, layer.self_attn.head_dim)
-        assert ((bias > 50).sum(1) == 4).all()                          # four channels per head
+        assert ((bias > 50).sum(1) == 4).all()  # four channels per head
     config = random_model.config_of("wide").text_config
     real = random_model.config_of("3b").text_config
     assert config.hidden_size == real.hidden_size and config.num_hidden_layers == 2

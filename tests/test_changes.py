@@ -2,6 +2,7 @@
 
 A change is replacements of text in one file; what is checked runs in the copy, where every other file is the project's own.
 """
+
 import os
 import sys
 import textwrap
@@ -10,32 +11,47 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-
 from conftest import Script
+
 from runtime.cli import ROOT
 
-MOST = 10               # inserted lines; for a segmenter, a reader and a metric: beyond the algorithm, marked # algorithm
+MOST = 10  # inserted lines; for a segmenter, a reader and a metric: beyond the algorithm, marked # algorithm
 
 
 @dataclass
 class Change:
     what: str
-    file: str                           # "" where a flag is all it takes
-    edits: list[tuple[str, str]]        # text -> new text
-    check: str                          # Python, run in the copy
-    still_green: str = ""               # tests of the changed file: arguments of pytest; none that starts a script, as
-                                        # conftest.py forks these off a process that imported the unchanged files
+    file: str  # "" where a flag is all it takes
+    edits: list[tuple[str, str]]  # text -> new text
+    check: str  # Python, run in the copy
+    still_green: str = (
+        ""  # tests of the changed file: arguments of pytest; none that starts a script, as
+    )
+    # conftest.py forks these off a process that imported the unchanged files
 
 
 CHANGES = [
-    Change("a reward term", "rewards.py", [('''        **_base_terms(text''', '''        "center_distance": center_distance(answer.bbox, gt_box) if answer.bbox else 0.0,
-        **_base_terms(text'''), ('''def reward_terms(''', '''def center_distance(box: Box, gt: Box) -> float:
+    Change(
+        "a reward term",
+        "rewards.py",
+        [
+            (
+                """        **_base_terms(text""",
+                """        "center_distance": center_distance(answer.bbox, gt_box) if answer.bbox else 0.0,
+        **_base_terms(text""",
+            ),
+            (
+                """def reward_terms(""",
+                '''def center_distance(box: Box, gt: Box) -> float:
     """1 where the centres agree, falling to 0 at a distance of the true diagonal."""
     (x, y), (u, v) = (((b[0] + b[2]) / 2, (b[1] + b[3]) / 2) for b in (box, gt))
     return max(0.0, 1 - math.hypot(x - u, y - v) / max(EPS, math.hypot(*_size(gt))))
 
 
-def reward_terms(''')], '''
+def reward_terms(''',
+            ),
+        ],
+        """
         from rewards import reward_terms, total_reward
         from runtime.cli import parse_weights
         truth = (0, 0, 30, 40), ((5, 5), (20, 20))
@@ -44,46 +60,90 @@ def reward_terms(''')], '''
         assert abs(terms["center_distance"] - 0.4) < 1e-9 and reward_terms("", *truth)["center_distance"] == 0
         more = total_reward(terms, "soft", parse_weights("center_distance=0.5")) - total_reward(terms, "soft")
         assert abs(more - 0.2) < 1e-9
-        ''', "test_rewards.py"),
-    Change("a reward mode", "rewards.py", [('''    "iou": (''', '''    "fast": ("answer_format", "box_iou"),
-    "iou": (''')], '''
+        """,
+        "test_rewards.py",
+    ),
+    Change(
+        "a reward mode",
+        "rewards.py",
+        [
+            (
+                """    "iou": (""",
+                """    "fast": ("answer_format", "box_iou"),
+    "iou": (""",
+            )
+        ],
+        """
         from rewards import reward_formula
         from runtime.cli import parse_args
         from train_grpo import Config
         assert parse_args(Config, "", argv=["--mode", "fast", "--crm", "x"]).mode == "fast"
         assert reward_formula("fast") == ("answer_format + box_iou", 2.0)
-        ''', "test_rewards.py"),
-    Change("reward weights", "", [], '''
+        """,
+        "test_rewards.py",
+    ),
+    Change(
+        "reward weights",
+        "",
+        [],
+        """
         from rewards import reward_formula
         from runtime.cli import parse_weights
         weights = parse_weights("box_iou=2,point_align=0.5")
         assert reward_formula("soft", weights)[0] == "think_format + answer_format + 2 box_iou + point_dice + 0.5 point_align"
-        '''),
-    Change("Dr. GRPO and GSPO", "", [], '''
+        """,
+    ),
+    Change(
+        "Dr. GRPO and GSPO",
+        "",
+        [],
+        """
         from runtime.cli import parse_args
         from train_grpo import Config
         dr = parse_args(Config, "", argv="--norm none --agg constant --kl-coef 0 --crm x".split())
         gspo = parse_args(Config, "", argv="--ratio sequence --clip-low 3e-4 --clip-high 4e-4 --kl-coef 0 --crm x".split())
         assert (dr.norm, dr.agg, gspo.ratio, gspo.clip_high) == ("none", "constant", "sequence", 4e-4)
-        '''),
-    Change("a KL estimator", "train_grpo.py", [('("k1", "k2", "k3"))', '("k1", "k2", "k3", "abs"))'),
-           ('"k2": 0.5 * x ** 2, ', '"k2": 0.5 * x ** 2, "abs": x.abs(), ')], '''
+        """,
+    ),
+    Change(
+        "a KL estimator",
+        "train_grpo.py",
+        [
+            ('("k1", "k2", "k3"))', '("k1", "k2", "k3", "abs"))'),
+            ('"k2": 0.5 * x ** 2, ', '"k2": 0.5 * x ** 2, "abs": x.abs(), '),
+        ],
+        """
         import torch
         from train_grpo import grpo_loss
         logp, ref = torch.tensor([[-1.0, -2.0]]), torch.tensor([[-1.5, -1.0]])
         _, stats = grpo_loss(logp, logp, ref, torch.zeros(1), torch.full((1, 2), 0.5), kl="abs")
         assert abs(stats["kl"] - 0.75) < 1e-6
-        ''', "tests/test_grpo.py"),
-    Change("another format of the answer", "rewards.py", [
-        ('''    lists = [", ".join(map(str, values)) for values in (bbox, *points)]
-''', '''    if len(points) == 2:
+        """,
+        "tests/test_grpo.py",
+    ),
+    Change(
+        "another format of the answer",
+        "rewards.py",
+        [
+            (
+                """    lists = [", ".join(map(str, values)) for values in (bbox, *points)]
+""",
+                """    if len(points) == 2:
         box, p, q = (",".join(map(str, values)) for values in (bbox, *points))
         return f"<answer><box>{box}</box><p>{p}</p><p>{q}</p></answer>"
     lists = [", ".join(map(str, values)) for values in (bbox, *points)]
-'''), ('''    fields = _load_object(body) or''', '''    numbers = re.findall(r"<(?:box|p)>([-0-9.,]+)</(?:box|p)>", body)
+""",
+            ),
+            (
+                """    fields = _load_object(body) or""",
+                """    numbers = re.findall(r"<(?:box|p)>([-0-9.,]+)</(?:box|p)>", body)
     if len(numbers) == len(KEYS):
         body = json.dumps({key: [float(v) for v in text.split(",")] for key, text in zip(KEYS, numbers)})
-    fields = _load_object(body) or'''), ("import math\n", "import math\nimport re\n")], '''
+    fields = _load_object(body) or""",
+            ),
+            ("import math\n", "import math\nimport re\n"),
+        ],
+        """
         from crm import load_crm
         from data import load_samples, target_text
         from rewards import parse_answer
@@ -92,8 +152,13 @@ def reward_terms(''')], '''
         frame = load_crm("demo/crm").encode(sample.image, "x").frame
         text = target_text(sample, frame)
         assert "<p>" in text and parse_answer(text).problem == "" and len(parse_answer(text).points) == 2
-        '''),
-    Change("three key points", "rewards.py", [("KEY_POINTS = 2 ", "KEY_POINTS = 3 ")], '''
+        """,
+    ),
+    Change(
+        "three key points",
+        "rewards.py",
+        [("KEY_POINTS = 2 ", "KEY_POINTS = 3 ")],
+        """
         import numpy as np
         from crm import load_crm
         from data import PROMPTS, keypoints_from_mask
@@ -105,8 +170,15 @@ def reward_terms(''')], '''
         assert len(parse_answer(text).points) == 3
         terms = reward_terms(text, (0, 0, 30, 20), points, frame=(30, 20))
         assert terms["point_dice"] == terms["point_align"] == terms["box_iou"] == 1
-        '''),
-    Change("a segmenter", "asm.py", [('''# start of a spec -> loader''', '''class Otsu:
+        """,
+    ),
+    Change(
+        "a segmenter",
+        "asm.py",
+        [
+            (
+                """# start of a spec -> loader""",
+                """class Otsu:
     def segment(self, image, boxes=None, points=None):
         grey, levels = image.mean(2), np.arange(1, 255)                                     # algorithm
         def spread(t):                                                                      # algorithm
@@ -116,25 +188,42 @@ def reward_terms(''')], '''
         return np.stack([mask] * len(points if boxes is None else boxes)), np.ones(1)
 
 
-# start of a spec -> loader'''), ('''SEGMENTERS = {
-''', '''SEGMENTERS = {
+# start of a spec -> loader""",
+            ),
+            (
+                """SEGMENTERS = {
+""",
+                """SEGMENTERS = {
     "otsu": lambda path, device, **options: Otsu(),
-''')], '''
+""",
+            ),
+        ],
+        """
         import numpy as np
         from asm import load_asm
         image = np.full((40, 50, 3), 30, np.uint8)
         image[10:20, 15:35] = 200
         masks, _ = load_asm("otsu", "cpu").segment(image, points=[[[20, 15], [30, 15]]])
         assert masks.shape == (1, 40, 50) and masks.sum() == 200
-        '''),
-    Change("a data format", "runtime/readers.py", [('''READERS = {''', '''def read_names(path: Path, split: str) -> tuple[list[dict], list[str]]:
+        """,
+    ),
+    Change(
+        "a data format",
+        "runtime/readers.py",
+        [
+            (
+                """READERS = {""",
+                """def read_names(path: Path, split: str) -> tuple[list[dict], list[str]]:
     files = sorted(path.glob("*_mask.png")) if split == "train" else []
     return [{"where": str(file), "id": file.stem, "problem": "", "image": file.with_name(file.name.replace("_mask", "")),
              "mask": file, "query": f"Where is the {file.stem[:-5]}?", "bbox": None, "points": None, "extra": {},
              **names_in({})} for file in files], ["train"]
 
 
-READERS = {"*_mask.png": read_names} | {''')], '''
+READERS = {"*_mask.png": read_names} | {""",
+            )
+        ],
+        """
         import tempfile
         from pathlib import Path
         from PIL import Image
@@ -146,8 +235,15 @@ READERS = {"*_mask.png": read_names} | {''')], '''
         Image.new("RGB", (60, 40), "grey").save(folder / "liver.png")
         sample, = load_samples(folder)
         assert sample.query == "Where is the liver?" and sample.bbox == (10, 5, 30, 25)
-        '''),
-    Change("a metric of masks", "evaluate.py", [('''METRICS = QUESTION_METRICS | {''', '''def boundary_f1(p: dict) -> float | None:
+        """,
+    ),
+    Change(
+        "a metric of masks",
+        "evaluate.py",
+        [
+            (
+                """METRICS = QUESTION_METRICS | {""",
+                """def boundary_f1(p: dict) -> float | None:
     from scipy.ndimage import binary_dilation as grow, binary_erosion as shrink
     if not (p["mask"] and p["truth"].get("mask")):
         return None
@@ -158,7 +254,11 @@ READERS = {"*_mask.png": read_names} | {''')], '''
 
 
 METRICS = QUESTION_METRICS | {
-    "boundary": ("boundary F1", boundary_f1),'''), ("import encode_mask, ", "import decode_mask, encode_mask, ")], '''
+    "boundary": ("boundary F1", boundary_f1),""",
+            ),
+            ("import encode_mask, ", "import decode_mask, encode_mask, "),
+        ],
+        """
         import numpy as np
         from evaluate import METRICS
         from extras.predictions import encode_mask
@@ -166,12 +266,18 @@ METRICS = QUESTION_METRICS | {
         mask[10:20, 10:30] = True
         p = {"mask": encode_mask(mask), "truth": {"mask": encode_mask(mask)}}
         assert METRICS["boundary"][1](p) == 1 and METRICS["boundary"][1](p | {"mask": None}) is None
-        '''),
-    Change("an entropy bonus", "", [], '''
+        """,
+    ),
+    Change(
+        "an entropy bonus",
+        "",
+        [],
+        """
         from runtime.cli import parse_args
         from train_grpo import Config
         assert parse_args(Config, "", argv="--entropy-coef 0.01 --crm x".split()).entropy_coef == 0.01
-        '''),
+        """,
+    ),
 ]
 
 
@@ -184,7 +290,10 @@ def inserted(change: Change) -> int:
 
 def import_from(copy: Path):
     """Forget what was imported of the project, and import it from a copy."""
-    sys.path = [str(copy), *(path for path in sys.path if Path(path or ".").resolve() not in (ROOT, ROOT / "tests"))]
+    sys.path = [
+        str(copy),
+        *(path for path in sys.path if Path(path or ".").resolve() not in (ROOT, ROOT / "tests")),
+    ]
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
         if file and Path(file).is_relative_to(ROOT) and "site-packages" not in file:
@@ -200,7 +309,7 @@ def test_a_usual_change_is_small_and_works(tmp_path, change):
             (tmp_path / entry.name).symlink_to(entry)
     if change.file:
         folder = change.file.split("/")[0]
-        if "/" in change.file:                          # a real folder of links, so that the file can be replaced
+        if "/" in change.file:  # a real folder of links, so that the file can be replaced
             (tmp_path / folder).unlink()
             (tmp_path / folder).mkdir()
             for entry in (ROOT / folder).iterdir():

@@ -1,4 +1,5 @@
 """COCO data sets: the layouts that people have, masks in every form, and what is wrong named by file and annotation."""
+
 import importlib.util
 import json
 
@@ -17,9 +18,18 @@ RLE = {"size": [40, 60], "counts": COUNTS + [int(2400 - sum(COUNTS))]}
 
 
 def coco(**changes):
-    annotation = {"id": 3, "image_id": 7, "category_id": 1, "bbox": [10, 5, 20, 20], "segmentation": POLYGON} | changes
-    return {"images": [{"id": 7, "file_name": "a.png", "width": 60, "height": 40}],
-            "categories": [{"id": 1, "name": "liver", "supercategory": "Abdomen"}], "annotations": [annotation]}
+    annotation = {
+        "id": 3,
+        "image_id": 7,
+        "category_id": 1,
+        "bbox": [10, 5, 20, 20],
+        "segmentation": POLYGON,
+    } | changes
+    return {
+        "images": [{"id": 7, "file_name": "a.png", "width": 60, "height": 40}],
+        "categories": [{"id": 1, "name": "liver", "supercategory": "Abdomen"}],
+        "annotations": [annotation],
+    }
 
 
 def write(root, file, images, **changes):
@@ -30,12 +40,23 @@ def write(root, file, images, **changes):
     return root
 
 
-@pytest.mark.parametrize("file, images, split", [
-    ("annotations/instances_train2017.json", "train2017", "train"), ("test/_annotations.coco.json", "test", "test"),
-    ("test.json", "images", "test"), ("annotations.json", "images", "train"), ("val.json", "images/val", "val")])
+@pytest.mark.parametrize(
+    "file, images, split",
+    [
+        ("annotations/instances_train2017.json", "train2017", "train"),
+        ("test/_annotations.coco.json", "test", "test"),
+        ("test.json", "images", "test"),
+        ("annotations.json", "images", "train"),
+        ("val.json", "images/val", "val"),
+    ],
+)
 def test_the_layouts_that_people_have(tmp_path, file, images, split):
     sample = load_samples(write(tmp_path, file, images), split)[0]
-    assert (sample.bbox, sample.category, sample.supercategory) == ((10, 5, 30, 25), "liver", "Abdomen")
+    assert (sample.bbox, sample.category, sample.supercategory) == (
+        (10, 5, 30, 25),
+        "liver",
+        "Abdomen",
+    )
     assert sample.query == "Where is the liver?" and np.array_equal(sample.mask, SQUARE)
     with pytest.raises(ValueError, match=f"the splits there: {split}"):
         load_samples(tmp_path, "other")
@@ -44,12 +65,15 @@ def test_the_layouts_that_people_have(tmp_path, file, images, split):
 @pytest.mark.parametrize("form", ["polygon", "counts", "compressed"])
 def test_a_mask_is_the_same_in_every_form(form):
     if form == "compressed":
-        mask = pytest.importorskip("pycocotools.mask", reason="pip install -r requirements-extras.txt")
+        mask = pytest.importorskip(
+            "pycocotools.mask", reason="pip install -r requirements-extras.txt"
+        )
         segmentation = mask.encode(np.asfortranarray(SQUARE.astype(np.uint8)))
     else:
         segmentation = {"polygon": POLYGON, "counts": RLE}[form]
     path = png(segmentation, (40, 60))
     import io
+
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(path))) > 0, SQUARE)
 
 
@@ -58,12 +82,20 @@ def test_a_question_of_its_own_and_a_single_file(tmp_path):
     assert load_samples(tmp_path / "train.json")[0].query == "What is the large organ?"
 
 
-@pytest.mark.parametrize("changes, says", [
-    ({"image_id": 8}, "image: no file ''"), ({"segmentation": [], "bbox": [1, 2]}, "annotation: not as COCO"),
-    ({"segmentation": [[10, 5, float("inf"), 5, 30, 25]]}, "mask: has coordinates far"), ({"image_id": [7]}, "annotation: not"),
-    ({"segmentation": {"size": [40, 60], "counts": [10 ** 40]}}, "mask: RLE of 1000"),
-    ({"segmentation": {"size": [40, 60], "counts": [3]}}, "mask: RLE of 3 pixels"), ({"segmentation": [["x"]]}, "mask: "),
-    ({"segmentation": {"counts": "abc"}}, "mask: "), ({"segmentation": []}, "bbox: is missing, or points are")])
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"image_id": 8}, "image: no file ''"),
+        ({"segmentation": [], "bbox": [1, 2]}, "annotation: not as COCO"),
+        ({"segmentation": [[10, 5, float("inf"), 5, 30, 25]]}, "mask: has coordinates far"),
+        ({"image_id": [7]}, "annotation: not"),
+        ({"segmentation": {"size": [40, 60], "counts": [10**40]}}, "mask: RLE of 1000"),
+        ({"segmentation": {"size": [40, 60], "counts": [3]}}, "mask: RLE of 3 pixels"),
+        ({"segmentation": [["x"]]}, "mask: "),
+        ({"segmentation": {"counts": "abc"}}, "mask: "),
+        ({"segmentation": []}, "bbox: is missing, or points are"),
+    ],
+)
 def test_what_is_wrong_is_named(tmp_path, changes, says):
     if changes.get("segmentation") == {"counts": "abc"} and importlib.util.find_spec("pycocotools"):
         says = "mask: is neither polygons nor RLE"
@@ -75,18 +107,31 @@ def test_what_is_wrong_is_named(tmp_path, changes, says):
 
 def test_a_json_file_that_is_not_coco_s_is_named(tmp_path):
     (tmp_path / "train.json").write_text('{"images": []}')
-    with pytest.raises(ValueError, match="train.json: annotations, categories: missing, or no list"):
+    with pytest.raises(
+        ValueError, match="train.json: annotations, categories: missing, or no list"
+    ):
         load_samples(tmp_path)
-    write(tmp_path / "more", "annotations/instances_train2017.json", "train2017")      # captions beside instances
-    (tmp_path / "more/annotations/captions_train2017.json").write_text('{"images": [], "annotations": []}')
-    assert len(load_samples(tmp_path / "more")) == len(load_samples(
-        tmp_path / "more/annotations/instances_train2017.json")) == 1
+    write(
+        tmp_path / "more", "annotations/instances_train2017.json", "train2017"
+    )  # captions beside instances
+    (tmp_path / "more/annotations/captions_train2017.json").write_text(
+        '{"images": [], "annotations": []}'
+    )
+    assert (
+        len(load_samples(tmp_path / "more"))
+        == len(load_samples(tmp_path / "more/annotations/instances_train2017.json"))
+        == 1
+    )
     write(tmp_path / "rob", "test/_annotations.coco.json", "test")
     assert load_samples(tmp_path / "rob/test", "test")[0].category == "liver"
-    huge = coco() | {"images": [{"id": 7, "file_name": "a.png", "width": 300_000, "height": 300_000}], "annotations": [
-        5, {"id": 3, "image_id": 7, "category_id": 1, "segmentation": POLYGON}]}
+    huge = coco() | {
+        "images": [{"id": 7, "file_name": "a.png", "width": 300_000, "height": 300_000}],
+        "annotations": [5, {"id": 3, "image_id": 7, "category_id": 1, "segmentation": POLYGON}],
+    }
     (write(tmp_path / "huge", "train.json", "images") / "train.json").write_text(json.dumps(huge))
-    for i, says in enumerate(("annotation 0, annotation: not as COCO", "annotation 3, mask: of 300000x300000 pixels")):
+    for i, says in enumerate(
+        ("annotation 0, annotation: not as COCO", "annotation 3, mask: of 300000x300000 pixels")
+    ):
         with pytest.raises(BadRow, match=says):
             load_samples(tmp_path / "huge")[i]
     (tmp_path / "train.json").write_text("[")

@@ -1,4 +1,5 @@
 """Other data sets: small folders in their formats, every sample equal to what was put in, every fault named."""
+
 import io
 import json
 import shutil
@@ -10,14 +11,20 @@ import pytest
 from PIL import Image
 
 from data import box_from_mask, keypoints_from_mask, load_samples
-from runtime.cli import exit_on
-from metrics import prediction
 from extras.convert import main
 from extras.convert_folder import Folder
 from extras.convert_words import mentions, target, where_is
+from metrics import prediction
+from runtime.cli import exit_on
 
 W, H = 60, 40
-TABLE = {"70": "Liver", "175": "Liver Cancer", "215": "Left Lung", "225": "Right Lung", "180": "Heart"}
+TABLE = {
+    "70": "Liver",
+    "175": "Liver Cancer",
+    "215": "Left Lung",
+    "225": "Right Lung",
+    "180": "Heart",
+}
 
 
 def disc(x, y, r=5):
@@ -42,14 +49,29 @@ def labelled(places):
 
 
 def ask(question, answer, lang="en", image="xmlab1", content="Position", qid=1, **more):
-    return {"img_id": 1, "img_name": f"{image}/source.jpg", "question": question, "answer": answer, "q_lang": lang,
-            "location": "Chest", "modality": "X-Ray", "answer_type": "OPEN", "base_type": "vqa", "triple": ["vhead"],
-            "content_type": content, "qid": qid, **more}
+    return {
+        "img_id": 1,
+        "img_name": f"{image}/source.jpg",
+        "question": question,
+        "answer": answer,
+        "q_lang": lang,
+        "location": "Chest",
+        "modality": "X-Ray",
+        "answer_type": "OPEN",
+        "base_type": "vqa",
+        "triple": ["vhead"],
+        "content_type": content,
+        "qid": qid,
+        **more,
+    }
 
 
-TEST = [ask("Which organ filters the blood of the gut?", "Liver", qid=1),
-        ask("Where is the liver?", "Lower left", qid=2),
-        ask("哪个器官最大？", "右肺", "zh", qid=3), ask("Is the left lung healthy?", "Yes", qid=4)]
+TEST = [
+    ask("Which organ filters the blood of the gut?", "Liver", qid=1),
+    ask("Where is the liver?", "Lower left", qid=2),
+    ask("哪个器官最大？", "右肺", "zh", qid=3),
+    ask("Is the left lung healthy?", "Yes", qid=4),
+]
 
 
 @pytest.fixture
@@ -59,10 +81,15 @@ def slake(tmp_path):
         write_image(root / f"imgs/{name}/source.jpg")
         write_image(root / f"imgs/{name}/mask.png", labelled(PLACES))
         boxes = {label: box_from_mask(mask) for label, mask in PLACES.items()}
-        (root / f"imgs/{name}/detection.json").write_text(json.dumps(
-            [{label: [x, y, X - x, Y - y]} for label, (x, y, X, Y) in boxes.items()]))
+        (root / f"imgs/{name}/detection.json").write_text(
+            json.dumps([{label: [x, y, X - x, Y - y]} for label, (x, y, X, Y) in boxes.items()])
+        )
     (root / "mask.txt").write_text("".join(f"{value}:{name}\n" for value, name in TABLE.items()))
-    for name, rows in (("test", TEST), ("validation", []), ("train", [ask("Which organ beats?", "x", image="xmlab2")])):
+    for name, rows in (
+        ("test", TEST),
+        ("validation", []),
+        ("train", [ask("Which organ beats?", "x", image="xmlab2")]),
+    ):
         (root / f"{name}.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
     return root
 
@@ -70,7 +97,9 @@ def slake(tmp_path):
 def convert(kind, source):
     out = source.parent / "out"
     main([kind, str(source), str(out)])
-    return json.loads((out / "report.json").read_text()), lambda split: list(load_samples(out, split))
+    return json.loads((out / "report.json").read_text()), lambda split: list(
+        load_samples(out, split)
+    )
 
 
 def faults(report) -> dict[str, list[str]]:
@@ -86,6 +115,7 @@ def has_what_was_put_in(sample, mask):
 
 # ---------------------------------------------------------------- SLAKE
 
+
 def test_slake_has_every_label_and_the_questions_that_fit_one(slake):
     report, split = convert("slake", slake)
     samples = split("test")
@@ -95,10 +125,15 @@ def test_slake_has_every_label_and_the_questions_that_fit_one(slake):
         assert sample.supercategory == "X-Ray Chest"
     own = {sample.extra["qid"]: sample for sample in samples if "qid" in sample.extra}
     assert {qid: (s.category, s.extra["kind"]) for qid, s in own.items()} == {
-        1: ("Liver", "implicit"), 2: ("Liver", "explicit"), 4: ("Left Lung", "explicit")}
+        1: ("Liver", "implicit"),
+        2: ("Liver", "explicit"),
+        4: ("Left Lung", "explicit"),
+    }
     assert own[1].query == TEST[0]["question"] and own[1].extra["answer"] == "Liver"
     assert (report["images"], report["masks"]) == (2, 6)
-    assert faults(report) == {"question left out: it names no label": ["train.json, row 0: Which organ beats? x"]}
+    assert faults(report) == {
+        "question left out: it names no label": ["train.json, row 0: Which organ beats? x"]
+    }
 
 
 def test_the_chinese_half_is_a_split_of_its_own(slake):
@@ -106,9 +141,17 @@ def test_the_chinese_half_is_a_split_of_its_own(slake):
     assert report["samples"]["test_zh"] == {"explicit": 3, "implicit": 1}
     assert {sample.extra["language"] for sample in split("test_zh")} == {"zh"}
     assert {sample.extra["language"] for sample in split("test")} == {"en"}
-    queries = {sample.category: sample.query for sample in split("test_zh") if sample.extra["kind"] == "explicit"}
-    assert queries == {"Liver": "肝脏在哪里？", "Left Lung": "患者左侧的肺部在哪里？", "Right Lung": "患者右侧的肺部在哪里？"}
-    implicit, = (sample for sample in split("test_zh") if sample.extra["kind"] == "implicit")
+    queries = {
+        sample.category: sample.query
+        for sample in split("test_zh")
+        if sample.extra["kind"] == "explicit"
+    }
+    assert queries == {
+        "Liver": "肝脏在哪里？",
+        "Left Lung": "患者左侧的肺部在哪里？",
+        "Right Lung": "患者右侧的肺部在哪里？",
+    }
+    (implicit,) = (sample for sample in split("test_zh") if sample.extra["kind"] == "implicit")
     assert (implicit.category, implicit.query) == ("Right Lung", "哪个器官最大？")
 
 
@@ -117,24 +160,37 @@ def test_sides_are_the_patient_s_and_the_half_of_the_image_is_stated(slake, caps
     lung = next(sample for sample in split("test") if sample.category == "Left Lung")
     assert lung.query == "Where is the patient's left lung?"
     assert lung.extra["side"] == {"patient": "left", "image": "right"}
-    assert report["sides"] == {"patient's left: right half of the image": 2,
-                               "patient's right: left half of the image": 2}
+    assert report["sides"] == {
+        "patient's left: right half of the image": 2,
+        "patient's right: left half of the image": 2,
+    }
     assert "patient's left: right half of the image: 2" in capsys.readouterr().out
 
 
 def test_kinds_are_rows_of_the_tables(slake):
     _, split = convert("slake", slake)
-    assert {prediction(sample, 0, [""], None)["wording"] for sample in split("test")} == {"explicit", "implicit"}
+    assert {prediction(sample, 0, [""], None)["wording"] for sample in split("test")} == {
+        "explicit",
+        "implicit",
+    }
 
 
-@pytest.mark.parametrize("row, why", [
-    (ask("Which organ is abnormal?", "Lung"), "it fits several labels"),
-    (ask("Is the heart here?", "No"), "its target is not in the mask"),
-    (ask("What is the function of the liver?", "Detoxification", content="KG"), "it is about KG"),
-    (ask("Is it good?", "Yes"), "it names no label"), (ask("Wo ist die Leber?", "Liver", "de"), "language 'de'"),
-    (ask("Is the liver well?", "Yes", base_type="kvqa"), "it is about Position"),
-    (ask("Where is the liver?", "x") | {"img_name": None}, "no question, or no img_name"),
-    (ask("Where is the liver?", "x"), "its image is in test, too")])
+@pytest.mark.parametrize(
+    "row, why",
+    [
+        (ask("Which organ is abnormal?", "Lung"), "it fits several labels"),
+        (ask("Is the heart here?", "No"), "its target is not in the mask"),
+        (
+            ask("What is the function of the liver?", "Detoxification", content="KG"),
+            "it is about KG",
+        ),
+        (ask("Is it good?", "Yes"), "it names no label"),
+        (ask("Wo ist die Leber?", "Liver", "de"), "language 'de'"),
+        (ask("Is the liver well?", "Yes", base_type="kvqa"), "it is about Position"),
+        (ask("Where is the liver?", "x") | {"img_name": None}, "no question, or no img_name"),
+        (ask("Where is the liver?", "x"), "its image is in test, too"),
+    ],
+)
 def test_a_question_that_is_left_out_is_named_with_the_reason(slake, row, why, capsys):
     rows = json.loads((slake / "train.json").read_text())
     row |= {"img_name": row["img_name"] and f"xmlab{1 if 'too' in why else 2}/source.jpg"}
@@ -147,12 +203,28 @@ def test_a_question_that_is_left_out_is_named_with_the_reason(slake, row, why, c
 def test_what_is_wrong_with_slake_s_files_is_named(slake):
     grey = labelled(PLACES | {"Heart": np.arange(W * H).reshape(H, W) < 3})
     grey[39, :20] = 37
-    write_image(slake / "imgs/xmlab2/mask.png", np.repeat(grey[..., None], 3, 2))       # three equal channels: the same
-    (slake / "imgs/xmlab2/detection.json").write_text(json.dumps(
-        [{"Liver": [10, 25, 5, 11]}, {"Liver": [13, 25, 8, 11]}, {"Left Lung": [0, 0, 9, 9]},
-         {"Heart": [1, 1, 2, 2]}, {"Lung": [1, 1, 2, 2]}]))
+    write_image(
+        slake / "imgs/xmlab2/mask.png", np.repeat(grey[..., None], 3, 2)
+    )  # three equal channels: the same
+    (slake / "imgs/xmlab2/detection.json").write_text(
+        json.dumps(
+            [
+                {"Liver": [10, 25, 5, 11]},
+                {"Liver": [13, 25, 8, 11]},
+                {"Left Lung": [0, 0, 9, 9]},
+                {"Heart": [1, 1, 2, 2]},
+                {"Lung": [1, 1, 2, 2]},
+            ]
+        )
+    )
     (slake / "validation.json").unlink()
-    names = {"xmlab3": "no mask", "xmlab4": "small", "xmlab5": "coloured", "xmlab6": "no image", "xmlab7": "broken"}
+    names = {
+        "xmlab3": "no mask",
+        "xmlab4": "small",
+        "xmlab5": "coloured",
+        "xmlab6": "no image",
+        "xmlab7": "broken",
+    }
     for name in (*names, "xmlab8"):
         write_image(slake / f"imgs/{name}/source.jpg")
         write_image(slake / f"imgs/{name}/mask.png", labelled(PLACES))
@@ -164,28 +236,50 @@ def test_what_is_wrong_with_slake_s_files_is_named(slake):
     rows = [ask("Where is the liver?", "", image=name) for name in ("xmlab2", *names)]
     (slake / "train.json").write_text(json.dumps(rows))
     report, split = convert("slake", slake)
-    assert {sample.category for sample in split("train")} == set(PLACES) and len(split("train")) == 4
+    assert {sample.category for sample in split("train")} == set(PLACES) and len(
+        split("train")
+    ) == 4
     named = faults(report)
-    assert named["unknown label"] == ["xmlab2/mask.png: value 37, 20 pixels", "xmlab2/detection.json: Lung"]
+    assert named["unknown label"] == [
+        "xmlab2/mask.png: value 37, 20 pixels",
+        "xmlab2/detection.json: Lung",
+    ]
     assert named["missing file"] == ["validation.json, the questions of val"]
     assert named["missing mask"] == ["xmlab3/mask.png (1 questions left out)"]
     assert named["missing image"] == ["xmlab6/source.jpg (1 questions left out)"]
-    assert named["wrong image"][0].startswith("xmlab7/source.jpg (1 questions left out): is not an image")
+    assert named["wrong image"][0].startswith(
+        "xmlab7/source.jpg (1 questions left out): is not an image"
+    )
     assert named["image without a question"] == ["xmlab8"]
     assert named["missing box"] == ["xmlab4/detection.json"]
-    assert named["wrong box"] == ["xmlab2/detection.json: Left Lung [0, 0, 9, 9], in the mask (40.0, 5.0, 51.0, 16.0)",
-                                  "xmlab2/detection.json: Heart is not in the mask"]
+    assert named["wrong box"] == [
+        "xmlab2/detection.json: Left Lung [0, 0, 9, 9], in the mask (40.0, 5.0, 51.0, 16.0)",
+        "xmlab2/detection.json: Heart is not in the mask",
+    ]
     wrong = named["wrong mask"]
     assert wrong[0] == "xmlab2/mask.png: Heart has only 3 pixels" and "is coloured" in wrong[-1]
     assert wrong[1:4] == ["xmlab4/mask.png: is 60x30, its image 60x40"] * 3
-    assert named["question left out: its target is not in the mask"] == ["train.json, row 2: Where is the liver? "]
+    assert named["question left out: its target is not in the mask"] == [
+        "train.json, row 2: Where is the liver? "
+    ]
 
 
-@pytest.mark.parametrize("text, found", [
-    ("the upper left lung", ["Left Lung"]), ("Lungs", ["Left Lung", "Right Lung"]), ("a colonoscopy", []),
-    ("左侧肺", ["Left Lung"]),
-    ("left and right lungs", ["Left Lung", "Right Lung"]), ("liver cancer", ["Liver Cancer"]), ("肝癌", ["Liver Cancer"]),
-    ("肺炎", []), ("Is the LIVER here", ["Liver"]), ("deliver", []), ("右肺和肝脏", ["Liver", "Right Lung"])])
+@pytest.mark.parametrize(
+    "text, found",
+    [
+        ("the upper left lung", ["Left Lung"]),
+        ("Lungs", ["Left Lung", "Right Lung"]),
+        ("a colonoscopy", []),
+        ("左侧肺", ["Left Lung"]),
+        ("left and right lungs", ["Left Lung", "Right Lung"]),
+        ("liver cancer", ["Liver Cancer"]),
+        ("肝癌", ["Liver Cancer"]),
+        ("肺炎", []),
+        ("Is the LIVER here", ["Liver"]),
+        ("deliver", []),
+        ("右肺和肝脏", ["Liver", "Right Lung"]),
+    ],
+)
 def test_what_a_text_names(text, found):
     assert sorted(set().union(*mentions(list(TABLE.values()))(text))) == found
 
@@ -205,15 +299,27 @@ PAIRS = {"a_1_CT_abdomen": ["liver", "left+kidney"], "b_pathology_breast": ["neo
 def biomed(tmp_path):
     root = tmp_path / "DATA"
     # in these files, what is not 0 is inside
-    masks = {"liver": disc(15, 30), "left+kidney": disc(45, 10), "neoplastic+cells": disc(9, 9) | disc(50, 30)}
+    masks = {
+        "liver": disc(15, 30),
+        "left+kidney": disc(45, 10),
+        "neoplastic+cells": disc(9, 9) | disc(50, 30),
+    }
     for split, stems in (("test", PAIRS), ("train", {"c_CT_abdomen": ["liver"]})):
         annotations = []
         for stem, targets in stems.items():
             write_image(root / split / f"{stem}.png")
             for name in targets:
-                write_image(root / f"{split}_mask" / f"{stem}_{name}.png", np.uint8(masks[name]) * 9)
-                annotations.append({"mask_file": f"{stem}_{name}.png", "file_name": f"{stem}.png", "image_id": 1,
-                                    "sentences": [{"raw": f"the {name}", "sent": name, "sent_id": 1}]})
+                write_image(
+                    root / f"{split}_mask" / f"{stem}_{name}.png", np.uint8(masks[name]) * 9
+                )
+                annotations.append(
+                    {
+                        "mask_file": f"{stem}_{name}.png",
+                        "file_name": f"{stem}.png",
+                        "image_id": 1,
+                        "sentences": [{"raw": f"the {name}", "sent": name, "sent_id": 1}],
+                    }
+                )
         (root / f"{split}.json").write_text(json.dumps({"images": [], "annotations": annotations}))
     return root, masks
 
@@ -221,12 +327,17 @@ def biomed(tmp_path):
 def test_biomedparse_is_read_from_names(biomed):
     root, masks = biomed
     report, split = convert("biomedparse", root)
-    assert report["samples"] == {"test": {"explicit": 3}, "train": {"explicit": 1}} and not report["faults"]
+    assert (
+        report["samples"] == {"test": {"explicit": 3}, "train": {"explicit": 1}}
+        and not report["faults"]
+    )
     for sample in split("test") + split("train"):
         has_what_was_put_in(sample, masks[sample.category.replace(" ", "+")])
     kidney, liver, cells = split("test")
     assert kidney.query == "Where is the patient's left kidney in this CT image of the abdomen?"
-    assert kidney.extra["side"] == {"patient": "left", "image": "right"} and "side" not in liver.extra
+    assert (
+        kidney.extra["side"] == {"patient": "left", "image": "right"} and "side" not in liver.extra
+    )
     assert (cells.category, cells.supercategory) == ("neoplastic cells", "pathology breast")
     assert cells.extra["sentences"] == ["the neoplastic+cells"]
 
@@ -237,7 +348,11 @@ def test_several_sets_of_biomedparse_in_one_folder_stay_apart(biomed):
     root.rename(root.parent / "all/one")
     shutil.copytree(root.parent / "all/one", root.parent / "all/two")
     report, split = convert("biomedparse", root.parent / "all")
-    assert len(split("test")) == 6 and len({sample.id for sample in split("test")}) == 6 and not report["faults"]
+    assert (
+        len(split("test")) == 6
+        and len({sample.id for sample in split("test")}) == 6
+        and not report["faults"]
+    )
 
 
 def test_what_is_wrong_with_biomedparse_is_named(biomed):
@@ -260,10 +375,14 @@ def test_what_is_wrong_with_biomedparse_is_named(biomed):
     assert len(split("test")) == 3 and list(report["samples"]) == ["test"]
     named = faults(report)
     assert named["missing mask"] == ["test_mask/gone.png, which test.json has"]
-    assert named["missing image"] == ["test_mask/orphan_CT_chest_lung.png: no file in test/ begins its name"]
+    assert named["missing image"] == [
+        "test_mask/orphan_CT_chest_lung.png: no file in test/ begins its name"
+    ]
     assert named["image without a mask"] == ["test/lonely_CT_chest.png"]
     assert named["unknown label"] == ["test_mask/d_CT_chest.png: not IMG_MODALITY_SITE_TARGET"]
-    assert named["mask left out: its image is in test, too"] == ["train_mask/a_1_CT_abdomen_liver.png"]
+    assert named["mask left out: its image is in test, too"] == [
+        "train_mask/a_1_CT_abdomen_liver.png"
+    ]
     assert named["mask left out: its image is wrong"] == ["train_mask/c_CT_abdomen_liver.png"]
     assert named["wrong image"][0].startswith("train/c_CT_abdomen.png: is not an image")
     assert named["wrong sentences"][0].startswith("train.json") and len(named["wrong mask"]) == 3
@@ -273,14 +392,19 @@ def test_what_is_wrong_with_biomedparse_is_named(biomed):
 
 # ---------------------------------------------------------------- PanNuke
 
+
 def png(array) -> dict:
     Image.fromarray(array).save(buffer := io.BytesIO(), "PNG")
     return {"bytes": buffer.getvalue(), "path": None}
 
 
 def nuclei(masks, categories, tissue=3):
-    return {"image": png(np.full((H, W, 3), 200, np.uint8)), "instances": [png(mask) for mask in masks],
-            "categories": categories, "tissue": tissue}
+    return {
+        "image": png(np.full((H, W, 3), 200, np.uint8)),
+        "instances": [png(mask) for mask in masks],
+        "categories": categories,
+        "tissue": tissue,
+    }
 
 
 THREE = [disc(9, 9), disc(30, 20), disc(50, 30)]
@@ -300,46 +424,67 @@ def write_fold(root, fold, rows):
 
 def test_pannuke_has_each_nucleus_and_all_of_a_class(pannuke):
     report, split = convert("pannuke", pannuke)
-    assert report["samples"] == {"train": {"one": 6, "all": 4}, "test": {"one": 3, "all": 2}} and not report["faults"]
+    assert (
+        report["samples"] == {"train": {"one": 6, "all": 4}, "test": {"one": 3, "all": 2}}
+        and not report["faults"]
+    )
     assert (report["images"], report["masks"]) == (3, 15)
-    samples = {(sample.extra["kind"], sample.category, i % 2): sample for i, sample in enumerate(split("test"))}
+    samples = {
+        (sample.extra["kind"], sample.category, i % 2): sample
+        for i, sample in enumerate(split("test"))
+    }
     assert len(samples) == 5
     one = [sample for sample in split("test") if sample.extra["kind"] == "one"]
     for sample, mask in zip(one, THREE):
         has_what_was_put_in(sample, mask)
     assert [sample.extra["alike"] for sample in one] == [2, 2, 1]
-    assert [sample.query for sample in one[1:]] == ["Where is a neoplastic nucleus in this breast tissue?",
-                                                    "Where is an inflammatory nucleus in this breast tissue?"]
+    assert [sample.query for sample in one[1:]] == [
+        "Where is a neoplastic nucleus in this breast tissue?",
+        "Where is an inflammatory nucleus in this breast tissue?",
+    ]
     both = next(sample for sample in split("test") if sample.category == "all neoplastic")
     has_what_was_put_in(both, THREE[0] | THREE[1])
     assert both.query == "Where are all the neoplastic nuclei in this breast tissue?"
 
 
 def test_what_is_wrong_with_pannuke_is_named(pannuke):
-    bad = nuclei([disc(9, 9), disc(9, 9), np.zeros((H, W), bool), np.ones((H, 14), bool)], [0, 7, 1, 1], tissue=40)
+    bad = nuclei(
+        [disc(9, 9), disc(9, 9), np.zeros((H, W), bool), np.ones((H, 14), bool)],
+        [0, 7, 1, 1],
+        tissue=40,
+    )
     bad["instances"].append({"bytes": b"none", "path": None})
     broken = nuclei(THREE, [0, 0, 1]) | {"image": {"bytes": b"none", "path": None}}
-    write_fold(pannuke, 3, [bad | {"categories": [0, 7, 1, 1, 4]}, nuclei(THREE, [0, 0]), nuclei([], []), broken])
+    write_fold(
+        pannuke,
+        3,
+        [bad | {"categories": [0, 7, 1, 1, 4]}, nuclei(THREE, [0, 0]), nuclei([], []), broken],
+    )
     report, split = convert("pannuke", pannuke)
-    assert [sample.query for sample in split("test")] == ["Where is a neoplastic nucleus?",
-                                                          "Where are all the neoplastic nuclei?"]
+    assert [sample.query for sample in split("test")] == [
+        "Where is a neoplastic nucleus?",
+        "Where are all the neoplastic nuclei?",
+    ]
     named, file = faults(report), "fold3-00000-of-00001.parquet, row"
     assert named["unknown label"] == [f"{file} 0: tissue 40", f"{file} 0, nucleus 1: category 7"]
     assert named["image without a nucleus"] == [f"{file} 2: 0 nuclei, 0 categories"]
     assert named["wrong image"][0].startswith(f"{file} 3 (3 nuclei left out): is not an image")
-    assert named["wrong mask"][:2] == [f"{file} 0, nucleus 2: is empty",
-                                       f"{file} 0, nucleus 3: is 14x40, its image 60x40"]
+    assert named["wrong mask"][:2] == [
+        f"{file} 0, nucleus 2: is empty",
+        f"{file} 0, nucleus 3: is 14x40, its image 60x40",
+    ]
     assert named["wrong mask"][2].startswith(f"{file} 0, nucleus 4: is not an image")
     assert named["wrong mask"][3] == f"{file} 1: 3 nuclei, 2 categories"
 
 
 # ---------------------------------------------------------------- refusals
 
+
 def refused(capsys, *argv) -> str:
     capsys.readouterr()
     with pytest.raises(SystemExit) as exit_, exit_on(ValueError, OSError):
         main([str(a) for a in argv])
-    line, = capsys.readouterr().err.splitlines()
+    (line,) = capsys.readouterr().err.splitlines()
     assert exit_.value.code == 2 and line.startswith("error: ")
     return line
 
@@ -352,10 +497,16 @@ def test_a_bad_source_is_refused_with_one_line_and_nothing_is_written(tmp_path, 
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
 
 
-@pytest.mark.parametrize("file, text, says", [
-    ("mask.txt", "70 Liver", "mask.txt, line 1"), ("mask.txt", "70:Liver\n70:Lung", "mask.txt, line 2"),
-    ("test.json", "{", "test.json: not JSON"), ("test.json", '{"a": 1}', "test.json: not a JSON list"),
-    ("test.json", "[1]", "test.json: not a JSON list of objects")])
+@pytest.mark.parametrize(
+    "file, text, says",
+    [
+        ("mask.txt", "70 Liver", "mask.txt, line 1"),
+        ("mask.txt", "70:Liver\n70:Lung", "mask.txt, line 2"),
+        ("test.json", "{", "test.json: not JSON"),
+        ("test.json", '{"a": 1}', "test.json: not a JSON list"),
+        ("test.json", "[1]", "test.json: not a JSON list of objects"),
+    ],
+)
 def test_a_broken_slake_is_refused_with_one_line(slake, capsys, file, text, says):
     (slake / file).write_text(text)
     assert says in refused(capsys, "slake", slake, slake.parent / "out")
@@ -365,6 +516,7 @@ def test_a_broken_slake_is_refused_with_one_line(slake, capsys, file, text, says
 def test_a_disk_that_fills_up_at_the_end_leaves_nothing(slake, capsys, monkeypatch):
     def full(self):
         raise OSError(28, "No space left on device")
+
     monkeypatch.setattr(Folder, "finish", full)
     assert "No space left" in refused(capsys, "slake", slake, slake.parent / "out")
     assert [path.name for path in slake.parent.iterdir()] == ["SLAKE"]

@@ -1,9 +1,10 @@
 """What happens to runs: kills, signals, full disks, torn files. Nothing may be lost or silently wrong.
 
-    python -m pytest -q test_faults.py              # the short form, part of make test
-    python test_faults.py                           # the whole campaign: 100 kills, 20 signals, 10 full disks,
-                                                    # 10 ranks of two, a table
+python -m pytest -q test_faults.py              # the short form, part of make test
+python test_faults.py                           # the whole campaign: 100 kills, 20 signals, 10 full disks,
+                                                # 10 ranks of two, a table
 """
+
 import random
 import resource
 import signal
@@ -14,14 +15,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-
 from conftest import Script
+from safetensors.torch import load_file
 from test_parallel import a_rank_is_killed
 from test_scripts import rows, run, without_times
 
-SMALL = ("train_grpo.py --crm demo/crm --data demo/data --steps 12 --save-every 2 --keep 2 --prompts 2 --group 2 "
-         "--minibatches 1 --max-new-tokens 6 --eval-every -1 --lr 1e-4 --resume auto --out")
+SMALL = (
+    "train_grpo.py --crm demo/crm --data demo/data --steps 12 --save-every 2 --keep 2 --prompts 2 --group 2 "
+    "--minibatches 1 --max-new-tokens 6 --eval-every -1 --lr 1e-4 --resume auto --out"
+)
 
 
 def start(folder, flags="", **options):
@@ -41,13 +43,19 @@ def disturbed(folder, faults, hit):
         if hits < faults:
             before = len(rows_so_far(folder))
             deadline = time.time() + 60
-            while len(rows_so_far(folder)) <= before and process.poll() is None and time.time() < deadline:
-                time.sleep(0.01)                            # past the imports: the moment lies in the work itself
+            while (
+                len(rows_so_far(folder)) <= before
+                and process.poll() is None
+                and time.time() < deadline
+            ):
+                time.sleep(0.01)  # past the imports: the moment lies in the work itself
             time.sleep(random.uniform(0, 0.6))
             hits += process.poll() is None
             hit(process)
         out = said(process)
-        for checkpoint in folder.glob("step_*[0-9]"):       # whatever there is can be read, at any moment
+        for checkpoint in folder.glob(
+            "step_*[0-9]"
+        ):  # whatever there is can be read, at any moment
             load_file(checkpoint / "model.safetensors")
             torch.load(checkpoint / "trainer.pt", weights_only=True)
         if (folder / "step_000012").exists():
@@ -62,9 +70,9 @@ def rows_so_far(folder):
 
 def equal(a, b):
     one, two = (load_file(folder / "step_000012/model.safetensors") for folder in (a, b))
-    return all(torch.equal(one[name], two[name]) for name in one) and \
-        [without_times(row) for row in rows(a / "metrics.jsonl")] == \
-        [without_times(row) for row in rows(b / "metrics.jsonl")]
+    return all(torch.equal(one[name], two[name]) for name in one) and [
+        without_times(row) for row in rows(a / "metrics.jsonl")
+    ] == [without_times(row) for row in rows(b / "metrics.jsonl")]
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +88,9 @@ def test_only_the_newest_checkpoints_are_kept(undisturbed):
 
 
 @pytest.mark.parametrize("number, faults", [(signal.SIGKILL, 3), (signal.SIGTERM, 2)])
-def test_a_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(tmp_path, undisturbed, number, faults):
+def test_a_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(
+    tmp_path, undisturbed, number, faults
+):
     hits = disturbed(tmp_path / "run", faults, lambda process: process.send_signal(number))
     assert hits >= 1 and equal(tmp_path / "run", undisturbed)
 
@@ -89,24 +99,32 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_it_taken(tmp_path, undist
     said(start(tmp_path / "run", "--steps 4"))
     state = tmp_path / "run/step_000004/trainer.pt"
     state.write_bytes(state.read_bytes()[:1000])
-    for half in ("step_000006.tmp", "step_000001.old"):     # what a kill while saving or deleting leaves
+    for half in (
+        "step_000006.tmp",
+        "step_000001.old",
+    ):  # what a kill while saving or deleting leaves
         (tmp_path / "run" / half).mkdir()
     out = said(start(tmp_path / "run"))
     assert "step_000004: cannot be read" in out and equal(tmp_path / "run", undisturbed)
-    assert sorted(p.name for p in (tmp_path / "run").glob("step_*")) == ["step_000010", "step_000012"]
+    assert sorted(p.name for p in (tmp_path / "run").glob("step_*")) == [
+        "step_000010",
+        "step_000012",
+    ]
 
 
 def full_disk(megabytes):
     """No file of the process may grow beyond this: what a full disk or a quota does to a write."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (int(megabytes * 2 ** 20),) * 2)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(megabytes * 2**20),) * 2)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
 
 def test_a_full_disk_is_reported_in_one_line_and_loses_nothing(tmp_path, undisturbed):
     said(start(tmp_path / "run", "--steps 4"))
-    process = start(tmp_path / "run", before=partial(full_disk, 6))      # weights fit not
+    process = start(tmp_path / "run", before=partial(full_disk, 6))  # weights fit not
     out = said(process)
-    assert process.returncode == 1 and "cannot be written" in out and "step_000004 is whole" in out, out
+    assert (
+        process.returncode == 1 and "cannot be written" in out and "step_000004 is whole" in out
+    ), out
     assert "Traceback" not in out and not list((tmp_path / "run").glob("*.tmp"))
     said(start(tmp_path / "run"))
     assert equal(tmp_path / "run", undisturbed)
@@ -123,7 +141,10 @@ if __name__ == "__main__":
         whole = Path(place) / "undisturbed"
         said(start(whole))
         print(f"{'fault':12} tried  hit  losses")
-        for name, number, tries, each in (("kill -9", signal.SIGKILL, 100, 5), ("SIGTERM", signal.SIGTERM, 20, 4)):
+        for name, number, tries, each in (
+            ("kill -9", signal.SIGKILL, 100, 5),
+            ("SIGTERM", signal.SIGTERM, 20, 4),
+        ):
             hits = losses = 0
             for i in range(tries // each):
                 folder = Path(place) / f"{name}-{i}"

@@ -1,14 +1,15 @@
 """The algorithm on plain tensors: numbers by hand, slow oracles, and that cutting a step changes nothing."""
+
 import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from conftest import noise_image, random_crm
 
 import crm as crm_module
 import train_grpo
-from conftest import noise_image, random_crm
 from crm import load_crm
 from data import fill_prompt, load_samples
 from runtime.files import read_jsonl
@@ -25,25 +26,35 @@ F = torch.float64
 
 
 def test_advantages_by_hand():
-    r = torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.0, 3.0]], dtype=F)           # means 2 and 1; stds 1 and sqrt(3)
-    expected = torch.tensor([[-1, 0, 1], [-1 / 3 ** 0.5, -1 / 3 ** 0.5, 2 / 3 ** 0.5]], dtype=F)
+    r = torch.tensor(
+        [[1.0, 2.0, 3.0], [0.0, 0.0, 3.0]], dtype=F
+    )  # means 2 and 1; stds 1 and sqrt(3)
+    expected = torch.tensor([[-1, 0, 1], [-1 / 3**0.5, -1 / 3**0.5, 2 / 3**0.5]], dtype=F)
     torch.testing.assert_close(group_advantages(r, eps=0), expected)
-    torch.testing.assert_close(group_advantages(r, "none"), torch.tensor([[-1, 0, 1], [-1, -1, 2]], dtype=F))
+    torch.testing.assert_close(
+        group_advantages(r, "none"), torch.tensor([[-1, 0, 1], [-1, -1, 2]], dtype=F)
+    )
     batch_std = torch.tensor([1, 2, 3, 0, 0, 3], dtype=F).std()
-    torch.testing.assert_close(group_advantages(r, "batch", eps=0),
-                               torch.tensor([[-1, 0, 1], [-1, -1, 2]], dtype=F) / batch_std)
+    torch.testing.assert_close(
+        group_advantages(r, "batch", eps=0),
+        torch.tensor([[-1, 0, 1], [-1, -1, 2]], dtype=F) / batch_std,
+    )
 
 
 @pytest.mark.parametrize("norm", ["group", "none", "batch"])
 def test_a_group_of_equal_rewards_gets_exactly_zero(norm):
-    r = torch.tensor([[0.1] * 7, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]])      # 0.1's mean is not 0.1 in float32
+    r = torch.tensor(
+        [[0.1] * 7, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]]
+    )  # 0.1's mean is not 0.1 in float32
     A = group_advantages(r, norm)
     assert (A[0] == 0).all() and (A[1] != 0).any() and A.isfinite().all()
 
 
 def test_group_advantages_ignore_the_scale_and_offset_of_rewards():
     r = torch.randn(4, 8, dtype=F)
-    torch.testing.assert_close(group_advantages(5 * r + 3), group_advantages(r), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        group_advantages(5 * r + 3), group_advantages(r), atol=1e-5, rtol=1e-5
+    )
 
 
 # ---------------------------------------------------------------- weights
@@ -53,8 +64,10 @@ MASK = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]]).bool()
 
 def test_token_weights_by_hand():
     third = 1 / 3
-    torch.testing.assert_close(token_weights(MASK, "sequence"), third * torch.tensor(
-        [[1 / 2, 1 / 2, 0, 0], [1 / 4] * 4, [1, 0, 0, 0]]))
+    torch.testing.assert_close(
+        token_weights(MASK, "sequence"),
+        third * torch.tensor([[1 / 2, 1 / 2, 0, 0], [1 / 4] * 4, [1, 0, 0, 0]]),
+    )
     torch.testing.assert_close(token_weights(MASK, "token"), MASK / 7)
     torch.testing.assert_close(token_weights(MASK, "constant", 10), MASK / 30)
 
@@ -73,7 +86,13 @@ def random_inputs(N=6, T=5, seed=0):
     g = torch.Generator().manual_seed(seed)
     logp, old, ref = (-torch.rand(N, T, generator=g, dtype=F) * 3 for _ in range(3))
     mask = torch.arange(T) < torch.randint(1, T + 1, (N, 1), generator=g)
-    return logp.requires_grad_(), old, ref, torch.randn(N, generator=g, dtype=F), token_weights(mask).to(F)
+    return (
+        logp.requires_grad_(),
+        old,
+        ref,
+        torch.randn(N, generator=g, dtype=F),
+        token_weights(mask).to(F),
+    )
 
 
 def slow_loss(logp, old, ref, A, w, low, high, dual, beta, kl):
@@ -98,7 +117,9 @@ def slow_loss(logp, old, ref, A, w, low, high, dual, beta, kl):
 def test_loss_equals_the_token_by_token_one(kl, low, high, dual):
     inputs = random_inputs()
     loss, stats = grpo_loss(*inputs, low, high, dual, 0.3, kl)
-    assert loss.item() == pytest.approx(slow_loss(*(x.detach() for x in inputs), low, high, dual, 0.3, kl), abs=1e-12)
+    assert loss.item() == pytest.approx(
+        slow_loss(*(x.detach() for x in inputs), low, high, dual, 0.3, kl), abs=1e-12
+    )
     assert all(not value.requires_grad for value in stats.values())
 
 
@@ -123,16 +144,36 @@ def test_clipping_stops_the_gradient_only_where_it_should():
 
 def test_kl_of_equal_policies_is_exactly_zero_and_k2_has_the_gradient_of_the_reverse_kl():
     logits, ref_logits = torch.randn(1, 5, dtype=F).requires_grad_(), torch.randn(1, 5, dtype=F)
-    p, logp, ref = logits.softmax(-1).detach()[0], logits.log_softmax(-1)[0], ref_logits.log_softmax(-1)[0]
+    p, logp, ref = (
+        logits.softmax(-1).detach()[0],
+        logits.log_softmax(-1)[0],
+        ref_logits.log_softmax(-1)[0],
+    )
     gradient = {}
     for kl in ("k1", "k2", "k3"):
-        same, stats = grpo_loss(logp[None], logp.detach()[None], logp.detach()[None], torch.zeros(1, dtype=F),
-                                p[None], kl_coef=1.0, kl=kl)
+        same, stats = grpo_loss(
+            logp[None],
+            logp.detach()[None],
+            logp.detach()[None],
+            torch.zeros(1, dtype=F),
+            p[None],
+            kl_coef=1.0,
+            kl=kl,
+        )
         assert stats["kl"] == 0
-        loss, _ = grpo_loss(logp[None], logp.detach()[None], ref[None], torch.zeros(1, dtype=F), p[None], kl_coef=1.0,
-                            kl=kl)                                          # the weight is the probability: an expectation
-        gradient[kl], = torch.autograd.grad(loss, logits, retain_graph=True)
-    exact, = torch.autograd.grad((logits.softmax(-1)[0] * (logp - ref)).sum(), logits, retain_graph=True)
+        loss, _ = grpo_loss(
+            logp[None],
+            logp.detach()[None],
+            ref[None],
+            torch.zeros(1, dtype=F),
+            p[None],
+            kl_coef=1.0,
+            kl=kl,
+        )  # the weight is the probability: an expectation
+        (gradient[kl],) = torch.autograd.grad(loss, logits, retain_graph=True)
+    (exact,) = torch.autograd.grad(
+        (logits.softmax(-1)[0] * (logp - ref)).sum(), logits, retain_graph=True
+    )
     torch.testing.assert_close(gradient["k2"], exact)
     assert (gradient["k3"] - exact).abs().max() > 1e-3 and gradient["k1"].abs().max() < 1e-12
 
@@ -150,7 +191,7 @@ def test_what_lies_outside_the_mask_cannot_poison_the_loss():
 def test_cutting_a_step_into_micro_batches_changes_neither_loss_nor_gradient():
     logp, old, ref, A, w = random_inputs(N=8)
     whole, stats = grpo_loss(logp, old, ref, A, w)
-    gradient, = torch.autograd.grad(whole, logp)
+    (gradient,) = torch.autograd.grad(whole, logp)
     pieces, parts = 0.0, []
     for rows in ([0], [1, 2, 3], [4, 5, 6, 7]):
         piece = logp.detach()[rows].requires_grad_()
@@ -180,7 +221,9 @@ def test_a_ratio_per_sequence_is_that_of_a_loop_and_moves_all_tokens_of_a_comple
     mask = torch.arange(5) < torch.tensor(lengths)[:, None]
     logp = torch.where(mask, -torch.rand(3, 5, dtype=F), 0.0).requires_grad_()
     old = torch.where(mask, logp.detach() + 0.3 * torch.randn(3, 5, dtype=F), 0.0)
-    loss, stats = grpo_loss(logp, old, None, A, token_weights(mask).to(F), 0.1, 0.2, 0.0, ratio="sequence")
+    loss, stats = grpo_loss(
+        logp, old, None, A, token_weights(mask).to(F), 0.1, 0.2, 0.0, ratio="sequence"
+    )
     expected = 0.0
     for i, n in enumerate(lengths):
         s = ((logp[i, :n] - old[i, :n]).sum() / n).exp()
@@ -194,7 +237,7 @@ def test_a_ratio_per_sequence_is_that_of_a_loop_and_moves_all_tokens_of_a_comple
 def test_the_entropy_bonus_has_a_gradient_and_raises_the_entropy_of_a_group_of_equal_rewards():
     crm = random_crm()
     prompt = crm.encode(noise_image(56, 56), "x")
-    group, = sample(crm, [prompt], 4, 6, seed=1)
+    (group,) = sample(crm, [prompt], 4, 6, seed=1)
     optimizer, means = Optimizer(crm.trainable()), []
     for _ in range(3):
         _, entropy = score(crm, [(group, [0, 1, 2, 3])], entropy_gradient=True)[0]
@@ -212,7 +255,7 @@ def test_prompts_of_a_step_are_a_pure_function_and_an_epoch_sees_everything_once
     seen = [i for step in range(5) for i in sample_indices(20, 4, seed=1, step=step)]
     assert sorted(seen) == list(range(20))
     assert sample_indices(20, 4, 1, 3) == seen[12:16] and sample_indices(20, 4, 2, 3) != seen[12:16]
-    assert len(sample_indices(3, 8, 0, 0)) == 8                                       # a step may span epochs
+    assert len(sample_indices(3, 8, 0, 0)) == 8  # a step may span epochs
 
 
 def test_learning_rates_by_hand():
@@ -252,7 +295,7 @@ def test_bfloat16_weights_move_at_a_learning_rate_that_rounds_away_without_maste
 def test_master_weights_add_up_gradients_in_float32():
     p = torch.nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
     optimizer = Optimizer({"p": p})
-    for scale in [1.0] + [2 ** -10] * 1024:                                 # in bfloat16, 1 + 2^-10 = 1
+    for scale in [1.0] + [2**-10] * 1024:  # in bfloat16, 1 + 2^-10 = 1
         (p * scale).sum().backward()
     assert optimizer.sums[0].item() == pytest.approx(2.0)
 
@@ -261,9 +304,12 @@ def test_a_bfloat16_models_masters_are_moved_as_torchs_adamw_moves_float32_weigh
     torch.manual_seed(0)
     p = torch.nn.Parameter(torch.randn(4, 3, dtype=torch.bfloat16))
     slow = torch.nn.Parameter(p.detach().float())
-    optimizer, adamw = Optimizer({"p": p}, weight_decay=0.3), torch.optim.AdamW([slow], weight_decay=0.3)
-    for size in (100.0, 0.01, 10.0, 0.1):                                   # above the norm, and far below it
-        for gradient in size * torch.randn(2, 4, 3):                        # two backward passes
+    optimizer, adamw = (
+        Optimizer({"p": p}, weight_decay=0.3),
+        torch.optim.AdamW([slow], weight_decay=0.3),
+    )
+    for size in (100.0, 0.01, 10.0, 0.1):  # above the norm, and far below it
+        for gradient in size * torch.randn(2, 4, 3):  # two backward passes
             (p * gradient.bfloat16()).sum().backward()
             (slow * gradient.bfloat16()).sum().backward()
         norm = torch.nn.utils.clip_grad_norm_([slow], 1.0)
@@ -285,7 +331,11 @@ def test_a_resumed_bfloat16_model_starts_from_the_weights_that_were_saved(tmp_pa
     optimizer.step(0.1, 1.0)
     optimizer.save(tmp_path, 1, 0)
     resumed.load(tmp_path, torch.load(tmp_path / "trainer.pt"))
-    assert torch.equal(again, p) and (p < 1).all() and torch.equal(resumed.masters[0], optimizer.masters[0])
+    assert (
+        torch.equal(again, p)
+        and (p < 1).all()
+        and torch.equal(resumed.masters[0], optimizer.masters[0])
+    )
 
 
 # ---------------------------------------------------------------- the loop
@@ -293,8 +343,12 @@ def test_a_resumed_bfloat16_model_starts_from_the_weights_that_were_saved(tmp_pa
 
 def count_letters(sample_, group, *_):
     """A reward that differs within a group, but not for every fourth sample."""
-    rewards = [float(sum(text.encode()) % 5) if int(sample_.id) % 4 else 1.0 for text in group.texts]
-    return Rollout(**vars(group), sample=sample_, terms=[{} for _ in rewards], rewards=torch.tensor(rewards))
+    rewards = [
+        float(sum(text.encode()) % 5) if int(sample_.id) % 4 else 1.0 for text in group.texts
+    ]
+    return Rollout(
+        **vars(group), sample=sample_, terms=[{} for _ in rewards], rewards=torch.tensor(rewards)
+    )
 
 
 def slow_training(cfg, samples):
@@ -306,37 +360,65 @@ def slow_training(cfg, samples):
         index = sample_indices(len(samples), cfg.prompts, cfg.seed + 7919 * attempt, step)[place]
         prompt = crm.encode(samples[index].image, fill_prompt(crm.template, samples[index].query))
         seeds = [(cfg.seed, 0, step, place, index, attempt)]
-        return count_letters(samples[index], *sample(crm, [prompt], cfg.group, cfg.max_new_tokens, cfg.temperature, seeds))
+        return count_letters(
+            samples[index],
+            *sample(crm, [prompt], cfg.group, cfg.max_new_tokens, cfg.temperature, seeds),
+        )
 
     def scored(crm, groups):
         """One group at a time -> (N, T) log-probabilities and entropies."""
-        pairs = [score(crm, [(group, range(cfg.group))], cfg.temperature, True)[0] for group in groups]
-        return (torch.cat([torch.nn.functional.pad(x, (0, cfg.max_new_tokens - x.shape[1])) for x in side])
-                for side in zip(*pairs))
+        pairs = [
+            score(crm, [(group, range(cfg.group))], cfg.temperature, True)[0] for group in groups
+        ]
+        return (
+            torch.cat(
+                [torch.nn.functional.pad(x, (0, cfg.max_new_tokens - x.shape[1])) for x in side]
+            )
+            for side in zip(*pairs)
+        )
 
     numbers = []
     for step in range(cfg.steps):
         groups = [rolled_out(step, place, 0) for place in range(cfg.prompts)]
         for attempt in range(1, cfg.resample + 1):
-            groups = [rolled_out(step, place, attempt) if len(set(group.rewards.tolist())) == 1 else group
-                      for place, group in enumerate(groups)]
+            groups = [
+                rolled_out(step, place, attempt) if len(set(group.rewards.tolist())) == 1 else group
+                for place, group in enumerate(groups)
+            ]
         advantages = group_advantages(torch.stack([group.rewards for group in groups]), cfg.norm)
         with torch.no_grad():
             old, _ = scored(crm, groups)
             reference, _ = scored(ref, groups)
-        lr = cfg.lr * (min(1, (step + 1) / cfg.warmup) if step < cfg.warmup else
-                       1 - (step - cfg.warmup) / (cfg.steps - cfg.warmup))              # --schedule linear
+        lr = cfg.lr * (
+            min(1, (step + 1) / cfg.warmup)
+            if step < cfg.warmup
+            else 1 - (step - cfg.warmup) / (cfg.steps - cfg.warmup)
+        )  # --schedule linear
         sums, size = torch.zeros(4), cfg.prompts // cfg.minibatches
         for _ in range(cfg.inner_epochs):
             for start in range(0, cfg.prompts, size):
-                part = groups[start:start + size]
+                part = groups[start : start + size]
                 rows = slice(start * cfg.group, (start + size) * cfg.group)
-                lengths = torch.cat([g.lengths * (g.finished | (not cfg.mask_truncated)) for g in part])
-                weights = token_weights(torch.arange(cfg.max_new_tokens) < lengths[:, None], cfg.agg, cfg.max_new_tokens)
+                lengths = torch.cat(
+                    [g.lengths * (g.finished | (not cfg.mask_truncated)) for g in part]
+                )
+                weights = token_weights(
+                    torch.arange(cfg.max_new_tokens) < lengths[:, None], cfg.agg, cfg.max_new_tokens
+                )
                 logp, entropy = scored(crm, part)
-                loss, stats = grpo_loss(logp, old[rows], reference[rows] if cfg.kl_coef else None,
-                                        advantages[start:start + size].flatten(), weights, cfg.clip_low, cfg.clip_high,
-                                        cfg.dual_clip, cfg.kl_coef, cfg.kl, cfg.ratio)
+                loss, stats = grpo_loss(
+                    logp,
+                    old[rows],
+                    reference[rows] if cfg.kl_coef else None,
+                    advantages[start : start + size].flatten(),
+                    weights,
+                    cfg.clip_low,
+                    cfg.clip_high,
+                    cfg.dual_clip,
+                    cfg.kl_coef,
+                    cfg.kl,
+                    cfg.ratio,
+                )
                 bonus = (weights * entropy).sum()
                 loss = loss - cfg.entropy_coef * (1 - step / cfg.steps) * bonus
                 loss.backward()
@@ -344,38 +426,110 @@ def slow_training(cfg, samples):
                 adamw.param_groups[0]["lr"] = lr
                 adamw.step()
                 adamw.zero_grad()
-                sums += torch.tensor([loss.item(), float(stats.get("kl", 0)), bonus.item(), weights.sum()])
-        numbers.append([sums[0] / (cfg.inner_epochs * cfg.minibatches), sums[1] / sums[3], sums[2] / sums[3]])
+                sums += torch.tensor(
+                    [loss.item(), float(stats.get("kl", 0)), bonus.item(), weights.sum()]
+                )
+        numbers.append(
+            [sums[0] / (cfg.inner_epochs * cfg.minibatches), sums[1] / sums[3], sums[2] / sums[3]]
+        )
     return crm, adamw, torch.tensor(numbers)
 
 
-@pytest.mark.parametrize("flags", [
-    dict(minibatches=2, inner_epochs=2, temperature=0.8, norm="none", agg="token", clip_low=0.02, clip_high=0.1,
-         dual_clip=1.2, kl="k2", kl_coef=0.5, entropy_coef=0.2, warmup=1, max_grad_norm=0.5, seed=3),
-    dict(minibatches=1, inner_epochs=2, norm="batch", agg="constant", ratio="sequence", clip_low=0.01, clip_high=0.03,
-         kl_coef=0.0, mask_truncated=True, resample=2, max_grad_norm=1e6, seed=1)], ids=["grpo", "variants"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        dict(
+            minibatches=2,
+            inner_epochs=2,
+            temperature=0.8,
+            norm="none",
+            agg="token",
+            clip_low=0.02,
+            clip_high=0.1,
+            dual_clip=1.2,
+            kl="k2",
+            kl_coef=0.5,
+            entropy_coef=0.2,
+            warmup=1,
+            max_grad_norm=0.5,
+            seed=3,
+        ),
+        dict(
+            minibatches=1,
+            inner_epochs=2,
+            norm="batch",
+            agg="constant",
+            ratio="sequence",
+            clip_low=0.01,
+            clip_high=0.03,
+            kl_coef=0.0,
+            mask_truncated=True,
+            resample=2,
+            max_grad_norm=1e6,
+            seed=1,
+        ),
+    ],
+    ids=["grpo", "variants"],
+)
 def test_the_script_trains_as_a_loop_without_any_cleverness_does(flags, tmp_path, monkeypatch):
     crm, folder = random_crm(), tmp_path / "data"
     words = sorted(set(crm.tokenizer.get_vocab()) - set(crm_module.BANNED))
-    monkeypatch.setattr(crm_module, "END", (*crm_module.END, *words[40:100]))       # so that completions end at different times
+    monkeypatch.setattr(
+        crm_module, "END", (*crm_module.END, *words[40:100])
+    )  # so that completions end at different times
     folder.mkdir()
     (folder / "images").mkdir()
     for i in range(12):
         noise_image(56 + 28 * (i % 2), 56, i).save(folder / f"images/{i}.png")
-    (folder / "samples.jsonl").write_text("".join(json.dumps({
-        "id": str(i), "image": f"{i}.png", "query": f"What is {i}?", "bbox": [1, 2, 30, 40],
-        "points": [[5, 5], [20, 20]]}) + "\n" for i in range(12)))
+    (folder / "samples.jsonl").write_text(
+        "".join(
+            json.dumps(
+                {
+                    "id": str(i),
+                    "image": f"{i}.png",
+                    "query": f"What is {i}?",
+                    "bbox": [1, 2, 30, 40],
+                    "points": [[5, 5], [20, 20]],
+                }
+            )
+            + "\n"
+            for i in range(12)
+        )
+    )
     crm.save(tmp_path / "crm")
-    cfg = Config(crm=str(tmp_path / "crm"), data=str(folder), out=str(tmp_path / "run"), steps=3, prompts=4, group=4,
-                 max_new_tokens=6, lr=3e-3, schedule="linear", weight_decay=0.5, eval_every=-1, pack_tokens=200, **flags)
+    cfg = Config(
+        crm=str(tmp_path / "crm"),
+        data=str(folder),
+        out=str(tmp_path / "run"),
+        steps=3,
+        prompts=4,
+        group=4,
+        max_new_tokens=6,
+        lr=3e-3,
+        schedule="linear",
+        weight_decay=0.5,
+        eval_every=-1,
+        pack_tokens=200,
+        **flags,
+    )
     monkeypatch.setattr(train_grpo, "reward", count_letters)
     train_grpo.main(cfg)
     slow, adamw, numbers = slow_training(cfg, load_samples(folder))
     rows = read_jsonl(tmp_path / "run/metrics.jsonl")
-    torch.testing.assert_close(torch.tensor([[row["loss"], row.get("kl", 0.0), row["entropy"]] for row in rows]), numbers,
-                               atol=1e-4, rtol=1e-3)
-    start, end, slow_end = (dict(x.model.named_parameters()) for x in (crm, load_crm(tmp_path / "run/step_000003"), slow))
-    moved, apart = (sum((end[name] - other[name]).square().sum().item() for name in end) ** 0.5 for other in (start, slow_end))
+    torch.testing.assert_close(
+        torch.tensor([[row["loss"], row.get("kl", 0.0), row["entropy"]] for row in rows]),
+        numbers,
+        atol=1e-4,
+        rtol=1e-3,
+    )
+    start, end, slow_end = (
+        dict(x.model.named_parameters())
+        for x in (crm, load_crm(tmp_path / "run/step_000003"), slow)
+    )
+    moved, apart = (
+        sum((end[name] - other[name]).square().sum().item() for name in end) ** 0.5
+        for other in (start, slow_end)
+    )
     assert moved > 1 and apart < 0.02 * moved
 
 
@@ -385,12 +539,21 @@ def test_grpo_teaches_a_random_model_a_new_habit():
     prompt, wanted = crm.encode(noise_image(56, 56), "x"), 300
     optimizer, share = Optimizer(crm.trainable()), []
     for step in range(60):
-        group, = sample(crm, [prompt], 16, 8, seed=[(0, step)])
-        rewards = ((group.tokens == wanted) & (torch.arange(group.tokens.shape[1]) < group.lengths[:, None])).float().mean(1)
+        (group,) = sample(crm, [prompt], 16, 8, seed=[(0, step)])
+        rewards = (
+            (
+                (group.tokens == wanted)
+                & (torch.arange(group.tokens.shape[1]) < group.lengths[:, None])
+            )
+            .float()
+            .mean(1)
+        )
         share.append(rewards.mean().item())
         weights = token_weights(torch.arange(group.tokens.shape[1]) < group.lengths[:, None])
         logp = score(crm, [(group, list(range(16)))])[0][0]
-        grpo_loss(logp, logp.detach(), None, group_advantages(rewards[None])[0], weights)[0].backward()
+        grpo_loss(logp, logp.detach(), None, group_advantages(rewards[None])[0], weights)[
+            0
+        ].backward()
         optimizer.step(3e-3, 1.0)
     assert sum(share[:5]) / 5 < 0.1 and sum(share[-5:]) / 5 > 0.8
 
@@ -400,6 +563,14 @@ def test_a_gradient_that_is_not_finite_moves_nothing():
     optimizer = Optimizer({"w": weight})
     for bad in (float("nan"), float("inf")):
         (weight.sum() * bad).backward()
-        assert not np.isfinite(optimizer.step(0.1, 1.0)) and torch.equal(weight, torch.ones(3)) and weight.grad is None
+        assert (
+            not np.isfinite(optimizer.step(0.1, 1.0))
+            and torch.equal(weight, torch.ones(3))
+            and weight.grad is None
+        )
     weight.sum().backward()
-    assert optimizer.step(0.1, 1.0) == pytest.approx(3 ** 0.5) and (weight < 1).all() and weight.isfinite().all()
+    assert (
+        optimizer.step(0.1, 1.0) == pytest.approx(3**0.5)
+        and (weight < 1).all()
+        and weight.isfinite().all()
+    )

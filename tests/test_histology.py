@@ -1,4 +1,5 @@
 """demo/histology: one of many alike and all of several, with masks that the pieces of extras/oracle.py agree with."""
+
 import json
 from collections import defaultdict
 
@@ -9,10 +10,10 @@ from PIL import Image
 from data import load_samples
 from demo.make.histology import WORDS, draw, make_rows
 from demo.make.wordings import check
-from runtime.cli import ROOT
-from metrics import prediction
 from extras.oracle import pieces
 from extras.several import add_siblings
+from metrics import prediction
+from runtime.cli import ROOT
 
 DATA = ROOT / "demo/histology"
 
@@ -45,7 +46,9 @@ def test_questions_keep_their_secret_and_unseen_wordings_are_in_the_test_split_o
     assert not any(row["unseen_wording"] for row in rows if row["split"] == "train")
     assert 0.3 < np.mean([row["unseen_wording"] for row in rows if row["split"] == "test"]) < 0.7
     for row in rows:
-        assert not any(stem in row["query"].lower() for stem in WORDS[row["category"]].forbidden.split())
+        assert not any(
+            stem in row["query"].lower() for stem in WORDS[row["category"]].forbidden.split()
+        )
         assert any(name in row["think"].lower() for name in row["names"])
 
 
@@ -53,12 +56,19 @@ def test_the_same_seed_draws_the_same_picture(tmp_path):
     for kind in ("images", "masks"):
         (tmp_path / kind).mkdir()
     rows = [row for index in range(4) for row in make_rows(0, 1, index, tmp_path)]
-    kept = {row["id"]: row for row in map(json.loads, (DATA / "samples.jsonl").read_text().splitlines())}
+    kept = {
+        row["id"]: row for row in map(json.loads, (DATA / "samples.jsonl").read_text().splitlines())
+    }
     for row in rows:
         assert row == kept[row["id"]]
         for kind, key in (("images", "image"), ("masks", "mask")):
-            new, old = (np.asarray(Image.open(folder / kind / row[key])).astype(int) for folder in (tmp_path, DATA))
-            assert new.shape == old.shape and np.abs(new - old).max() <= (8 if kind == "images" else 0)
+            new, old = (
+                np.asarray(Image.open(folder / kind / row[key])).astype(int)
+                for folder in (tmp_path, DATA)
+            )
+            assert new.shape == old.shape and np.abs(new - old).max() <= (
+                8 if kind == "images" else 0
+            )
 
 
 @pytest.mark.parametrize("category", WORDS)

@@ -1,4 +1,5 @@
 """Files from strangers, bent at random: each is read, or refused with one ValueError that says why. Nothing else."""
+
 import io
 import json
 import random
@@ -8,6 +9,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from conftest import noise_image
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -15,15 +17,14 @@ from PIL import Image
 import evaluate
 import train_grpo
 from asm import load_asm
-from conftest import noise_image
 from crm import load_crm
 from data import BadRow, load_image, load_mask, load_prompt, load_samples
-from runtime.files import read_torch
 from runtime.cli import ROOT, parse_args
+from runtime.files import read_torch
 
 FUZZ = settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
 FEW = settings(FUZZ, max_examples=20)
-SEEDS = st.integers(0, 2 ** 32)
+SEEDS = st.integers(0, 2**32)
 
 
 def bent(data: bytes, seed: int) -> bytes:
@@ -33,24 +34,32 @@ def bent(data: bytes, seed: int) -> bytes:
         at, n = rng.randrange(len(data) + 1), rng.choice((1, 2, 4, 64))
         kind = rng.randrange(5)
         if kind == 0:
-            del data[at:at + rng.choice((n, len(data)))]
+            del data[at : at + rng.choice((n, len(data)))]
         elif kind == 1:
-            data[at:at + n] = rng.randbytes(len(data[at:at + n]))
+            data[at : at + n] = rng.randbytes(len(data[at : at + n]))
         elif kind == 2:
-            data[at:at] = data[at:at + n] * rng.randint(1, 50)
+            data[at:at] = data[at : at + n] * rng.randint(1, 50)
         elif kind == 3:
             data[at:at] = rng.randbytes(n)
         else:
-            data[at:at + 4] = rng.choice((b"\xff\xff\xff\xff", b"\0\0\0\0", b"\x7f\xff\xff\xff", b"-1e9"))
+            data[at : at + 4] = rng.choice(
+                (b"\xff\xff\xff\xff", b"\0\0\0\0", b"\x7f\xff\xff\xff", b"-1e9")
+            )
     return bytes(data)
 
 
 def encoded(kind: str) -> bytes:
     image = noise_image(40, 31)
-    image = {"GIF": image.convert("P"), "TIFF": image.convert("I;16"), "PPM": image}.get(kind, image)
+    image = {"GIF": image.convert("P"), "TIFF": image.convert("I;16"), "PPM": image}.get(
+        kind, image
+    )
     exif = Image.Exif()
     exif[0x0112] = 6
-    image.save(buffer := io.BytesIO(), format=kind, **({"exif": exif} if kind in ("PNG", "JPEG", "TIFF", "WEBP") else {}))
+    image.save(
+        buffer := io.BytesIO(),
+        format=kind,
+        **({"exif": exif} if kind in ("PNG", "JPEG", "TIFF", "WEBP") else {}),
+    )
     return buffer.getvalue()
 
 
@@ -83,9 +92,21 @@ def test_a_folder_of_samples(seed, tmp_path_factory):
     folder = tmp_path_factory.mktemp("samples")
     (folder / "images").mkdir()
     noise_image(40, 31).save(folder / "images/a.png")
-    rows = [{"image": "a.png", "query": "what?", "bbox": [1, 2, 20, 30], "points": [[3, 4], [5, 6]], "id": str(i),
-             "split": "train", "think": "hm"} for i in range(3)]
-    (folder / "samples.jsonl").write_bytes(bent("".join(json.dumps(r) + "\n" for r in rows).encode(), seed))
+    rows = [
+        {
+            "image": "a.png",
+            "query": "what?",
+            "bbox": [1, 2, 20, 30],
+            "points": [[3, 4], [5, 6]],
+            "id": str(i),
+            "split": "train",
+            "think": "hm",
+        }
+        for i in range(3)
+    ]
+    (folder / "samples.jsonl").write_bytes(
+        bent("".join(json.dumps(r) + "\n" for r in rows).encode(), seed)
+    )
     try:
         all_of(load_samples(folder))
     except ValueError as error:
@@ -93,16 +114,32 @@ def test_a_folder_of_samples(seed, tmp_path_factory):
     shutil.rmtree(folder)
 
 
-@given(value=st.recursive(st.none() | st.booleans() | st.floats() | st.text(max_size=5) | st.integers(),
-                          lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner, max_size=3)),
-       key=st.sampled_from(["image", "mask", "query", "bbox", "points", "id", "split", "category", "think"]))
+@given(
+    value=st.recursive(
+        st.none() | st.booleans() | st.floats() | st.text(max_size=5) | st.integers(),
+        lambda inner: (
+            st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+        ),
+    ),
+    key=st.sampled_from(
+        ["image", "mask", "query", "bbox", "points", "id", "split", "category", "think"]
+    ),
+)
 @FUZZ
 def test_any_json_in_any_column(value, key, tmp_path_factory):
     folder = tmp_path_factory.mktemp("columns")
     (folder / "images").mkdir()
     noise_image(40, 31).save(folder / "images/a.png")
-    row = {"image": "a.png", "query": "what?", "bbox": [1, 2, 20, 30], "points": [[3, 4], [5, 6]], "split": "train"}
-    (folder / "samples.jsonl").write_text(json.dumps(row | {key: value}) + "\n" + json.dumps(row) + "\n")
+    row = {
+        "image": "a.png",
+        "query": "what?",
+        "bbox": [1, 2, 20, 30],
+        "points": [[3, 4], [5, 6]],
+        "split": "train",
+    }
+    (folder / "samples.jsonl").write_text(
+        json.dumps(row | {key: value}) + "\n" + json.dumps(row) + "\n"
+    )
     all_of(load_samples(folder))
     shutil.rmtree(folder)
 
@@ -122,13 +159,36 @@ def test_a_parquet_file(seed, tmp_path_factory, small_parquet):
 @pytest.fixture(scope="module")
 def small_parquet(tmp_path_factory):
     import pyarrow.parquet as pq
+
     file = tmp_path_factory.mktemp("small") / "train.parquet"
     pq.write_table(pq.read_table(ROOT / "demo/data/test.parquet")[:3], file)
     return file.read_bytes()
 
 
-@given(text=st.text() | st.lists(st.sampled_from(["--lr", "--lr=", "1e-3", "\n", "'", '"', "@x", "#", "--group", "-1", "nan",
-                                                  "--data", "\\", "--resume", "\0"])).map("".join))
+@given(
+    text=st.text()
+    | st.lists(
+        st.sampled_from(
+            [
+                "--lr",
+                "--lr=",
+                "1e-3",
+                "\n",
+                "'",
+                '"',
+                "@x",
+                "#",
+                "--group",
+                "-1",
+                "nan",
+                "--data",
+                "\\",
+                "--resume",
+                "\0",
+            ]
+        )
+    ).map("".join)
+)
 @FUZZ
 def test_a_file_of_flags(text, tmp_path_factory):
     file = tmp_path_factory.mktemp("flags") / "x.args"
@@ -139,7 +199,9 @@ def test_a_file_of_flags(text, tmp_path_factory):
         assert error.code == 2
 
 
-@given(data=st.binary() | st.text().map(lambda text: (text + "{query}").encode(errors="surrogatepass")))
+@given(
+    data=st.binary() | st.text().map(lambda text: (text + "{query}").encode(errors="surrogatepass"))
+)
 @FUZZ
 def test_a_prompt_file(data, tmp_path_factory):
     file = tmp_path_factory.mktemp("prompt") / "x.txt"
@@ -162,16 +224,26 @@ def test_a_torch_file(seed, tmp_path_factory):
         assert str(file) in str(error)
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-                                  "preprocessor_config.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "preprocessor_config.json",
+    ],
+)
 @given(seed=SEEDS)
 @settings(FUZZ, max_examples=5)
 def test_a_model_folder(name, seed, tmp_path_factory):
     folder = tmp_path_factory.mktemp("crm")
     shutil.copytree(ROOT / "demo/crm", folder, dirs_exist_ok=True)
-    data = (folder / name).read_bytes()             # tokenizers raises a bare Exception of merges outside its vocabulary,
-    torn = name == "tokenizer.json"                 # so a tampered tokenizer ends in its words; a torn one in ours
-    (folder / name).write_bytes(data[:seed % len(data)] if torn else bent(data, seed))
+    data = (
+        folder / name
+    ).read_bytes()  # tokenizers raises a bare Exception of merges outside its vocabulary,
+    torn = name == "tokenizer.json"  # so a tampered tokenizer ends in its words; a torn one in ours
+    (folder / name).write_bytes(data[: seed % len(data)] if torn else bent(data, seed))
     try:
         load_crm(folder)
     except ValueError as error:
@@ -198,9 +270,13 @@ def test_a_segmenter_folder(name, seed, tmp_path_factory):
 def test_predictions(seed, tmp_path_factory):
     file = tmp_path_factory.mktemp("predictions") / "p.jsonl"
     samples = load_samples("demo/data", "test")[:3]
-    rows = [{"id": s.id, "bbox": list(s.bbox), "points": [list(p) for p in s.points]} for s in samples]
+    rows = [
+        {"id": s.id, "bbox": list(s.bbox), "points": [list(p) for p in s.points]} for s in samples
+    ]
     file.write_bytes(bent("".join(json.dumps(r) + "\n" for r in rows).encode(), seed))
-    config = evaluate.Config(predictions=str(file), data="demo/data", asm="none", out="x", frame="pixels")
+    config = evaluate.Config(
+        predictions=str(file), data="demo/data", asm="none", out="x", frame="pixels"
+    )
     try:
         assert len(evaluate.from_file(config, samples)) == 3
     except ValueError as error:
@@ -210,8 +286,14 @@ def test_predictions(seed, tmp_path_factory):
 def test_no_code_is_taken_from_a_model_folder(tmp_path, capsys):
     shutil.copytree(ROOT / "demo/crm", tmp_path / "crm")
     config = json.loads((tmp_path / "crm/config.json").read_text())
-    evil = {"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil", "AutoTokenizer": ["evil.Evil", None]}
-    (tmp_path / "crm/config.json").write_text(json.dumps(config | {"auto_map": evil, "model_type": "evil"}))
+    evil = {
+        "AutoConfig": "evil.Evil",
+        "AutoModel": "evil.Evil",
+        "AutoTokenizer": ["evil.Evil", None],
+    }
+    (tmp_path / "crm/config.json").write_text(
+        json.dumps(config | {"auto_map": evil, "model_type": "evil"})
+    )
     (tmp_path / "crm/evil.py").write_text("print('ran')\nclass Evil: pass\n")
     with pytest.raises(ValueError):
         load_crm(tmp_path / "crm")

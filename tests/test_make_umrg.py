@@ -1,4 +1,5 @@
 """Building a data set: what is dropped, whose words, which split; against an endpoint that misbehaves."""
+
 import json
 import re
 import threading
@@ -36,8 +37,21 @@ def scans(tmp_path):
 
 
 def build(folder, *more):
-    main(parse(["--images", str(folder / "images"), "--masks", str(folder / "masks"), "--out", str(folder / "out"),
-                "--cache", str(folder / "cache"), *map(str, more)]))
+    main(
+        parse(
+            [
+                "--images",
+                str(folder / "images"),
+                "--masks",
+                str(folder / "masks"),
+                "--out",
+                str(folder / "out"),
+                "--cache",
+                str(folder / "cache"),
+                *map(str, more),
+            ]
+        )
+    )
     return json.loads((folder / "out/report.json").read_text())
 
 
@@ -48,28 +62,42 @@ def test_a_mask_turns_with_the_exif_orientation_of_its_image(tmp_path):
     upside_down[0x0112] = 3
     path = tmp_path / "images/photo.png"
     Image.open(path).save(path, exif=upside_down)
-    kept, dropped = clean(find(tmp_path / "images", tmp_path / "masks", None), parse(
-        ["--images", str(tmp_path), "--masks", str(tmp_path), "--out", str(tmp_path)]))
+    kept, dropped = clean(
+        find(tmp_path / "images", tmp_path / "masks", None),
+        parse(["--images", str(tmp_path), "--masks", str(tmp_path), "--out", str(tmp_path)]),
+    )
     assert not dropped and kept[0].facts["box"] == box_from_mask(mask[::-1, ::-1])
 
 
-
 def table(folder, lines):
-    (folder / "meta.csv").write_text("image,mask,category,supercategory,modality,patient\n" + "".join(
-        ",".join(line) + "\n" for line in lines))
+    (folder / "meta.csv").write_text(
+        "image,mask,category,supercategory,modality,patient\n"
+        + "".join(",".join(line) + "\n" for line in lines)
+    )
     return "--table", folder / "meta.csv"
 
 
 def test_templates_make_a_data_set_that_loads_with_patients_in_one_split_only(scans):
-    lines = [(f"scan{i:02}.png", f"scan{i:02}.png", "left kidney", "Abdomen", "CT", f"p{i // 2}") for i in range(12)]
+    lines = [
+        (f"scan{i:02}.png", f"scan{i:02}.png", "left kidney", "Abdomen", "CT", f"p{i // 2}")
+        for i in range(12)
+    ]
     report = build(scans, *table(scans, lines), "--test-share", 0.5)
     train, test = (list(load_samples(scans / "out", split)) for split in ("train", "test"))
-    assert len(train) == report["train"] and len(test) == report["test"] and len(train) + len(test) == 12
+    assert (
+        len(train) == report["train"]
+        and len(test) == report["test"]
+        and len(train) + len(test) == 12
+    )
     assert report["words"] == {"template": 12}
     patients = [{s.extra["patient"] for s in split} for split in (train, test)]
     assert patients[0] and patients[1] and not patients[0] & patients[1]
     for s in train:
-        assert s.bbox == box_from_mask(s.mask) and s.category == "left kidney" and s.supercategory == "Abdomen"
+        assert (
+            s.bbox == box_from_mask(s.mask)
+            and s.category == "left kidney"
+            and s.supercategory == "Abdomen"
+        )
         assert "kidney" not in s.query.lower() and s.think
 
 
@@ -81,13 +109,18 @@ def test_what_cannot_be_used_is_dropped_with_its_reason(scans):
     (scans / "images/broken.png").write_text("not a picture")
     picture(scans, "bigger")
     Image.new("L", (30, 30), 255).save(scans / "masks/bigger.png")
-    picture(scans, "twin", seed=0)                              # scan00 again
+    picture(scans, "twin", seed=0)  # scan00 again
     report = build(scans)
     reasons = {d["mask"]: d["reason"] for d in report["dropped"]}
-    assert set(reasons) == {f"{n}.png" for n in ("tiny", "whole", "empty", "broken", "bigger", "twin")}
+    assert set(reasons) == {
+        f"{n}.png" for n in ("tiny", "whole", "empty", "broken", "bigger", "twin")
+    }
     assert "covers 0.02 %" in reasons["tiny.png"] and "covers 100.00 %" in reasons["whole.png"]
     assert reasons["empty.png"] == "the mask is empty" and "not an image" in reasons["broken.png"]
-    assert reasons["bigger.png"] == "the mask is 30x30, the image 90x70" and "there before" in reasons["twin.png"]
+    assert (
+        reasons["bigger.png"] == "the mask is 30x30, the image 90x70"
+        and "there before" in reasons["twin.png"]
+    )
 
 
 def test_masks_find_their_image_and_category_by_name_and_pieces_can_be_left_out(scans):
@@ -97,9 +130,14 @@ def test_masks_find_their_image_and_category_by_name_and_pieces_can_be_left_out(
     Image.fromarray(mask.astype(np.uint8) * 255).save(scans / "masks/scan00_liver_lobe.png")
     Image.fromarray(mask).save(scans / "masks/scan02_rib_9_000.png")
     items = {item.mask.name: item for item in find(scans / "images", scans / "masks", None)}
-    assert items["scan02_rib_9_000.png"].category == "rib 9"            # the mask's own count is no part of it
+    assert (
+        items["scan02_rib_9_000.png"].category == "rib 9"
+    )  # the mask's own count is no part of it
     assert items["scan00_liver_lobe.png"].image.name == "scan00.png"
-    assert items["scan00_liver_lobe.png"].category == "liver lobe" and items["scan01.png"].category == "target"
+    assert (
+        items["scan00_liver_lobe.png"].category == "liver lobe"
+        and items["scan01.png"].category == "target"
+    )
     for flag, box in (([], (10, 12, 80, 66)), (["--largest"], (10, 12, 40, 50))):
         args = parse(["--images", "i", "--masks", "m", "--out", "o", *flag])
         kept, _ = clean([items["scan00_liver_lobe.png"]], args)
@@ -107,18 +145,43 @@ def test_masks_find_their_image_and_category_by_name_and_pieces_can_be_left_out(
 
 
 def item(category="left kidney", horizontal="left"):
-    return Item(None, None, category, facts={"horizontal": horizontal, "vertical": "upper", "tone": "dark",
-                                             "shape": "rounded", "area": 0.05})
+    return Item(
+        None,
+        None,
+        category,
+        facts={
+            "horizontal": horizontal,
+            "vertical": "upper",
+            "tone": "dark",
+            "shape": "rounded",
+            "area": 0.05,
+        },
+    )
 
 
-@pytest.mark.parametrize("answer, says", [
-    (None, "JSON object"), ({"question": "", "think": "x"}, "JSON object"), ({"question": 3, "think": "x"}, "JSON"),
-    ({"question": "Where is the left kidney?", "think": "x"}, "must not name"),
-    ({"question": "Which of the Kidneys is ill?", "think": "x"}, "must not name"),
-    ({"question": "What filters blood?", "think": "It is on the right side of the image."}, "not on the right"),
-    ({"question": "What filters blood?" * 40, "think": "x"}, "one or two sentences"),
-    ({"question": "What <b>filters</b> blood?", "think": "x"}, "without tags"),
-    ({"question": "What filters blood?", "think": "The kidney, on the left side of the image."}, "")])
+@pytest.mark.parametrize(
+    "answer, says",
+    [
+        (None, "JSON object"),
+        ({"question": "", "think": "x"}, "JSON object"),
+        ({"question": 3, "think": "x"}, "JSON"),
+        ({"question": "Where is the left kidney?", "think": "x"}, "must not name"),
+        ({"question": "Which of the Kidneys is ill?", "think": "x"}, "must not name"),
+        (
+            {"question": "What filters blood?", "think": "It is on the right side of the image."},
+            "not on the right",
+        ),
+        ({"question": "What filters blood?" * 40, "think": "x"}, "one or two sentences"),
+        ({"question": "What <b>filters</b> blood?", "think": "x"}, "without tags"),
+        (
+            {
+                "question": "What filters blood?",
+                "think": "The kidney, on the left side of the image.",
+            },
+            "",
+        ),
+    ],
+)
 def test_unusable_words_are_sent_back_with_the_reason(answer, says):
     found = problem(answer, item())
     assert says in found if says else found == ""
@@ -135,31 +198,48 @@ def test_template_words_pass_the_same_checks(scans):
 def test_a_split_does_not_change_when_data_are_added(scans):
     some = [Item(scans / f"{i}.png", scans / f"{i}.png", "x") for i in range(400)]
     share = sum(split_of(i, 0.2) == "test" for i in some) / 400
-    assert 0.14 < share < 0.26                                  # binomial, three standard deviations
+    assert 0.14 < share < 0.26  # binomial, three standard deviations
     assert split_of(Item(scans / "7.png", scans / "other.png", "y"), 0.2) == split_of(some[7], 0.2)
 
 
 def test_the_review_page_escapes_and_its_decisions_are_read_back(scans):
     evil = '"><script>alert(1)</script>'
-    lines = [("scan00.png", "scan00.png", f"'{evil}'", "A", "CT", ""), ("scan01.png", "scan01.png", "b", "A", "CT", "")]
+    lines = [
+        ("scan00.png", "scan00.png", f"'{evil}'", "A", "CT", ""),
+        ("scan01.png", "scan01.png", "b", "A", "CT", ""),
+    ]
     build(scans, *table(scans, lines), "--review", scans / "r.html")
     page = (scans / "r.html").read_text()
     assert "<script>alert" not in page and "&lt;script&gt;" in page
     assert re.findall('data-id="([^"]*)"', page) == ["scan00", "scan01"]
-    assert not re.findall(r'(?:src|href)="(?!data:)', page)      # nothing from elsewhere
+    assert not re.findall(r'(?:src|href)="(?!data:)', page)  # nothing from elsewhere
     (scans / "d.json").write_text(json.dumps({"scan00": "reject", "scan01": "accept"}))
     report = build(scans, *table(scans, lines), "--decisions", scans / "d.json")
     assert report["train"] + report["test"] == 1
-    for text, says in (('{"nobody": "reject"}', "1 ids are not in"), ("[1]", "not an object"), ("x", "d.json")):
+    for text, says in (
+        ('{"nobody": "reject"}', "1 ids are not in"),
+        ("[1]", "not an object"),
+        ("x", "d.json"),
+    ):
         (scans / "d.json").write_text(text)
         with pytest.raises(ValueError, match=says):
             build(scans, *table(scans, lines), "--decisions", scans / "d.json")
 
 
-@pytest.mark.parametrize("spoil, says", [
-    (lambda s: (s / "meta.csv").write_text("image,mask\n"), "column category is missing"),
-    (lambda s: (s / "meta.csv").write_text("image,mask,category\na.png,b.png,\n"), "line 2: no category"),
-    (lambda s: (s / "meta.csv").write_text("image,mask,category\na.png,b.png,c\n"), "nothing usable")])
+@pytest.mark.parametrize(
+    "spoil, says",
+    [
+        (lambda s: (s / "meta.csv").write_text("image,mask\n"), "column category is missing"),
+        (
+            lambda s: (s / "meta.csv").write_text("image,mask,category\na.png,b.png,\n"),
+            "line 2: no category",
+        ),
+        (
+            lambda s: (s / "meta.csv").write_text("image,mask,category\na.png,b.png,c\n"),
+            "nothing usable",
+        ),
+    ],
+)
 def test_a_bad_table_is_named_and_nothing_written(scans, spoil, says):
     spoil(scans)
     with pytest.raises(ValueError, match=says):
@@ -170,7 +250,10 @@ def test_a_bad_table_is_named_and_nothing_written(scans, spoil, says):
 # ---------------------------------------------------------------- an endpoint that misbehaves
 
 
-GOOD = {"question": "What cleans the blood?", "think": "It shows as a bright shape on the left side of the image."}
+GOOD = {
+    "question": "What cleans the blood?",
+    "think": "It shows as a bright shape on the left side of the image.",
+}
 
 
 class Endpoint(ThreadingHTTPServer):
@@ -192,9 +275,20 @@ class Handler(BaseHTTPRequestHandler):
             time.sleep(step)
             step = "too late"
         status, text = (step, "") if isinstance(step, int) else (200, step)
-        reply = {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "usage": {
-            "prompt_tokens": 100, "completion_tokens": 20, "total_tokens": 120}, "choices": [
-            {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}]}
+        reply = {
+            "id": "1",
+            "object": "chat.completion",
+            "created": 0,
+            "model": "m",
+            "usage": {"prompt_tokens": 100, "completion_tokens": 20, "total_tokens": 120},
+            "choices": [
+                {
+                    "index": 0,
+                    "finish_reason": "stop",
+                    "message": {"role": "assistant", "content": text},
+                }
+            ],
+        }
         data = json.dumps(reply if status == 200 else {"error": {"message": "no"}}).encode()
         try:
             self.send_response(status)
@@ -204,7 +298,7 @@ class Handler(BaseHTTPRequestHandler):
             self.end_headers()
             self.wfile.write(data)
         except BrokenPipeError:
-            pass                                                # the client did not wait
+            pass  # the client did not wait
 
     def log_message(self, *_):
         pass
@@ -219,21 +313,48 @@ def one(tmp_path, monkeypatch):
 
 def ask(one, server, *more):
     folder, *flags = one
-    return build(folder, *flags, "--base-url", server.url, "--model", "m", "--timeout", 0.5, "--price-in", 10, *more)
+    return build(
+        folder,
+        *flags,
+        "--base-url",
+        server.url,
+        "--model",
+        "m",
+        "--timeout",
+        0.5,
+        "--price-in",
+        10,
+        *more,
+    )
 
 
 def test_errors_bad_json_and_named_targets_are_survived_and_nothing_is_asked_twice(one, capsys):
     description = json.dumps({"description": "bean", "formats": ["a"]})
     named = json.dumps({"question": "Where is the kidney?", "think": "x"})
-    server = Endpoint([500, 429, 1.0, description, "no json at all {", named, "```json\n" + json.dumps(GOOD) + "\n```"])
+    server = Endpoint(
+        [
+            500,
+            429,
+            1.0,
+            description,
+            "no json at all {",
+            named,
+            "```json\n" + json.dumps(GOOD) + "\n```",
+        ]
+    )
     report = ask(one, server)
     assert report["words"] == {"language model": 1} and len(server.asked) == 7
-    assert "must not name the target" in server.asked[-1][-1]["content"]          # told why
-    assert "4 replies, 0 from the cache, 400 tokens in, 80 out, 0.00 in money" in capsys.readouterr().out
+    assert "must not name the target" in server.asked[-1][-1]["content"]  # told why
+    assert (
+        "4 replies, 0 from the cache, 400 tokens in, 80 out, 0.00 in money"
+        in capsys.readouterr().out
+    )
     split = "train" if report["train"] else "test"
     assert load_samples(one[0] / "out", split)[0].query == GOOD["question"]
     assert ask(one, server)["words"] == {"language model": 1} and len(server.asked) == 7
-    assert "secret-key" not in "".join(p.read_text(errors="ignore") for p in one[0].rglob("*") if p.is_file())
+    assert "secret-key" not in "".join(
+        p.read_text(errors="ignore") for p in one[0].rglob("*") if p.is_file()
+    )
 
 
 def test_after_tries_unusable_answers_the_template_steps_in_and_is_counted(one):

@@ -1,15 +1,16 @@
 """The sampler against a loop without a cache, and everything that must not change what it draws."""
+
 import numpy as np
 import pytest
 import torch
+from conftest import random_crm
+from oracles import next_logits
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import sampling
-from conftest import random_crm
 from crm import BANNED, END, load_crm
 from data import PROMPTS, load_samples
-from oracles import next_logits
 from sampling import sample
 from scoring import logp
 
@@ -46,8 +47,9 @@ def test_the_sampler_draws_what_a_loop_without_a_cache_draws(short, prompts):
 
 
 @pytest.mark.parametrize("room, check_every", [(1, 1), (4, 1), (4, 5), (64, 3), (64, 100)])
-def test_neither_how_caches_grow_nor_when_rows_leave_changes_a_completion(short, prompts, monkeypatch, room,
-                                                                          check_every):
+def test_neither_how_caches_grow_nor_when_rows_leave_changes_a_completion(
+    short, prompts, monkeypatch, room, check_every
+):
     expected = sample(short, prompts, 6, 30, 0.9, seed=4)
     monkeypatch.setitem(sampling.ROOM, "cpu", room)
     monkeypatch.setitem(sampling.CHECK_EVERY, "cpu", check_every)
@@ -60,7 +62,11 @@ def test_rows_that_have_ended_leave_the_batch(short, prompts, monkeypatch):
     def counted(batch):
         """The caches hold the rows in the batch and their prompts; the rectangle of slots is as small as can be."""
         assert batch.done[batch.rows].float().mean() < sampling.LEAVE["cpu"]
-        cache, n, per_prompt = batch.caches[0], len(batch.rows), (batch.rows // 6).unique(return_counts=True)[1]
+        cache, n, per_prompt = (
+            batch.caches[0],
+            len(batch.rows),
+            (batch.rows // 6).unique(return_counts=True)[1],
+        )
         assert n == len(batch.token) == len(batch.position) == cache.own_keys.shape[1]
         assert len(per_prompt) == len(batch.padding) == cache.prompt_keys.shape[1]
         assert torch.equal(batch.row_of[batch.slots], torch.arange(n))
@@ -71,24 +77,32 @@ def test_rows_that_have_ended_leave_the_batch(short, prompts, monkeypatch):
 
     monkeypatch.setattr(sampling.Batch, "step", counted)
     groups = sample(short, prompts, 6, 30, seed=3)
-    assert sizes[0] == sum(int((group.lengths > 1).sum()) for group in groups) == 16        # two have one token only
+    assert (
+        sizes[0] == sum(int((group.lengths > 1).sum()) for group in groups) == 16
+    )  # two have one token only
     for counts in (sizes, slots):
         assert counts == sorted(counts, reverse=True) and counts[-1] <= 4
-    assert sum(sizes) < sum(slots)                          # the caches hold fewer than the rectangle
+    assert sum(sizes) < sum(slots)  # the caches hold fewer than the rectangle
 
 
 @pytest.mark.parametrize("size", [1.0, 300.0])
 def test_attention_to_two_parts_is_that_to_all_keys_under_one_softmax(size):
     """Also where scores are large, and where one part outweighs the other by hundreds of nats."""
     torch.manual_seed(0)
-    q, keys, values = (torch.randint(-3, 4, (2, 5, s, 8)).float() for s in (3, 9, 9))       # exact in float32
+    q, keys, values = (
+        torch.randint(-3, 4, (2, 5, s, 8)).float() for s in (3, 9, 9)
+    )  # exact in float32
     keys[0, :, :4] += 10
     bias = torch.zeros(5, 1, 9)
-    bias[1, 0, 2:4] = bias[3, 0, 7:] = -torch.inf                                   # padding, and the future
+    bias[1, 0, 2:4] = bias[3, 0, 7:] = -torch.inf  # padding, and the future
     expected = (size * (q @ keys.mT) + bias).softmax(-1) @ values
-    (one, one_lse), (two, two_lse) = (sampling.attend_to(q, keys[:, :, part], values[:, :, part], bias[..., part], size)
-                                      for part in (slice(0, 4), slice(4, 9)))
-    torch.testing.assert_close(one.lerp(two, torch.sigmoid(two_lse - one_lse)), expected, atol=2e-5, rtol=1e-4)
+    (one, one_lse), (two, two_lse) = (
+        sampling.attend_to(q, keys[:, :, part], values[:, :, part], bias[..., part], size)
+        for part in (slice(0, 4), slice(4, 9))
+    )
+    torch.testing.assert_close(
+        one.lerp(two, torch.sigmoid(two_lse - one_lse)), expected, atol=2e-5, rtol=1e-4
+    )
     whole, lse = sampling.attend_to(q, keys, values, bias, size)
     torch.testing.assert_close(whole, expected, atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(lse, torch.logaddexp(one_lse, two_lse), atol=1e-5, rtol=1e-6)
@@ -102,13 +116,13 @@ def test_prompts_sampled_in_chunks_give_the_same_completions(short, prompts, mon
 
 
 def test_as_many_prompts_are_sampled_at_once_as_their_caches_fit(crm, prompts, monkeypatch):
-    keys = 2 * 2 * 2 * 16 * 4           # two sides, two layers, two key heads of size 16, four bytes
+    keys = 2 * 2 * 2 * 16 * 4  # two sides, two layers, two key heads of size 16, four bytes
     size = (max(len(p.ids) for p in prompts) + 4 * 12) * keys
     for fit in (1, 2, 3):
         monkeypatch.setattr(sampling, "HOST_CACHE_BYTES", fit * size + 1)
         assert sampling.prompts_at_once(crm, prompts, 4, 12) == fit
     monkeypatch.setattr(sampling, "HOST_CACHE_BYTES", 1)
-    assert sampling.prompts_at_once(crm, prompts, 4, 12) == 1       # never none
+    assert sampling.prompts_at_once(crm, prompts, 4, 12) == 1  # never none
     assert sample(crm, [], 4, 12) == []
 
 
@@ -129,7 +143,7 @@ class Tape(TorchDispatchMode):
     def play(self):
         self.plays += 1
         if self.plays == 1:
-            return                                          # here, recording has run the kernels once
+            return  # here, recording has run the kernels once
         for op, args, kwargs, out in self.calls:
             for old, new in zip(tree_leaves(out), tree_leaves(op(*args, **kwargs))):
                 if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
@@ -137,8 +151,13 @@ class Tape(TorchDispatchMode):
 
 
 def test_a_step_replayed_from_a_graph_draws_what_the_step_itself_draws(short, prompts, monkeypatch):
-    tapes, plain = [], [sample(short, some, 6, 40, temperature, seed)
-                        for some, temperature, seed in ((prompts, 1.0, 0), (prompts[1:], 0.7, 2))]
+    tapes, plain = (
+        [],
+        [
+            sample(short, some, 6, 40, temperature, seed)
+            for some, temperature, seed in ((prompts, 1.0, 0), (prompts[1:], 0.7, 2))
+        ],
+    )
 
     def record(step):
         tapes.append(Tape())
@@ -146,18 +165,20 @@ def test_a_step_replayed_from_a_graph_draws_what_the_step_itself_draws(short, pr
             step()
         return tapes[-1].play
 
-    class WithGraphs(sampling.Batch):                       # as on a GPU
+    class WithGraphs(sampling.Batch):  # as on a GPU
         def __init__(self, *args):
             super().__init__(*args[:-1], True)
 
     monkeypatch.setattr(sampling, "record", record)
     monkeypatch.setattr(sampling, "Batch", WithGraphs)
     monkeypatch.setitem(sampling.CHECK_EVERY, "cpu", 8)
-    monkeypatch.setitem(sampling.ROOM, "cpu", 20)           # so that caches grow under a graph, too
-    for (some, temperature, seed), expected in zip(((prompts, 1.0, 0), (prompts[1:], 0.7, 2)), plain):
+    monkeypatch.setitem(sampling.ROOM, "cpu", 20)  # so that caches grow under a graph, too
+    for (some, temperature, seed), expected in zip(
+        ((prompts, 1.0, 0), (prompts[1:], 0.7, 2)), plain
+    ):
         tapes.clear()
         assert_same_completions(sample(short, some, 6, 40, temperature, seed), expected)
-        assert 2 <= len(tapes) <= 8                         # one per shape
+        assert 2 <= len(tapes) <= 8  # one per shape
         assert sum(tape.plays for tape in tapes) >= max(int(g.lengths.max()) for g in expected) - 12
 
 
@@ -177,9 +198,11 @@ def test_rows_of_a_group_and_prompts_of_a_batch_draw_differently(crm, prompts):
 
 
 def test_sampler_passes_a_chi_square_test_against_softmax(crm, prompts):
-    temperature, draws = 0.4, 4000                                  # 1 would be told from it
-    group, = sample(crm, prompts[:1], draws, 1, temperature, seed=4)
-    expected = next_logits(crm, prompts[0], prompts[0].ids, temperature).detach().softmax(-1) * draws
+    temperature, draws = 0.4, 4000  # 1 would be told from it
+    (group,) = sample(crm, prompts[:1], draws, 1, temperature, seed=4)
+    expected = (
+        next_logits(crm, prompts[0], prompts[0].ids, temperature).detach().softmax(-1) * draws
+    )
     counts = torch.bincount(group.tokens[:, 0], minlength=len(expected)).float()
     assert counts[expected == 0].sum() == 0
     common = expected >= 5
@@ -187,11 +210,11 @@ def test_sampler_passes_a_chi_square_test_against_softmax(crm, prompts):
     counts = torch.cat([counts[common], counts[~common].sum()[None]])
     chi2, df = ((counts - expected) ** 2 / expected).sum(), len(expected) - 1
     assert df >= 10
-    assert abs(chi2 - df) < 4 * np.sqrt(2 * df)                     # four standard deviations either way
+    assert abs(chi2 - df) < 4 * np.sqrt(2 * df)  # four standard deviations either way
 
 
 def test_temperature_zero_takes_the_likeliest_token(crm, prompts):
-    group, = sample(crm, prompts[:1], 2, 8, temperature=0)
+    (group,) = sample(crm, prompts[:1], 2, 8, temperature=0)
     assert group.texts[0] == group.texts[1]
     ids = torch.cat([prompts[0].ids, group.tokens[0, :3]])
     assert next_logits(crm, prompts[0], ids).argmax() == group.tokens[0, 3]
@@ -208,9 +231,15 @@ def test_a_token_of_probability_zero_is_never_drawn():
 @pytest.mark.parametrize("end", END)
 def test_either_end_token_ends_a_completion_and_is_its_last_token(crm, prompts, end, monkeypatch):
     end_id = crm.tokenizer.convert_tokens_to_ids(end)
-    monkeypatch.setattr(sampling, "draw", lambda logits, uniform, temperature:
-                        (torch.tensor([end_id, 300])[-len(logits):], torch.full((len(logits),), -1.0)))
-    group, = sample(crm, prompts[:1], 2, 5)
+    monkeypatch.setattr(
+        sampling,
+        "draw",
+        lambda logits, uniform, temperature: (
+            torch.tensor([end_id, 300])[-len(logits) :],
+            torch.full((len(logits),), -1.0),
+        ),
+    )
+    (group,) = sample(crm, prompts[:1], 2, 5)
     assert group.lengths.tolist() == [1, 5] and group.finished.tolist() == [True, False]
     assert group.tokens[0, 0] == end_id and group.logp[0].tolist() == [-1, 0, 0, 0, 0]
     assert group.texts[0] == "" and group.texts[1] == crm.tokenizer.decode([300] * 5)
@@ -219,9 +248,15 @@ def test_either_end_token_ends_a_completion_and_is_its_last_token(crm, prompts, 
 def test_a_special_token_inside_a_completion_stays_visible_in_its_text(crm, prompts, monkeypatch):
     start, end = crm.tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
     tokens = iter([300, start, 301, end])
-    monkeypatch.setattr(sampling, "draw", lambda logits, uniform, temperature:
-                        (torch.full((len(logits),), next(tokens)), torch.full((len(logits),), -1.0)))
-    group, = sample(crm, prompts[:1], 1, 8)
+    monkeypatch.setattr(
+        sampling,
+        "draw",
+        lambda logits, uniform, temperature: (
+            torch.full((len(logits),), next(tokens)),
+            torch.full((len(logits),), -1.0),
+        ),
+    )
+    (group,) = sample(crm, prompts[:1], 1, 8)
     words = crm.tokenizer.decode([300]), crm.tokenizer.decode([301])
     assert group.texts == ["<|im_start|>".join(words)] and group.lengths.tolist() == [4]
 
@@ -229,12 +264,16 @@ def test_a_special_token_inside_a_completion_stays_visible_in_its_text(crm, prom
 def test_a_checkpoints_generation_config_does_not_touch_sampling(prompts):
     crm = random_crm()
     before = sample(crm, prompts[:1], 3, 8, seed=9)[0].tokens
-    crm.model.generation_config.update(temperature=1e-6, repetition_penalty=1.05, top_k=1, do_sample=True)
+    crm.model.generation_config.update(
+        temperature=1e-6, repetition_penalty=1.05, top_k=1, do_sample=True
+    )
     assert torch.equal(before, sample(crm, prompts[:1], 3, 8, seed=9)[0].tokens)
 
 
 def test_vision_tokens_are_never_sampled(crm, prompts):
-    group, = sample(crm, prompts[:1], 64, 8, temperature=50.0)      # nearly uniform: every token is drawn
+    (group,) = sample(
+        crm, prompts[:1], 64, 8, temperature=50.0
+    )  # nearly uniform: every token is drawn
     banned = torch.tensor(crm.tokenizer.convert_tokens_to_ids(list(BANNED)))
     assert not torch.isin(group.tokens, banned).any() and len(group.tokens.unique()) > 100
 
@@ -251,11 +290,16 @@ def test_weights_that_are_not_finite_end_in_one_error(prompts, bad, temperature)
 def test_large_key_biases_in_bfloat16_do_not_part_sampler_and_scorer(monkeypatch):
     """Qwen2.5's key biases have norms of several hundred: bfloat16 scores are then off by whole units."""
     crm, samples = load_crm("demo/crm", dtype=torch.bfloat16), load_samples("demo/data")
-    for layer in (crm.model.model.language_model.layers[0], crm.model.model.language_model.layers[-1]):
+    for layer in (
+        crm.model.model.language_model.layers[0],
+        crm.model.model.language_model.layers[-1],
+    ):
         for projection, bias in ((layer.self_attn.k_proj, 100.0), (layer.self_attn.q_proj, 5.0)):
             projection.bias.data.unflatten(0, (-1, layer.self_attn.head_dim))[:, :4] += bias
-    prompts = [crm.encode(s.image, PROMPTS["reasoning"].replace("{query}", s.query)) for s in
-               (samples[i] for i in range(8))]              # fewer, and the mean depends on the CPU
+    prompts = [
+        crm.encode(s.image, PROMPTS["reasoning"].replace("{query}", s.query))
+        for s in (samples[i] for i in range(8))
+    ]  # fewer, and the mean depends on the CPU
 
     def mean_gap():
         groups = sample(crm, prompts, 4, 40, seed=0)
@@ -266,4 +310,4 @@ def test_large_key_biases_in_bfloat16_do_not_part_sampler_and_scorer(monkeypatch
         float32 = mean_gap()
         assert float32 < 0.01
         monkeypatch.setattr(sampling, "scores_float32", lambda q, keys: (q @ keys.mT).float())
-        assert mean_gap() > 2 * float32                 # so the biases are large enough to show it
+        assert mean_gap() > 2 * float32  # so the biases are large enough to show it

@@ -1,20 +1,24 @@
 """The packed forward against the slow, obvious versions: transformers' own forward, completion by completion, and one
 packed sequence under a dense mask. Values and every gradient."""
+
 from dataclasses import replace
 
 import pytest
 import torch
+from conftest import random_crm
+from oracles import dense_score, gradients_of, naive_logp, next_logits
 
 import scoring
-from conftest import random_crm
 from crm import BANNED, END
-from oracles import dense_score, gradients_of, naive_logp, next_logits
 from sampling import sample
 from scoring import all_logp, group_of, logp, make_packs, score
 
 
 def random_weights(groups):
-    return [torch.randn(g.logp.shape, generator=torch.Generator().manual_seed(i)) for i, g in enumerate(groups)]
+    return [
+        torch.randn(g.logp.shape, generator=torch.Generator().manual_seed(i))
+        for i, g in enumerate(groups)
+    ]
 
 
 def assert_same_gradients(gradients, expected):
@@ -22,16 +26,20 @@ def assert_same_gradients(gradients, expected):
     for name, gradient in gradients.items():
         largest = expected[name].abs().max().item()
         assert largest > 0, name
-        torch.testing.assert_close(gradient, expected[name], atol=1e-5 * largest + 1e-6, rtol=1e-3, msg=name)
+        torch.testing.assert_close(
+            gradient, expected[name], atol=1e-5 * largest + 1e-6, rtol=1e-3, msg=name
+        )
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 1.6])
-def test_sampled_equals_scored_equals_naive_for_prompts_and_images_of_different_sizes(crm, prompts, temperature):
+def test_sampled_equals_scored_equals_naive_for_prompts_and_images_of_different_sizes(
+    crm, prompts, temperature
+):
     groups = sample(crm, prompts, 4, 20, temperature, seed=1)
     together = score(crm, [(group, range(4)) for group in groups], temperature)
     for group, (packed, _) in zip(groups, together):
         naive = naive_logp(crm, group, temperature)
-        assert naive.std() > 0.3                        # far from uniform: the comparison means something
+        assert naive.std() > 0.3  # far from uniform: the comparison means something
         for ours in (group.logp, logp(crm, group, range(4), temperature), packed):
             torch.testing.assert_close(ours, naive, atol=1e-5, rtol=0)
 
@@ -39,10 +47,10 @@ def test_sampled_equals_scored_equals_naive_for_prompts_and_images_of_different_
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_every_gradient_of_the_packed_loss_equals_the_naive_one(prompts, checkpointing):
     crm = random_crm(checkpointing=checkpointing)
-    group, = sample(crm, prompts[:1], 4, 20, seed=2)
-    weights, = random_weights([group])
+    (group,) = sample(crm, prompts[:1], 4, 20, seed=2)
+    (weights,) = random_weights([group])
     naive = gradients_of(crm, (naive_logp(crm, group, 1.0) * weights).sum())
-    assert naive.keys() == dict(crm.model.named_parameters()).keys()                # vision tower included
+    assert naive.keys() == dict(crm.model.named_parameters()).keys()  # vision tower included
     assert_same_gradients(gradients_of(crm, (logp(crm, group, range(4)) * weights).sum()), naive)
 
 
@@ -54,11 +62,16 @@ def test_a_pack_of_several_prompts_equals_one_sequence_under_a_dense_mask(prompt
     pack = [(groups[2], [2, 0]), (groups[0], [1]), (groups[1], [0, 1, 2])]
     weights = random_weights(groups)
     weights = [weights[2][[2, 0]], weights[0][[1]], weights[1]]
-    dense, packed = dense_score(crm, pack, temperature), [x for x, _ in score(crm, pack, temperature)]
+    dense, packed = (
+        dense_score(crm, pack, temperature),
+        [x for x, _ in score(crm, pack, temperature)],
+    )
     for ours, slow in zip(packed, dense, strict=True):
         torch.testing.assert_close(ours, slow, atol=1e-5, rtol=0)
     expected = gradients_of(crm, sum((x * w).sum() for x, w in zip(dense, weights)))
-    assert_same_gradients(gradients_of(crm, sum((x * w).sum() for x, w in zip(packed, weights))), expected)
+    assert_same_gradients(
+        gradients_of(crm, sum((x * w).sum() for x, w in zip(packed, weights))), expected
+    )
 
 
 @pytest.mark.parametrize("freeze_vision", [True, False])
@@ -74,7 +87,7 @@ def test_no_size_of_the_packs_changes_a_number(prompts, freeze_vision):
     for ours, slow in zip(reference, naive, strict=True):
         torch.testing.assert_close(ours, slow, atol=1e-5, rtol=0)
     place = {id(group): i for i, group in enumerate(groups)}
-    for budget in (10_000, 240, 1):                                 # one pack, several, one row each
+    for budget in (10_000, 240, 1):  # one pack, several, one row each
         loss = 0.0
         for pack in make_packs(groups, budget):
             for (group, rows), (ours, _) in zip(pack, score(crm, pack), strict=True):
@@ -86,11 +99,11 @@ def test_no_size_of_the_packs_changes_a_number(prompts, freeze_vision):
 
 def test_logits_that_are_recomputed_in_chunks_change_no_gradient(prompts, monkeypatch):
     crm = random_crm()
-    group, = sample(crm, prompts[:1], 3, 12, seed=2)
-    weights, = random_weights([group])
+    (group,) = sample(crm, prompts[:1], 3, 12, seed=2)
+    (weights,) = random_weights([group])
 
     def both():
-        (ours, entropy), = score(crm, [(group, range(3))], 1.0, entropy_gradient=True)
+        ((ours, entropy),) = score(crm, [(group, range(3))], 1.0, entropy_gradient=True)
         return gradients_of(crm, (ours * weights).sum() + entropy.sum())
 
     whole = both()
@@ -104,9 +117,12 @@ def test_a_frozen_vision_tower_runs_once_for_sampler_reference_and_policy(prompt
         crm, seen = random_crm(freeze_vision=frozen, reference=True), []
         for model in (crm.model, crm.ref_model):
             whole = model.model.get_image_features
-            monkeypatch.setattr(model.model, "get_image_features",
-                                lambda *a, whole=whole: seen.append(1) or whole(*a))
-        group, = sample(crm, [replace(prompts[0], features=None)], 2, 5)
+            monkeypatch.setattr(
+                model.model,
+                "get_image_features",
+                lambda *a, whole=whole: seen.append(1) or whole(*a),
+            )
+        (group,) = sample(crm, [replace(prompts[0], features=None)], 2, 5)
         with crm.reference():
             logp(crm, group, [0, 1])
         logp(crm, group, [0, 1]).sum().backward()
@@ -119,30 +135,38 @@ def test_packs_hold_whole_groups_under_a_budget_and_cut_only_what_is_too_long(cr
     size = [len(g.prompt.ids) + int(g.lengths.sum()) for g in groups]
 
     def packs(budget):
-        return [[(place[id(group)], rows) for group, rows in pack] for pack in make_packs(groups, budget)]
+        return [
+            [(place[id(group)], rows) for group, rows in pack]
+            for pack in make_packs(groups, budget)
+        ]
 
     assert packs(sum(size)) == [[(0, [0, 1, 2, 3]), (1, [0, 1, 2, 3]), (2, [0, 1, 2, 3])]]
     assert [[i for i, _ in pack] for pack in packs(size[0] + size[1])] == [[0, 1], [2]]
     for budget in range(max(len(p.ids) for p in prompts) + 12, sum(size), 17):
-        assert [(i, row) for pack in packs(budget) for i, rows in pack for row in rows] == \
-            [(i, row) for i in range(3) for row in range(4)]
+        assert [(i, row) for pack in packs(budget) for i, rows in pack for row in rows] == [
+            (i, row) for i in range(3) for row in range(4)
+        ]
         for pack in make_packs(groups, budget):
             assert sum(len(g.prompt.ids) + int(g.lengths[rows].sum()) for g, rows in pack) <= budget
     assert make_packs([], 100) == []
 
 
 def test_a_group_cut_into_packs_scores_as_a_whole_one(crm, prompts):
-    group, = sample(crm, prompts[:1], 6, 20, seed=3)
+    (group,) = sample(crm, prompts[:1], 6, 20, seed=3)
     budget = len(group.prompt.ids) + 45
     parts = [rows for pack in make_packs([group], budget) for _, rows in pack]
     assert len(parts) > 1 and sum(parts, []) == list(range(6))
     assert all(len(group.prompt.ids) + group.lengths[rows].sum() <= budget for rows in parts)
     assert [rows for pack in make_packs([group], 1) for _, rows in pack] == [[i] for i in range(6)]
     whole = logp(crm, group, range(6))
-    torch.testing.assert_close(torch.cat([logp(crm, group, rows) for rows in parts]), whole, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        torch.cat([logp(crm, group, rows) for rows in parts]), whole, atol=1e-5, rtol=0
+    )
 
 
-def test_all_log_probabilities_come_back_in_the_order_of_the_groups_and_without_gradient(crm, prompts):
+def test_all_log_probabilities_come_back_in_the_order_of_the_groups_and_without_gradient(
+    crm, prompts
+):
     groups = sample(crm, prompts, 3, 12, 0.7, seed=1)
     for budget in (10_000, 150):
         for group, ours in zip(groups, all_logp(crm, groups, budget, 0.7), strict=True):
@@ -151,41 +175,58 @@ def test_all_log_probabilities_come_back_in_the_order_of_the_groups_and_without_
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_entropy_is_that_of_the_distribution_and_has_its_gradient_where_asked_for(prompts, temperature):
+def test_entropy_is_that_of_the_distribution_and_has_its_gradient_where_asked_for(
+    prompts, temperature
+):
     crm = random_crm()
-    group, = sample(crm, prompts[:1], 2, 6, seed=0)
+    (group,) = sample(crm, prompts[:1], 2, 6, seed=0)
     group.lengths[:] = torch.tensor([6, 3])
-    (_, entropy), = score(crm, [(group, [0, 1])], temperature)
+    ((_, entropy),) = score(crm, [(group, [0, 1])], temperature)
     assert not entropy.requires_grad and (entropy[1, 3:] == 0).all()
-    (_, with_gradient), = score(crm, [(group, [0, 1])], temperature, entropy_gradient=True)
+    ((_, with_gradient),) = score(crm, [(group, [0, 1])], temperature, entropy_gradient=True)
     slow = []
     for row, n in ((0, 6), (1, 3)):
         for t in range(n):
-            logits = next_logits(crm, group.prompt, torch.cat([group.prompt.ids, group.tokens[row, :t]]), temperature)
+            logits = next_logits(
+                crm, group.prompt, torch.cat([group.prompt.ids, group.tokens[row, :t]]), temperature
+            )
             p = logits.softmax(-1)
             slow.append(-(p * p.clamp(min=1e-30).log()).sum())
     for ours in (entropy, with_gradient):
-        torch.testing.assert_close(torch.cat([ours[0], ours[1, :3]]), torch.stack(slow), atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            torch.cat([ours[0], ours[1, :3]]), torch.stack(slow), atol=1e-5, rtol=0
+        )
     assert_same_gradients(gradients_of(crm, with_gradient.sum()), gradients_of(crm, sum(slow)))
 
 
 def test_log_probabilities_of_a_bfloat16_model_are_computed_in_float32():
     crm = random_crm()
     crm.model.bfloat16()
-    hidden, targets = torch.randn(9, 64, generator=torch.Generator().manual_seed(0)).bfloat16(), torch.arange(40, 49)
-    slow = (crm.model.lm_head(hidden).double() / 0.7).index_fill(1, crm.banned, -torch.inf).log_softmax(-1)
+    hidden, targets = (
+        torch.randn(9, 64, generator=torch.Generator().manual_seed(0)).bfloat16(),
+        torch.arange(40, 49),
+    )
+    slow = (
+        (crm.model.lm_head(hidden).double() / 0.7)
+        .index_fill(1, crm.banned, -torch.inf)
+        .log_softmax(-1)
+    )
     ours, entropy = scoring.token_logp(crm, hidden, targets, 0.7)
-    torch.testing.assert_close(ours.double(), slow.gather(1, targets[:, None])[:, 0], atol=1e-5, rtol=0)
-    torch.testing.assert_close(entropy.double(), -(slow.exp() * slow.clamp(min=-1e6)).sum(-1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        ours.double(), slow.gather(1, targets[:, None])[:, 0], atol=1e-5, rtol=0
+    )
+    torch.testing.assert_close(
+        entropy.double(), -(slow.exp() * slow.clamp(min=-1e6)).sum(-1), atol=1e-5, rtol=0
+    )
 
 
 def test_a_forced_vision_token_scores_without_a_crash(crm, prompts):
-    group, = sample(crm, prompts[:1], 3, 8)
+    (group,) = sample(crm, prompts[:1], 3, 8)
     for token in crm.tokenizer.convert_tokens_to_ids(list(BANNED)):
         group.tokens[:2, 1] = token
         ours = logp(crm, group, [0, 1, 2])
         assert ours.isfinite().all() and (ours[:2, 1] < -1e6).all()
-        assert (ours[2, :int(group.lengths[2])] > -100).all()
+        assert (ours[2, : int(group.lengths[2])] > -100).all()
 
 
 def test_scoring_leaves_the_sampler_as_it_was(prompts):
@@ -199,9 +240,15 @@ def test_scoring_leaves_the_sampler_as_it_was(prompts):
 def test_given_texts_become_a_group_of_ended_completions(crm, prompts):
     texts = ["a", "two words", "text that says <|im_end|> and <|image_pad|>"]
     group = group_of(crm, prompts[0], texts)
-    end, = crm.tokenizer.convert_tokens_to_ids(END[:1])
+    (end,) = crm.tokenizer.convert_tokens_to_ids(END[:1])
     for text, tokens, n in zip(texts, group.tokens, group.lengths.tolist()):
-        assert tokens[n - 1] == end and (tokens[:n] == end).sum() == 1 and not torch.isin(tokens, crm.banned).any()
-        assert crm.tokenizer.decode(tokens[:n - 1]) == text
+        assert (
+            tokens[n - 1] == end
+            and (tokens[:n] == end).sum() == 1
+            and not torch.isin(tokens, crm.banned).any()
+        )
+        assert crm.tokenizer.decode(tokens[: n - 1]) == text
     assert group.finished.all() and group.texts == texts
-    torch.testing.assert_close(logp(crm, group, range(3)), naive_logp(crm, group, 1.0), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        logp(crm, group, range(3)), naive_logp(crm, group, 1.0), atol=1e-5, rtol=0
+    )

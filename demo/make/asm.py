@@ -15,6 +15,7 @@ sides 0.867. The ellipse that fills the true box has 0.865, so this is a stand-i
 well and is weak on the corpus callosum (0.32) and the ventricles (0.69). The loss was still falling: more
 --steps, and the bigger pool of demo.make.data, are the way to a better one.
 """
+
 import argparse
 import json
 import math
@@ -29,8 +30,17 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 
-from asm import (ASM, BOX_LABELS, POINT_LABEL, SAM2_CONFIG, build_model, image_features, load_asm, normalise,
-                 read_config)
+from asm import (
+    ASM,
+    BOX_LABELS,
+    POINT_LABEL,
+    SAM2_CONFIG,
+    build_model,
+    image_features,
+    load_asm,
+    normalise,
+    read_config,
+)
 from data import load_samples
 
 HERE = Path(__file__).parent
@@ -42,7 +52,10 @@ def save_asm(asm, folder, dtype=torch.float32):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     omegaconf.OmegaConf.save(omegaconf.OmegaConf.create(asm.config), folder / "config.yaml")
-    weights = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in asm.model.state_dict().items()}
+    weights = {
+        name: tensor.to("cpu", dtype).contiguous()
+        for name, tensor in asm.model.state_dict().items()
+    }
     safetensors.torch.save_file(weights, folder / "model.safetensors")
 
 
@@ -52,9 +65,20 @@ def tiny_config(image_size=128, width=16, stages=(1, 1, 2, 1), global_blocks=(3,
     config = read_config(SAM2_CONFIG)
     model = config["model"]
     model["image_size"] = image_size
-    encoder, attention, memory = model["image_encoder"], model["memory_attention"], model["memory_encoder"]
-    encoder["trunk"] |= {"embed_dim": width, "stages": list(stages), "global_att_blocks": list(global_blocks)}
-    encoder["neck"] |= {"d_model": neck, "backbone_channel_list": [8 * width, 4 * width, 2 * width, width]}
+    encoder, attention, memory = (
+        model["image_encoder"],
+        model["memory_attention"],
+        model["memory_encoder"],
+    )
+    encoder["trunk"] |= {
+        "embed_dim": width,
+        "stages": list(stages),
+        "global_att_blocks": list(global_blocks),
+    }
+    encoder["neck"] |= {
+        "d_model": neck,
+        "backbone_channel_list": [8 * width, 4 * width, 2 * width, width],
+    }
     encoder["neck"]["position_encoding"]["num_pos_feats"] = neck
     # the memory is for video and is never called here; SAM 2 cannot be built without it
     attention |= {"d_model": neck, "num_layers": 1}
@@ -68,8 +92,10 @@ def tiny_config(image_size=128, width=16, stages=(1, 1, 2, 1), global_blocks=(3,
 
 # ---------------------------------------------------------------- training
 
+
 def load_pool(paths, size):
     """Every training sample, squashed to size x size: uint8 images (N, 3, S, S) and masks (N, 1, S, S)."""
+
     def square(array):  # (c, H, W) -> (c, size, size)
         array = torch.from_numpy(array).float()[None]
         return F.interpolate(array, (size, size), mode="bilinear", antialias=True)[0]
@@ -90,10 +116,18 @@ def augment(images, masks, size, rng):
     def uniform(low, high, *shape):
         return torch.rand(B, *shape, generator=rng) * (high - low) + low
 
-    angle, zoom, flip = uniform(-0.35, 0.35), uniform(0.55, 1.1, 1), (uniform(0, 1, 2) < 0.5) * 2.0 - 1
+    angle, zoom, flip = (
+        uniform(-0.35, 0.35),
+        uniform(0.55, 1.1, 1),
+        (uniform(0, 1, 2) < 0.5) * 2.0 - 1,
+    )
     axis, area = torch.linspace(-1, 1, masks.shape[-1]), masks.sum((1, 2, 3)).clamp(min=1)
-    target = torch.stack([(masks[:, 0].sum(dim) * axis).sum(1) / area for dim in (1, 2)], 1)  # (B, 2)
-    centre = torch.clamp(uniform(-1, 1, 2) * (1 - zoom).abs(), target - 0.5 * zoom, target + 0.5 * zoom)
+    target = torch.stack(
+        [(masks[:, 0].sum(dim) * axis).sum(1) / area for dim in (1, 2)], 1
+    )  # (B, 2)
+    centre = torch.clamp(
+        uniform(-1, 1, 2) * (1 - zoom).abs(), target - 0.5 * zoom, target + 0.5 * zoom
+    )
     turn = torch.stack((angle.cos(), -angle.sin(), angle.sin(), angle.cos()), 1).view(B, 2, 2)
     theta = torch.cat((turn * zoom[..., None] * flip[:, None], centre[..., None]), 2)  # (B, 2, 3)
     grid = F.affine_grid(theta, (B, 4, size, size), align_corners=False)
@@ -116,8 +150,10 @@ def shaken_prompts(masks, rng):
     corners = torch.stack((torch.stack(low, 1), torch.stack(high, 1)), 1).float()  # (B, 2, 2)
     depth = 0
     for k in (5, 13, 31):  # in two thin passes: a wide window in one is slow
-        depth = depth + F.avg_pool2d(F.avg_pool2d(masks, (k, 1), 1, (k // 2, 0)), (1, k), 1, (0, k // 2))
-    cells = torch.multinomial((depth ** 4 * masks).flatten(1) + 1e-12, 2, generator=rng)
+        depth = depth + F.avg_pool2d(
+            F.avg_pool2d(masks, (k, 1), 1, (k // 2, 0)), (1, k), 1, (0, k // 2)
+        )
+    cells = torch.multinomial((depth**4 * masks).flatten(1) + 1e-12, 2, generator=rng)
     points = torch.stack((cells % S, cells // S), 2).float()  # (B, 2, 2)
     sides = (corners[:, 1] - corners[:, 0])[:, None]  # (B, 1, 2)
     noise = torch.randn(B, 4, 2, generator=rng) * torch.rand(B, 4, 1, generator=rng) * sides
@@ -128,7 +164,9 @@ def mask_loss(logits, masks):
     """Dice + cross-entropy of every mask: logits (B, m, h, w) and masks (B, 1, h, w) -> (B, m)."""
     masks, chance = masks.expand_as(logits), logits.sigmoid()
     dice = 1 - (2 * (chance * masks).sum((-1, -2)) + 1) / ((chance + masks).sum((-1, -2)) + 1)
-    return dice + 2 * F.binary_cross_entropy_with_logits(logits, masks, reduction="none").mean((-1, -2))
+    return dice + 2 * F.binary_cross_entropy_with_logits(logits, masks, reduction="none").mean(
+        (-1, -2)
+    )
 
 
 def train_loss(model, images, masks, coords, blind=False):
@@ -138,7 +176,10 @@ def train_loss(model, images, masks, coords, blind=False):
     if blind:
         B, D, side = len(images), model.hidden_dim, model.sam_image_embedding_size
         embedding = torch.zeros(B, D, side, side)
-        finer = [torch.zeros(B, D // 8, 4 * side, 4 * side), torch.zeros(B, D // 4, 2 * side, 2 * side)]
+        finer = [
+            torch.zeros(B, D // 8, 4 * side, 4 * side),
+            torch.zeros(B, D // 4, 2 * side, 2 * side),
+        ]
     else:
         embedding, finer = image_features(model, normalise(images))
     labels = torch.tensor(BOX_LABELS + 2 * POINT_LABEL).expand(len(coords), -1)
@@ -148,8 +189,13 @@ def train_loss(model, images, masks, coords, blind=False):
         prompt = coords[:, keep], labels[:, keep]
         sparse, dense = model.sam_prompt_encoder(points=prompt, boxes=None, masks=None)
         logits, scores, _, _ = model.sam_mask_decoder.predict_masks(  # (B, 4, S/4, S/4), (B, 4)
-            image_embeddings=embedding, image_pe=model.sam_prompt_encoder.get_dense_pe(), repeat_image=False,
-            sparse_prompt_embeddings=sparse, dense_prompt_embeddings=dense, high_res_features=finer)
+            image_embeddings=embedding,
+            image_pe=model.sam_prompt_encoder.get_dense_pe(),
+            repeat_image=False,
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
+            high_res_features=finer,
+        )
         logits = F.interpolate(logits, scale_factor=2, mode="bilinear")
         losses = mask_loss(logits, target)  # (B, 4)
         hit, true = logits > 0, target > 0.5
@@ -174,12 +220,19 @@ def train(args, images, masks, report=100):
             model.load_state_dict(weights)
         optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.02)
         for step in range(step + 1, step + steps + 1):
-            rate = args.lr * min(1, step / 100) * 0.5 * (1 + math.cos(math.pi * step / sum(args.steps)))
+            rate = (
+                args.lr
+                * min(1, step / 100)
+                * 0.5
+                * (1 + math.cos(math.pi * step / sum(args.steps)))
+            )
             if len(order) < args.batch:
                 order = torch.randperm(len(images), generator=rng)
-            rows, order = order[:args.batch], order[args.batch:]
+            rows, order = order[: args.batch], order[args.batch :]
             seen, wanted = augment(images[rows], masks[rows], size, rng)
-            loss = train_loss(model, seen, wanted, shaken_prompts(wanted, rng), step <= args.blind_steps)
+            loss = train_loss(
+                model, seen, wanted, shaken_prompts(wanted, rng), step <= args.blind_steps
+            )
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
@@ -195,6 +248,7 @@ def train(args, images, masks, report=100):
 
 # ---------------------------------------------------------------- measuring
 
+
 def dice(a, b):
     """Two bool masks -> 2|A and B| / (|A| + |B|)."""
     return 2 * (a & b).sum() / max(1, a.sum() + b.sum())
@@ -203,7 +257,7 @@ def dice(a, b):
 def ellipse(box, shape):
     """The ellipse that fills a box, as a bool mask (H, W): what one gets without looking at the image."""
     x1, y1, x2, y2 = box
-    y, x = np.ogrid[:shape[0], :shape[1]]
+    y, x = np.ogrid[: shape[0], : shape[1]]
     return ((2 * x + 1 - x1 - x2) / (x2 - x1)) ** 2 + ((2 * y + 1 - y1 - y2) / (y2 - y1)) ** 2 <= 1
 
 
@@ -213,20 +267,29 @@ def measure(asm, samples):
     for sample in samples:
         dices = {"ellipse": dice(ellipse(sample.bbox, sample.mask.shape), sample.mask)}
         for kind in PROMPT_KINDS:
-            masks, _ = asm.segment(np.array(sample.image), boxes=[sample.bbox] if "box" in kind else None,
-                                   points=[sample.points] if "points" in kind else None)
+            masks, _ = asm.segment(
+                np.array(sample.image),
+                boxes=[sample.bbox] if "box" in kind else None,
+                points=[sample.points] if "points" in kind else None,
+            )
             dices[kind] = dice(masks[0], sample.mask)
         for group in ("all", sample.supercategory):
             for kind, value in dices.items():
                 found[group][kind].append(value)
-    return {group: {"n": len(kinds["box"])} | {kind: round(float(np.mean(v)), 4) for kind, v in kinds.items()}
-            for group, kinds in sorted(found.items())}
+    return {
+        group: {"n": len(kinds["box"])}
+        | {kind: round(float(np.mean(v)), 4) for kind, v in kinds.items()}
+        for group, kinds in sorted(found.items())
+    }
 
 
 # ---------------------------------------------------------------- parity with sam2's own predictor
 
 PARITY = HERE / "asm_parity.npz"
-PARITY_BOX, PARITY_POINTS = np.array([21.5, 12.0, 70.0, 60.25]), np.array([[40.0, 30.0], [55.5, 41.0]])
+PARITY_BOX, PARITY_POINTS = (
+    np.array([21.5, 12.0, 70.0, 60.25]),
+    np.array([[40.0, 30.0], [55.5, 41.0]]),
+)
 
 
 def parity_case(multimask):
@@ -237,21 +300,28 @@ def parity_case(multimask):
     for name, value in sorted(model.state_dict().items()):
         noise = torch.from_numpy(stream.standard_normal(value.shape)).float()
         fan_in = math.prod(value.shape[1:]) if value.ndim > 1 else 1
-        value.copy_(noise / math.sqrt(fan_in) if value.ndim > 1 else (name.endswith("weight") + 0.1 * noise))
+        value.copy_(
+            noise / math.sqrt(fan_in) if value.ndim > 1 else (name.endswith("weight") + 0.1 * noise)
+        )
     coarse = stream.uniform(0, 255, (10, 13, 3))
-    image = np.uint8(coarse.repeat(9, 0).repeat(9, 1)[:83, :111] * stream.uniform(0.8, 1, (83, 111, 1)))
+    image = np.uint8(
+        coarse.repeat(9, 0).repeat(9, 1)[:83, :111] * stream.uniform(0.8, 1, (83, 111, 1))
+    )
     return ASM(model, config, multimask), image
 
 
 def parity_prompts(kind):
     """Keyword arguments of ASM.segment for one of PROMPT_KINDS."""
-    return {"boxes": PARITY_BOX[None] if "box" in kind else None,
-            "points": PARITY_POINTS[None] if "points" in kind else None}
+    return {
+        "boxes": PARITY_BOX[None] if "box" in kind else None,
+        "points": PARITY_POINTS[None] if "points" in kind else None,
+    }
 
 
 def predictor_answers():
     """What SAM2ImagePredictor says of the parity case: {"KIND/multimask/what": array}. Needs torchvision."""
     from sam2.sam2_image_predictor import SAM2ImagePredictor
+
     answers = {}
     for multimask in (False, True):
         asm, image = parity_case(multimask)
@@ -265,19 +335,30 @@ def predictor_answers():
                 box=None if prompts["boxes"] is None else PARITY_BOX,
                 point_coords=None if prompts["points"] is None else PARITY_POINTS,
                 point_labels=None if prompts["points"] is None else np.ones(2, int),
-                multimask_output=multimask)
+                multimask_output=multimask,
+            )
             best = scores.argmax()
-            for what, value in (("mask", masks[best] > 0), ("score", scores[best]), ("logits", logits[best])):
+            for what, value in (
+                ("mask", masks[best] > 0),
+                ("score", scores[best]),
+                ("logits", logits[best]),
+            ):
                 answers[f"{kind}/{multimask}/{what}"] = value
     return answers
 
 
 def write_parity():
     import torchvision
+
     np.savez_compressed(PARITY, **predictor_answers())
-    about = {"what": "answers of sam2's SAM2ImagePredictor for make_asm.parity_case, compared in test_asm.py",
-             "command": "python -m demo.make.asm --parity", "torch": torch.__version__,
-             "torchvision": torchvision.__version__, "sam2": version("sam2"), "numpy": np.__version__}
+    about = {
+        "what": "answers of sam2's SAM2ImagePredictor for make_asm.parity_case, compared in test_asm.py",
+        "command": "python -m demo.make.asm --parity",
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "sam2": version("sam2"),
+        "numpy": np.__version__,
+    }
     PARITY.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n")
 
 
@@ -289,47 +370,96 @@ def write_prepared():
     nearest neighbours (whole numbers, before the normalisation)."""
     import cv2
     import skimage.transform
+
     rng, held = np.random.default_rng(0), {}
-    for name, (H, W), high in (("wide", (70, 120), 256), ("small", (20, 31), 180), ("flat", (50, 48), 1)):
+    for name, (H, W), high in (
+        ("wide", (70, 120), 256),
+        ("small", (20, 31), 180),
+        ("flat", (50, 48), 1),
+    ):
         blobs = cv2.GaussianBlur(rng.integers(0, high, (H, W, 3), dtype=np.uint8), (0, 0), 1.5)
-        square = skimage.transform.resize(blobs, (PREPARED_SIDE,) * 2, order=3, preserve_range=True,
-                                          anti_aliasing=True).astype(np.uint8)
-        held |= {f"{name}/image": blobs,
-                 f"{name}/medsam": (square - square.min()) / np.clip(square.max() - square.min(), 1e-8, None),
-                 f"{name}/sam-med2d": cv2.resize(blobs, (PREPARED_SIDE,) * 2, interpolation=cv2.INTER_NEAREST)}
+        square = skimage.transform.resize(
+            blobs, (PREPARED_SIDE,) * 2, order=3, preserve_range=True, anti_aliasing=True
+        ).astype(np.uint8)
+        held |= {
+            f"{name}/image": blobs,
+            f"{name}/medsam": (square - square.min())
+            / np.clip(square.max() - square.min(), 1e-8, None),
+            f"{name}/sam-med2d": cv2.resize(
+                blobs, (PREPARED_SIDE,) * 2, interpolation=cv2.INTER_NEAREST
+            ),
+        }
     np.savez_compressed(PREPARED, **held)
-    about = {"what": "images prepared for MedSAM and SAM-Med2D, compared in test_asm.py",
-             "command": "python -m demo.make.asm --prepared", "scikit-image": version("scikit-image"),
-             "opencv": cv2.__version__, "numpy": np.__version__}
+    about = {
+        "what": "images prepared for MedSAM and SAM-Med2D, compared in test_asm.py",
+        "command": "python -m demo.make.asm --prepared",
+        "scikit-image": version("scikit-image"),
+        "opencv": cv2.__version__,
+        "numpy": np.__version__,
+    }
     PREPARED.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n")
 
 
 # ---------------------------------------------------------------- main
 
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--data", nargs="+", default=[HERE / "data"], type=Path, help="folders whose train split is learned")
+    add(
+        "--data",
+        nargs="+",
+        default=[HERE / "data"],
+        type=Path,
+        help="folders whose train split is learned",
+    )
     add("--test", default=HERE / "data", type=Path, help="folder whose test split is measured")
     add("--out", default=HERE / "asm", type=Path)
     add("--width", type=int, default=16, help="channels of the trunk's first stage")
     add("--stages", type=int, nargs=4, default=(1, 1, 2, 1), help="blocks of the trunk's stages")
-    add("--global-blocks", type=int, nargs="+", default=(3,), help="blocks that attend to the whole image")
+    add(
+        "--global-blocks",
+        type=int,
+        nargs="+",
+        default=(3,),
+        help="blocks that attend to the whole image",
+    )
     add("--neck", type=int, default=64, help="channels of the decoder")
-    add("--sizes", type=int, nargs="+", default=(128, 192), help="sides of the square, one after the other")
+    add(
+        "--sizes",
+        type=int,
+        nargs="+",
+        default=(128, 192),
+        help="sides of the square, one after the other",
+    )
     add("--steps", type=int, nargs="+", default=(1100, 500), help="steps at each size")
-    add("--blind-steps", type=int, default=250, help="first steps, in which the decoder sees no image")
+    add(
+        "--blind-steps",
+        type=int,
+        default=250,
+        help="first steps, in which the decoder sees no image",
+    )
     add("--batch", type=int, default=16, help="images a step, each asked for in three ways")
     add("--lr", type=float, default=2e-3)
     add("--seed", type=int, default=0)
     add("--threads", type=int, default=2, help="where other work shares the cores, 1 is faster")
-    add("--parity", action="store_true", help="write tests/golden/asm_parity.npz from sam2's own predictor, and stop")
-    add("--prepared", action="store_true", help="write tests/golden/asm_prepared.npz from scikit-image and OpenCV, and stop")
+    add(
+        "--parity",
+        action="store_true",
+        help="write tests/golden/asm_parity.npz from sam2's own predictor, and stop",
+    )
+    add(
+        "--prepared",
+        action="store_true",
+        help="write tests/golden/asm_prepared.npz from scikit-image and OpenCV, and stop",
+    )
     args = parser.parse_args()
     if args.parity or args.prepared:
         return write_parity() if args.parity else write_prepared()
     if len(args.sizes) != len(args.steps):
-        parser.error(f"--sizes has {len(args.sizes)} values and --steps {len(args.steps)}, not as many")
+        parser.error(
+            f"--sizes has {len(args.sizes)} values and --steps {len(args.steps)}, not as many"
+        )
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     images, masks = load_pool(args.data, args.sizes[-1])
@@ -339,10 +469,19 @@ def main():
     measured = measure(load_asm(args.out, "cpu"), load_samples(args.test, "test"))
     for group, row in measured.items():
         print(f"{group:14s}" + "".join(f"  {kind} {value:<6g}" for kind, value in row.items()))
-    settings = {key: value for key, value in vars(args).items()
-                if key not in ("data", "test", "out", "parity", "prepared")}
-    report = {"settings": settings, "samples": len(images), "seconds": round(seconds), "dice": measured,
-              "parameters": sum(p.numel() for p in asm.model.parameters()), "torch": torch.__version__}
+    settings = {
+        key: value
+        for key, value in vars(args).items()
+        if key not in ("data", "test", "out", "parity", "prepared")
+    }
+    report = {
+        "settings": settings,
+        "samples": len(images),
+        "seconds": round(seconds),
+        "dice": measured,
+        "parameters": sum(p.numel() for p in asm.model.parameters()),
+        "torch": torch.__version__,
+    }
     (args.out / "train.json").write_text(json.dumps(report, indent=1) + "\n")
 
 

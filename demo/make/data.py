@@ -14,6 +14,7 @@ demo/make/wordings.py. extra_info.names: lower-case words of which one in a trac
 Measured on one core of a shared two-core machine (2026-11-24): 23 s and 10.2 MB for the default, 131 s for
 the 12,000.
 """
+
 import argparse
 import gzip
 import io
@@ -140,7 +141,9 @@ def load_brain(wheel):
     from hand-placed seeds, as dark fluid clefts part them from the cerebrum; hemispheres: the rest, halved.
     """
     if not Path(wheel).is_file():
-        raise SystemExit(f"{wheel} is missing: python -m pip download --no-deps -d build nilearn==0.14.1")
+        raise SystemExit(
+            f"{wheel} is missing: python -m pip download --no-deps -d build nilearn==0.14.1"
+        )
     with zipfile.ZipFile(wheel) as archive:
         name = "nilearn/datasets/data/mni_icbm152_{}_tal_nlin_sym_09a_converted.nii.gz"
         t1, grey, white = (read_nifti(archive.read(name.format(k))) for k in ("t1", "gm", "wm"))
@@ -148,21 +151,54 @@ def load_brain(wheel):
     x, y, z = np.ogrid[-98:99, -134:99, -72:117]
     fluid = brain & (grey.astype(np.int16) + white < 110)
     pockets, _ = ndimage.label(fluid & (abs(x) < 40) & (y > -60) & (y < 42) & (z > -22) & (z < 34))
-    sides = [pockets == np.bincount(pockets[half].ravel())[1:].argmax() + 1 for half in np.s_[:85, 112:]]
+    sides = [
+        pockets == np.bincount(pockets[half].ravel())[1:].argmax() + 1 for half in np.s_[:85, 112:]
+    ]
     markers = np.zeros(t1.shape, np.int16)
     markers[(z > 25) | (y > 5) | ((z > -7) & (abs(x) < 25) & (y > -32))] = 3
-    place_balls(markers, 3, (50, -20, -20, 8), (20, -92, 5, 8), (45, -70, 5, 8), (55, -45, -10, 7),
-                (25, -25, -15, 3), (12, -15, 8, 6), (30, -75, -5, 4), (30, -45, -8, 4), (10, -60, 5, 4),
-                (0, -40, 10, 4))
-    place_balls(markers, 1, *chain((8, -60, -30, 6), (16, -57, -36, 9), (30, -58, -38, 9), (34, -68, -48, 6)),
-                *chain((0, -50, -16, 4), (0, -62, -18, 6), (0, -72, -28, 6), (0, -62, -42, 5)))
-    place_balls(markers, 2, *chain((4, -22, -10, 6), (5, -25, -20, 8), (5, -26, -31, 11), (0, -34, -44, 8),
-                                   (0, -42, -56, 7), (0, -44, -68, 6)), (0, -34, -10, 4))
+    place_balls(
+        markers,
+        3,
+        (50, -20, -20, 8),
+        (20, -92, 5, 8),
+        (45, -70, 5, 8),
+        (55, -45, -10, 7),
+        (25, -25, -15, 3),
+        (12, -15, 8, 6),
+        (30, -75, -5, 4),
+        (30, -45, -8, 4),
+        (10, -60, 5, 4),
+        (0, -40, 10, 4),
+    )
+    place_balls(
+        markers,
+        1,
+        *chain((8, -60, -30, 6), (16, -57, -36, 9), (30, -58, -38, 9), (34, -68, -48, 6)),
+        *chain((0, -50, -16, 4), (0, -62, -18, 6), (0, -72, -28, 6), (0, -62, -42, 5)),
+    )
+    place_balls(
+        markers,
+        2,
+        *chain(
+            (4, -22, -10, 6),
+            (5, -25, -20, 8),
+            (5, -26, -31, 11),
+            (0, -34, -44, 8),
+            (0, -42, -56, 7),
+            (0, -44, -68, 6),
+        ),
+        (0, -34, -10, 4),
+    )
     markers[~brain] = 4
     parts, low = np.full(t1.shape, 3, np.int16), np.s_[:, 10:150, :110]
     parts[low] = ndimage.watershed_ift(255 - t1[low], markers[low])
-    little = ndimage.binary_closing(np.pad(parts[low] == 1, 4), iterations=3)[4:-4, 4:-4, 4:-4] & brain[low]
-    parts[low][little & (parts[low] != 2)] = 1  # back from the cerebrum: the fissures between its leaves
+    little = (
+        ndimage.binary_closing(np.pad(parts[low] == 1, 4), iterations=3)[4:-4, 4:-4, 4:-4]
+        & brain[low]
+    )
+    parts[low][little & (parts[low] != 2)] = (
+        1  # back from the cerebrum: the fissures between its leaves
+    )
     tissue = brain & (t1 > 80)
     cerebrum = brain & (parts == 3)
     middle, _ = ndimage.label(white[98] > 128)
@@ -171,7 +207,9 @@ def load_brain(wheel):
     structures = {
         "ventricles": sides[0] | sides[1],
         "cerebellum": ndimage.binary_opening(tissue & (parts == 1), iterations=2),
-        "brain stem": ndimage.binary_opening(tissue & (parts == 2) & (abs(x) < 16) & (z < -4), iterations=2),
+        "brain stem": ndimage.binary_opening(
+            tissue & (parts == 2) & (abs(x) < 16) & (z < -4), iterations=2
+        ),
         "corpus callosum": (white > 140) & arch[None] & (abs(x) < 12),
         "hemisphere:left": cerebrum & (x > 0),  # the image's left is the patient's right
         "hemisphere:right": cerebrum & (x < 0),
@@ -187,7 +225,9 @@ def part_of(plane, index):
 
 def cut(volume, plane, index):
     """One slice as an image: axial and coronal in the radiological convention, sagittal facing left."""
-    flat = {"sagittal": volume[index], "coronal": volume[:, index], "axial": volume[:, :, index]}[plane]
+    flat = {"sagittal": volume[index], "coronal": volume[:, index], "axial": volume[:, :, index]}[
+        plane
+    ]
     return flat[::-1, ::-1].T
 
 
@@ -202,8 +242,16 @@ def usable_slices(structures):
             for index in np.flatnonzero(areas >= least).tolist():
                 usable.setdefault((category, part_of(plane, index)), []).append((plane, index))
     for plane in ("axial", "coronal", "sagittal"):
-        at = [{abs(i - 98) if plane == "sagittal" else i for (_, part), s in usable.items() if part == p
-               for q, i in s if q == plane} for p in (0, 1)]
+        at = [
+            {
+                abs(i - 98) if plane == "sagittal" else i
+                for (_, part), s in usable.items()
+                if part == p
+                for q, i in s
+                if q == plane
+            }
+            for p in (0, 1)
+        ]
         assert min(abs(a - b) for a in at[0] for b in at[1]) >= GAP, plane
     assert all((category, part) in usable for category in PLANES for part in (0, 1)), "no slice"
     return usable
@@ -215,9 +263,9 @@ def usable_slices(structures):
 def pick_size(rng):
     """(height, width): mostly 112 to 140 pixels, some up to 168, few up to 224; two in five are square."""
     draw = rng.uniform()
-    low, high = (112, 140) if draw < .87 else (141, 168) if draw < .98 else (169, 224)
+    low, high = (112, 140) if draw < 0.87 else (141, 168) if draw < 0.98 else (169, 224)
     height, width = (low + (high + 1 - low) * rng.uniform(size=2) ** 1.4).astype(int).tolist()
-    return (height, height) if rng.uniform() < .4 else (height, width)
+    return (height, height) if rng.uniform() < 0.4 else (height, width)
 
 
 def encode_image(pixels):
@@ -227,7 +275,9 @@ def encode_image(pixels):
 
 
 def encode_mask(mask):
-    Image.fromarray(mask.astype(np.uint8) * 255).save(buffer := io.BytesIO(), format="PNG", optimize=True)
+    Image.fromarray(mask.astype(np.uint8) * 255).save(
+        buffer := io.BytesIO(), format="PNG", optimize=True
+    )
     return buffer.getvalue()
 
 
@@ -265,7 +315,7 @@ def make_sample(seed, part, index, brain, clinic):
         pieces, count = ndimage.label(mask)
         if count > 1:  # crumbs would stretch the box
             areas = np.bincount(pieces.ravel())[1:]
-            mask = np.isin(pieces, np.flatnonzero(areas >= .08 * areas.max()) + 1)
+            mask = np.isin(pieces, np.flatnonzero(areas >= 0.08 * areas.max()) + 1)
         if mask.sum() >= 80 and min(np.ptp(np.argwhere(mask), 0)) >= 8:
             break
     box, points = box_from_mask(mask), keypoints_from_mask(mask)
@@ -278,12 +328,21 @@ def make_sample(seed, part, index, brain, clinic):
         "prompt": [{"role": "user", "content": query}],
         "images": [{"bytes": encode_image(pixels), "path": f"{identity}.jpg"}],
         "masks": [{"bytes": encode_mask(mask), "path": f"{identity}_mask.png"}],
-        "reward_model": {"style": "rule", "ground_truth": json.dumps({"bbox_2d": box, "point_2d": points})},
+        "reward_model": {
+            "style": "rule",
+            "ground_truth": json.dumps({"bbox_2d": box, "point_2d": points}),
+        },
         "extra_info": {
-            "id": identity, "supercategory": WORDS[category].group, "category": category, "index": index,
-            "modality": modality, "wording": wording, "unseen_wording": unseen,
+            "id": identity,
+            "supercategory": WORDS[category].group,
+            "category": category,
+            "index": index,
+            "modality": modality,
+            "wording": wording,
+            "unseen_wording": unseen,
             "think": pick_trace(rng, category, modality, side, box, size),
-            "names": names(category, side), "image_source": source,
+            "names": names(category, side),
+            "image_source": source,
         },
     }
     return row, pixels, mask
@@ -300,15 +359,25 @@ def write_parquet(rows, path):
 def write_showcase(rows, pixels, folder, licence):
     """Standalone pictures of test rows, with a README of suggested queries and the template's notice."""
     folder.mkdir(parents=True, exist_ok=True)
-    lines = ["# Test pictures", "",
-             "Out of the demo's test part, so no demo model was trained on them. For example:", "",
-             "    python infer.py --image demo/images/NAME --query \"...\"", "",
-             "| picture | suggested query | target | true box |", "|---|---|---|---|"]
+    lines = [
+        "# Test pictures",
+        "",
+        "Out of the demo's test part, so no demo model was trained on them. For example:",
+        "",
+        '    python infer.py --image demo/images/NAME --query "..."',
+        "",
+        "| picture | suggested query | target | true box |",
+        "|---|---|---|---|",
+    ]
     for name, (category, modality, source) in SHOWCASE.items():
         for row, image in zip(rows, pixels):
             info = row["extra_info"]
             kind = info["category"], info["modality"]
-            if kind == (category, modality) and source in info["image_source"] and not info["unseen_wording"]:
+            if (
+                kind == (category, modality)
+                and source in info["image_source"]
+                and not info["unseen_wording"]
+            ):
                 Image.fromarray(image).save(folder / f"{name}.png", optimize=True)
                 box = [round(v) for v in json.loads(row["reward_model"]["ground_truth"])["bbox_2d"]]
                 lines.append(f"| {name}.png | {row['prompt'][0]['content']} | {category} | {box} |")
@@ -350,7 +419,9 @@ def main():
     parser.add_argument("--images", type=Path, help="folder of standalone pictures")
     parser.add_argument("--wheel", default=WHEEL, help="the nilearn wheel")
     parser.add_argument("--patients", default=patients.ARCHIVE, help="pyradiomics' source package")
-    parser.add_argument("--preview", type=Path, help="also write a contact sheet of 62 samples to this PNG")
+    parser.add_argument(
+        "--preview", type=Path, help="also write a contact sheet of 62 samples to this PNG"
+    )
     args = parser.parse_args()
     if args.images is None and args.out == Path("demo/data"):
         args.images = Path("demo/images")
@@ -368,8 +439,10 @@ def main():
         rows = [row for row, _, _ in made]
         sizes[split] = write_parquet(rows, args.out / f"{split}.parquet")
         infos = [row["extra_info"] for row in rows]
-        counts.update((info["supercategory"], info["category"], info["modality"], split) for info in infos)
-        preview = preview or rows[:2 * len(SOURCES)]
+        counts.update(
+            (info["supercategory"], info["category"], info["modality"], split) for info in infos
+        )
+        preview = preview or rows[: 2 * len(SOURCES)]
         if split == "test" and args.images:
             write_showcase(rows, [pixels for _, pixels, _ in made], args.images, licence)
     print(f"{'super-category':15}{'category':18}{'modality':16}{'train':>6}{'test':>6}")

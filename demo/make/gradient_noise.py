@@ -7,6 +7,7 @@ Near 1 the two halves agree, near 0 each is noise. Printed for all weights and f
 questions of the rewards' standard deviation in a group. A model that does not look at the image has nothing to select on:
 of the tiny CRM of before 2026-11-24, which wrote every category's mean place, all weights together gave 0.02.
 """
+
 import argparse
 import re
 
@@ -21,8 +22,13 @@ from scoring import logp
 from train_grpo import group_advantages, token_weights
 
 GROUP, TOKENS, SEED = 8, 128, 5
-PARTS = {"all weights": "", "vision tower": "visual", "embeddings": "embed", "language layers": "language_model.layers",
-         "RMSNorm gains": "language_model.*norm"}
+PARTS = {
+    "all weights": "",
+    "vision tower": "visual",
+    "embeddings": "embed",
+    "language layers": "language_model.layers",
+    "RMSNorm gains": "language_model.*norm",
+}
 
 
 def roll_out(crm, prompt, seed):
@@ -40,29 +46,45 @@ def gradient(crm, sample, seed):
     prompt = crm.encode(sample.image, fill_prompt(PROMPTS["reasoning"], sample.query))
     group = roll_out(crm, prompt, seed)
     truth = to_model(sample.bbox, prompt.frame), to_model(sample.points, prompt.frame)
-    rewards = torch.tensor([total_reward(reward_terms(text, *truth, frame=prompt.frame.model), "soft") for text in group.texts])
+    rewards = torch.tensor(
+        [
+            total_reward(reward_terms(text, *truth, frame=prompt.frame.model), "soft")
+            for text in group.texts
+        ]
+    )
     weights = token_weights(torch.arange(group.tokens.shape[1]) < group.lengths[:, None])
     gain = (weights * log_probability(crm, group) * group_advantages(rewards[None]).T).sum()
     return torch.autograd.grad(gain, list(crm.trainable().values())), rewards.std().item()
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--crm", default="demo/crm")
     parser.add_argument("--data", default="demo/data")
     parser.add_argument("--questions", type=int, default=64)
     args = parser.parse_args()
     crm, train = load_crm(args.crm), load_samples(args.data, "train")
     halves, names, spread = ({}, {}), list(crm.trainable()), []
-    for k, i in enumerate(np.random.default_rng(0).permutation(len(train))[:args.questions].tolist()):
+    for k, i in enumerate(
+        np.random.default_rng(0).permutation(len(train))[: args.questions].tolist()
+    ):
         gradients, std = gradient(crm, train[i], (SEED, i))
         spread.append(std)
         for name, g in zip(names, gradients):
             halves[k % 2][name] = halves[k % 2].get(name, 0) + g
     for part, pattern in PARTS.items():
-        a, b = (torch.cat([g.flatten() for name, g in half.items() if re.search(pattern, name)]) for half in halves)
-        print(f"{part:16} {len(a):9,} weights   cosine {torch.cosine_similarity(a, b, dim=0).item():+.3f}")
-    print(f"standard deviation of a group's rewards, mean over {args.questions} questions: {np.mean(spread):.2f}")
+        a, b = (
+            torch.cat([g.flatten() for name, g in half.items() if re.search(pattern, name)])
+            for half in halves
+        )
+        print(
+            f"{part:16} {len(a):9,} weights   cosine {torch.cosine_similarity(a, b, dim=0).item():+.3f}"
+        )
+    print(
+        f"standard deviation of a group's rewards, mean over {args.questions} questions: {np.mean(spread):.2f}"
+    )
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ Tumours: the brain of patient 1 is for training, that of patient 2 for the test,
 nodule; the other chest's tumour is far larger than a nodule, so it is left out and so are the slices that show it.
 All are axial in the radiological convention, as the phantoms are.
 """
+
 import tarfile
 import zlib
 from pathlib import Path
@@ -33,21 +34,32 @@ def read_nrrd(blob):
     head, body = blob.split(b"\n\n", 1)
     fields = dict(line.split(": ", 1) for line in head.decode().splitlines() if ": " in line)
     if fields["type"] not in NRRD_TYPES or fields["encoding"] != "gzip":
-        raise ValueError(f"expected a gzipped NRRD of short or int, found {fields['encoding']} of {fields['type']}")
+        raise ValueError(
+            f"expected a gzipped NRRD of short or int, found {fields['encoding']} of {fields['type']}"
+        )
     shape = [int(n) for n in fields["sizes"].split()]
-    volume = np.frombuffer(zlib.decompress(body, 47), NRRD_TYPES[fields["type"]], count=int(np.prod(shape)))
+    volume = np.frombuffer(
+        zlib.decompress(body, 47), NRRD_TYPES[fields["type"]], count=int(np.prod(shape))
+    )
     return fields, volume.reshape(shape, order="F")
 
 
 def load_patients(archive=ARCHIVE):
     """(licence text, {(category with side, part): [(name, z, image (H, W), mask (H, W), mm per pixel)]})."""
     if not Path(archive).is_file():
-        raise SystemExit(f"{archive} is missing: see demo/make/patients.py for the one command that downloads it")
+        raise SystemExit(
+            f"{archive} is missing: see demo/make/patients.py for the one command that downloads it"
+        )
     with tarfile.open(archive) as tar:
         read = lambda name: tar.extractfile(f"pyradiomics-3.0.1/{name}").read()
         licence = read("LICENSE.txt").decode()
-        volumes = {name: (*read_nrrd(read(f"data/{name}_image.nrrd")), read_nrrd(read(f"data/{name}_label.nrrd"))[1])
-                   for name in ("brain1", "brain2", "lung1", "lung2")}
+        volumes = {
+            name: (
+                *read_nrrd(read(f"data/{name}_image.nrrd")),
+                read_nrrd(read(f"data/{name}_label.nrrd"))[1],
+            )
+            for name in ("brain1", "brain2", "lung1", "lung2")
+        }
     slices = {}
     for name, (fields, image, label) in volumes.items():
         spacing = abs(float(fields["space directions"].split(",")[0].strip("(")))
@@ -57,12 +69,22 @@ def load_patients(archive=ARCHIVE):
         for z in range(image.shape[2]):
             picture, mask = image[:, :, z].T[turn].astype(np.float32), label[:, :, z].T[turn] > 0
             if mask.sum() * spacing**2 > LEAST and name != "lung2":
-                key = ("brain tumour", int(name == "brain2")) if name in FLIPPED else ("lung nodule", 1)
+                key = (
+                    ("brain tumour", int(name == "brain2"))
+                    if name in FLIPPED
+                    else ("lung nodule", 1)
+                )
                 slices.setdefault(key, []).append((name, z, picture, mask, spacing))
             part = part_of(z, thick)
-            if name.startswith("lung") and part is not None and not tumour[max(0, z - 1):z + 2].any():
+            if (
+                name.startswith("lung")
+                and part is not None
+                and not tumour[max(0, z - 1) : z + 2].any()
+            ):
                 for side, lung in find_lungs(picture, spacing).items():
-                    slices.setdefault((f"lung:{side}", part), []).append((name, z, picture, lung, spacing))
+                    slices.setdefault((f"lung:{side}", part), []).append(
+                        (name, z, picture, lung, spacing)
+                    )
     return licence, slices
 
 
@@ -84,33 +106,52 @@ def find_lungs(picture, spacing):
         if piece.sum() * spacing**2 > 4000:
             x = ndimage.center_of_mass(piece)[1] - middle
             piece = ndimage.binary_closing(np.pad(piece, 8), iterations=6)[8:-8, 8:-8]
-            found.setdefault("left" if x < 0 else "right", []).append(ndimage.binary_fill_holes(piece))
+            found.setdefault("left" if x < 0 else "right", []).append(
+                ndimage.binary_fill_holes(piece)
+            )
     # one piece a side, both beside the midline: where they touch, they are one piece and the slice is of no use
-    return {side: p[0] for side, p in found.items()} if sorted(map(len, found.values())) == [1, 1] else {}
+    return (
+        {side: p[0] for side, p in found.items()}
+        if sorted(map(len, found.values())) == [1, 1]
+        else {}
+    )
 
 
 def patient(rng, size, picture, mask, spacing, category):
     """A slice in a new pose, crop and contrast -> (image (H, W) in 0..1, mask)."""
     u, lesion = rng.uniform, category in ("lung nodule", "brain tumour")
-    rows, cols = np.nonzero(ndimage.binary_opening(picture > (-400 if category.startswith("lung") else 150), iterations=3))
+    rows, cols = np.nonzero(
+        ndimage.binary_opening(
+            picture > (-400 if category.startswith("lung") else 150), iterations=3
+        )
+    )
     extent = np.array([np.ptp(rows) + 1, np.ptp(cols) + 1])
     middle = np.array([rows.min() + rows.max(), cols.min() + cols.max()]) / 2
-    scale = max(extent / np.array(size)) / u(.84, 1.0)  # source pixels per pixel
+    scale = max(extent / np.array(size)) / u(0.84, 1.0)  # source pixels per pixel
     if lesion:  # a whole chest would leave it a few pixels: crop
         closer = min(1, np.sqrt(mask.sum()) / u(11, 17) / scale)
         scale, free = scale * closer, np.array(size) * scale * (1 - closer) / 2
-        middle = np.clip(np.argwhere(mask).mean(0) + rng.uniform(-.3, .3, 2) * size * scale, middle - free, middle + free)
-    angle, squeeze = rng.normal(0, .07), u(.96, 1.04, 2)
+        middle = np.clip(
+            np.argwhere(mask).mean(0) + rng.uniform(-0.3, 0.3, 2) * size * scale,
+            middle - free,
+            middle + free,
+        )
+    angle, squeeze = rng.normal(0, 0.07), u(0.96, 1.04, 2)
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     matrix = scale * turn * squeeze
-    offset = middle - matrix @ ((np.array(size) - 1) / 2 + u(-.03, .03, 2) * size)
-    blur = max(0, scale / 2 - .4)
-    low, high = (u(-1150, -1000), u(150, 400)) if category.startswith("lung") else \
-        (u(0, 120), np.percentile(picture[picture > 150], 99) * u(.8, 1.1))
+    offset = middle - matrix @ ((np.array(size) - 1) / 2 + u(-0.03, 0.03, 2) * size)
+    blur = max(0, scale / 2 - 0.4)
+    low, high = (
+        (u(-1150, -1000), u(150, 400))
+        if category.startswith("lung")
+        else (u(0, 120), np.percentile(picture[picture > 150], 99) * u(0.8, 1.1))
+    )
     smooth = ndimage.gaussian_filter(np.clip((picture - low) / (high - low), 0, 1), blur)
     image = ndimage.affine_transform(smooth, matrix, offset, size, order=1)
-    inside = ndimage.affine_transform(mask.astype(np.float32), matrix, offset, size, order=1) > .5
-    if category == "brain tumour" and u() < .5:  # heads are alike on both sides, and there is one patient to learn from
+    inside = ndimage.affine_transform(mask.astype(np.float32), matrix, offset, size, order=1) > 0.5
+    if (
+        category == "brain tumour" and u() < 0.5
+    ):  # heads are alike on both sides, and there is one patient to learn from
         image, inside = image[:, ::-1], inside[:, ::-1]
-    image = image * (1 + .05 * fog(rng, size, min(size) / 2))
-    return finish(rng, image, .012, .006), inside
+    image = image * (1 + 0.05 * fog(rng, size, min(size) / 2))
+    return finish(rng, image, 0.012, 0.006), inside

@@ -7,6 +7,7 @@ side, "kidney:left", means the side of the *image*. Scene coordinates: x to the 
 half side is 1. Nothing here is anatomy to learn medicine from: shapes are idealised, but where things lie is
 roughly right.
 """
+
 import math
 
 import numpy as np
@@ -18,8 +19,12 @@ from scipy import ndimage
 
 def fog(rng, size, cell):
     """Smooth random field (H, W), about zero mean and unit variance; `cell` is the grain in pixels."""
-    rough = rng.standard_normal((max(2, round(size[0] / cell)) + 1, max(2, round(size[1] / cell)) + 1))
-    return np.asarray(Image.fromarray(rough.astype(np.float32)).resize(size[::-1], Image.Resampling.BICUBIC))
+    rough = rng.standard_normal(
+        (max(2, round(size[0] / cell)) + 1, max(2, round(size[1] / cell)) + 1)
+    )
+    return np.asarray(
+        Image.fromarray(rough.astype(np.float32)).resize(size[::-1], Image.Resampling.BICUBIC)
+    )
 
 
 def bezier(*points, n=24):
@@ -54,9 +59,16 @@ class Canvas:
         fill = wide**stretch * rng.uniform(0.95, 1.05, 2)
         c, s = math.cos(angle) * scale / half, math.sin(angle) * scale / half
         self.matrix = np.array([[c, s], [-s, c]]) / fill[:, None]
-        self.centre = np.array([size[1] - 1, size[0] - 1]) / 2 + rng.uniform(-shift, shift, 2) * half * wide
-        self.inverse, self.px = np.linalg.inv(self.matrix), math.sqrt(abs(np.linalg.det(self.matrix)))
-        self.longest = np.linalg.norm(self.inverse, 2)  # pixels of a scene unit along the wider side
+        self.centre = (
+            np.array([size[1] - 1, size[0] - 1]) / 2 + rng.uniform(-shift, shift, 2) * half * wide
+        )
+        self.inverse, self.px = (
+            np.linalg.inv(self.matrix),
+            math.sqrt(abs(np.linalg.det(self.matrix))),
+        )
+        self.longest = np.linalg.norm(
+            self.inverse, 2
+        )  # pixels of a scene unit along the wider side
         self.u = np.arange(size[1], dtype=np.float32)[None] - np.float32(self.centre[0])
         self.v = np.arange(size[0], dtype=np.float32)[:, None] - np.float32(self.centre[1])
         m = self.matrix.astype(np.float32)
@@ -85,7 +97,13 @@ class Canvas:
         radius = np.abs(z) + 1e-6
         spin = z / radius
         series = np.zeros_like(spin)
-        for k in (5, 4, 3, 2, 1):  # Horner: the k-th harmonic is spin**k times a random amplitude and phase
+        for k in (
+            5,
+            4,
+            3,
+            2,
+            1,
+        ):  # Horner: the k-th harmonic is spin**k times a random amplitude and phase
             a = wobble * self.rng.normal(0, 1.3 / (k + 1)) if k > 1 else 0
             series = (series + a * np.exp(1j * self.rng.uniform(0, 2 * math.pi))) * spin
         dent = flat * np.clip(-spin.real, 0, 1) ** 2
@@ -105,7 +123,10 @@ class Canvas:
 
     def draw(self, lines, value, opacity=1.0):
         """Strokes in scene coordinates, width in scene units; returns their coverage."""
-        cover = strokes(self.size, [(self.pixels(p), np.asarray(w) / self.px) for p, w in lines]) * opacity
+        cover = (
+            strokes(self.size, [(self.pixels(p), np.asarray(w) / self.px) for p, w in lines])
+            * opacity
+        )
         cover3 = cover[..., None] if self.image.ndim == 3 else cover
         self.image += (np.asarray(value, np.float32) - self.image) * cover3
         return cover
@@ -140,248 +161,363 @@ def jitter(rng, table, spread=0.025):
 # --- CT, MR and X-ray of the trunk ----------------------------------------------------------------
 
 ABDOMEN = {  # grey of each tissue: CT with contrast, fat-suppressed T2-weighted MR
-    "CT": dict(fat=.20, muscle=.44, liver=.57, spleen=.63, kidney=.80, medulla=.66, aorta=.90, cava=.70,
-               bone=.97, marrow=.72, water=.34, bowel=.42, gas=.02, tumour=.36),
-    "MR": dict(fat=.20, muscle=.12, liver=.34, spleen=.58, kidney=.70, medulla=.86, aorta=.03, cava=.06,
-               bone=.05, marrow=.25, water=.97, bowel=.48, gas=.03, tumour=.66),
+    "CT": dict(
+        fat=0.20,
+        muscle=0.44,
+        liver=0.57,
+        spleen=0.63,
+        kidney=0.80,
+        medulla=0.66,
+        aorta=0.90,
+        cava=0.70,
+        bone=0.97,
+        marrow=0.72,
+        water=0.34,
+        bowel=0.42,
+        gas=0.02,
+        tumour=0.36,
+    ),
+    "MR": dict(
+        fat=0.20,
+        muscle=0.12,
+        liver=0.34,
+        spleen=0.58,
+        kidney=0.70,
+        medulla=0.86,
+        aorta=0.03,
+        cava=0.06,
+        bone=0.05,
+        marrow=0.25,
+        water=0.97,
+        bowel=0.48,
+        gas=0.03,
+        tumour=0.66,
+    ),
 }
 
 
 def spine(c, y, bone, marrow, canal):
     """A vertebra seen from below: body, arch, transverse and spinous processes, canal."""
-    arms, tail = [(-.26, y + .22), (0, y + .16), (.26, y + .22)], [(0, y + .15), (0, y + .36)]
-    c.draw([(arms, .05), (tail, .06)], bone)
-    c.paint(c.blob(0, y, .17, .14, wobble=.05), bone)
-    c.paint(c.blob(0, y, .145, .115, wobble=.05), marrow)
-    c.paint(c.blob(0, y + .17, .085, .065, wobble=.05), bone)
-    c.paint(c.blob(0, y + .17, .06, .045, wobble=.05), canal)
+    arms, tail = (
+        [(-0.26, y + 0.22), (0, y + 0.16), (0.26, y + 0.22)],
+        [(0, y + 0.15), (0, y + 0.36)],
+    )
+    c.draw([(arms, 0.05), (tail, 0.06)], bone)
+    c.paint(c.blob(0, y, 0.17, 0.14, wobble=0.05), bone)
+    c.paint(c.blob(0, y, 0.145, 0.115, wobble=0.05), marrow)
+    c.paint(c.blob(0, y + 0.17, 0.085, 0.065, wobble=0.05), bone)
+    c.paint(c.blob(0, y + 0.17, 0.06, 0.045, wobble=0.05), canal)
 
 
 def ribs(c, rx, ry, bone, count=9):
     """Short bright arcs along the body wall, as oblique cuts through ribs."""
     lines = []
-    for a in np.linspace(0.15, 2 * math.pi - .15, count) + c.rng.normal(0, .08, count) + math.pi / 2:
-        arc = a + np.linspace(-.1, .1, 5) * c.rng.uniform(.6, 1.3)
-        lines.append((np.stack([rx * np.cos(arc), ry * np.sin(arc)], 1), .045))
+    for a in (
+        np.linspace(0.15, 2 * math.pi - 0.15, count) + c.rng.normal(0, 0.08, count) + math.pi / 2
+    ):
+        arc = a + np.linspace(-0.1, 0.1, 5) * c.rng.uniform(0.6, 1.3)
+        lines.append((np.stack([rx * np.cos(arc), ry * np.sin(arc)], 1), 0.045))
     c.draw(lines, bone)
 
 
 def abdomen(rng, size, target, modality):
     """Axial slice of the upper abdomen; `target` may ask for a "liver tumour" or a "kidney cyst"."""
-    g, c = jitter(rng, ABDOMEN[modality]), Canvas(rng, size, .02, zoom=(.92, 1.12))
+    g, c = jitter(rng, ABDOMEN[modality]), Canvas(rng, size, 0.02, zoom=(0.92, 1.12))
     u = rng.uniform
     if modality == "CT":
-        c.draw([(bezier((-.9, .78), (0, 1.05), (.9, .78)), .03)], .35)  # the table
-    c.paint(c.blob(0, 0, .96, .74, wobble=.035), g["fat"] + .02)
-    c.paint(c.blob(0, .01, .87, .65, wobble=.03), g["muscle"])
-    inner = c.blob(0, .0, .80, .575, wobble=.035)
-    c.paint(inner, g["fat"] + .03 * fog(rng, size, 7))
-    ribs(c, .835, .61, g["bone"])
+        c.draw([(bezier((-0.9, 0.78), (0, 1.05), (0.9, 0.78)), 0.03)], 0.35)  # the table
+    c.paint(c.blob(0, 0, 0.96, 0.74, wobble=0.035), g["fat"] + 0.02)
+    c.paint(c.blob(0, 0.01, 0.87, 0.65, wobble=0.03), g["muscle"])
+    inner = c.blob(0, 0.0, 0.80, 0.575, wobble=0.035)
+    c.paint(inner, g["fat"] + 0.03 * fog(rng, size, 7))
+    ribs(c, 0.835, 0.61, g["bone"])
     for _ in range(rng.integers(5, 9)):  # loops of bowel, some with gas
-        x, y, r = u(-.3, .5), u(-.42, .02), u(.06, .11)
-        c.paint(np.minimum(c.blob(x, y, r * 1.3, r, u(0, 3), .15), inner - 2), g["bowel"] + .1)
-        c.paint(np.minimum(c.blob(x, y, r, r * .7, 0, .15), inner - 3), g["gas"] if u() < .4 else g["bowel"])
-    x, y = u(.22, .34), u(-.3, -.22)  # the stomach: wall, content, an air bubble floating in front
-    c.paint(np.minimum(c.blob(x, y, .27, .2, -.5, .1), inner - 2), g["bowel"] + .14)
-    c.paint(np.minimum(c.blob(x, y, .235, .165, -.5, .1), inner - 3), g["bowel"] - .06)
-    c.paint(np.minimum(c.blob(x - .02, y - .07, .15, .07, 0, .1), inner - 4), g["gas"])
-    s = u(.85, 1.15)
-    spleen = c.blob(u(.56, .62), u(.06, .16), .15 * s, .29 * s, u(.1, .4), .07, flat=-.35)
-    c.paint(np.minimum(spleen, inner - 1.5), g["spleen"] + .012 * fog(rng, size, 6), "spleen")
-    s = u(.88, 1.1)
-    liver = np.maximum(c.blob(u(-.46, -.4), u(-.1, 0), .40 * s, .44 * s, u(-.2, .2), .07),
-                       c.blob(u(-.14, -.06), u(-.33, -.27), .32 * s, .16 * s, u(-.1, .2), .1))
+        x, y, r = u(-0.3, 0.5), u(-0.42, 0.02), u(0.06, 0.11)
+        c.paint(np.minimum(c.blob(x, y, r * 1.3, r, u(0, 3), 0.15), inner - 2), g["bowel"] + 0.1)
+        c.paint(
+            np.minimum(c.blob(x, y, r, r * 0.7, 0, 0.15), inner - 3),
+            g["gas"] if u() < 0.4 else g["bowel"],
+        )
+    x, y = (
+        u(0.22, 0.34),
+        u(-0.3, -0.22),
+    )  # the stomach: wall, content, an air bubble floating in front
+    c.paint(np.minimum(c.blob(x, y, 0.27, 0.2, -0.5, 0.1), inner - 2), g["bowel"] + 0.14)
+    c.paint(np.minimum(c.blob(x, y, 0.235, 0.165, -0.5, 0.1), inner - 3), g["bowel"] - 0.06)
+    c.paint(np.minimum(c.blob(x - 0.02, y - 0.07, 0.15, 0.07, 0, 0.1), inner - 4), g["gas"])
+    s = u(0.85, 1.15)
+    spleen = c.blob(u(0.56, 0.62), u(0.06, 0.16), 0.15 * s, 0.29 * s, u(0.1, 0.4), 0.07, flat=-0.35)
+    c.paint(np.minimum(spleen, inner - 1.5), g["spleen"] + 0.012 * fog(rng, size, 6), "spleen")
+    s = u(0.88, 1.1)
+    liver = np.maximum(
+        c.blob(u(-0.46, -0.4), u(-0.1, 0), 0.40 * s, 0.44 * s, u(-0.2, 0.2), 0.07),
+        c.blob(u(-0.14, -0.06), u(-0.33, -0.27), 0.32 * s, 0.16 * s, u(-0.1, 0.2), 0.1),
+    )
     liver = np.minimum(liver, inner - 1.5)
-    c.paint(liver, g["liver"] + .015 * fog(rng, size, 5), "liver")
-    hilum = np.array([-.18, -.06]) + rng.normal(0, .03, 2)
-    veins = [bezier(hilum, hilum + rng.normal((-.12, 0), .08), hilum + rng.normal((-.33, 0), .14), n=12)
-             for _ in range(4)]
+    c.paint(liver, g["liver"] + 0.015 * fog(rng, size, 5), "liver")
+    hilum = np.array([-0.18, -0.06]) + rng.normal(0, 0.03, 2)
+    veins = [
+        bezier(
+            hilum, hilum + rng.normal((-0.12, 0), 0.08), hilum + rng.normal((-0.33, 0), 0.14), n=12
+        )
+        for _ in range(4)
+    ]
     before = c.image.copy()
-    c.draw([(vein, np.linspace(.045, .012, 12)) for vein in veins], g["cava"] + .03, .8)
+    c.draw([(vein, np.linspace(0.045, 0.012, 12)) for vein in veins], g["cava"] + 0.03, 0.8)
     c.image = np.where(liver > 1, c.image, before)  # vessels of the liver stay within it
-    if u() < .6:
-        c.paint(c.blob(u(-.26, -.16), u(-.06, .04), .07, .11, u(-.5, .5), .05), g["water"])  # gall bladder
+    if u() < 0.6:
+        c.paint(
+            c.blob(u(-0.26, -0.16), u(-0.06, 0.04), 0.07, 0.11, u(-0.5, 0.5), 0.05), g["water"]
+        )  # gall bladder
     kidneys = {}
     for side, sign in (("left", -1), ("right", 1)):
-        s, x, y, turn = u(.85, 1.15), sign * u(.40, .46), u(.24, .32), -sign * u(.2, .6)
-        kidneys[side] = c.blob(x, y, .15 * s, .185 * s, turn if sign > 0 else turn + math.pi, .05, -.2)
-        c.paint(c.blob(x, y, .19 * s, .23 * s, 0, .05), g["fat"])  # fat capsule
+        s, x, y, turn = u(0.85, 1.15), sign * u(0.40, 0.46), u(0.24, 0.32), -sign * u(0.2, 0.6)
+        kidneys[side] = c.blob(
+            x, y, 0.15 * s, 0.185 * s, turn if sign > 0 else turn + math.pi, 0.05, -0.2
+        )
+        c.paint(c.blob(x, y, 0.19 * s, 0.23 * s, 0, 0.05), g["fat"])  # fat capsule
         c.paint(kidneys[side], g["kidney"], f"kidney:{side}")
-        c.paint(c.blob(x - sign * .01, y, .09 * s, .12 * s, 0, .2), g["medulla"], detail=True, soft=3)
-        c.paint(c.blob(x - sign * .05 * s, y, .05 * s, .055 * s, 0, .2), g["fat"], detail=True)
+        c.paint(
+            c.blob(x - sign * 0.01, y, 0.09 * s, 0.12 * s, 0, 0.2),
+            g["medulla"],
+            detail=True,
+            soft=3,
+        )
+        c.paint(c.blob(x - sign * 0.05 * s, y, 0.05 * s, 0.055 * s, 0, 0.2), g["fat"], detail=True)
     for sign in (-1, 1):
-        c.paint(c.blob(sign * .24, .46, .09, .12, sign * .3, .08), g["muscle"])  # psoas
-    spine(c, .40, g["bone"], g["marrow"], g["muscle"])
-    c.paint(c.blob(u(-.2, -.15), u(.17, .21), .085, .065, 0, .08), g["cava"])
-    r = u(.085, .115)
-    aorta = c.blob(u(.02, .08), u(.14, .19), r, r * u(.95, 1.05), 0, .03)
+        c.paint(c.blob(sign * 0.24, 0.46, 0.09, 0.12, sign * 0.3, 0.08), g["muscle"])  # psoas
+    spine(c, 0.40, g["bone"], g["marrow"], g["muscle"])
+    c.paint(c.blob(u(-0.2, -0.15), u(0.17, 0.21), 0.085, 0.065, 0, 0.08), g["cava"])
+    r = u(0.085, 0.115)
+    aorta = c.blob(u(0.02, 0.08), u(0.14, 0.19), r, r * u(0.95, 1.05), 0, 0.03)
     c.paint(aorta - -1.2, g["muscle"])  # its wall, or it drowns in the vertebra
     c.paint(aorta, g["aorta"], "aorta")
     if target == "liver tumour":
-        r = u(.10, .19)
+        r = u(0.10, 0.19)
         x, y = c.spot(c.mask("liver"), r * 1.05)
-        lump = np.minimum(c.blob(x, y, r, r * u(.8, 1.2), u(0, 3), .12), liver - 1)
-        c.paint(lump, g["tumour"] + .03 * fog(rng, size, 4), "liver tumour", soft=2)
-        c.paint(lump - .45 * r / c.px, g["tumour"] - .09, detail=True, soft=4)
+        lump = np.minimum(c.blob(x, y, r, r * u(0.8, 1.2), u(0, 3), 0.12), liver - 1)
+        c.paint(lump, g["tumour"] + 0.03 * fog(rng, size, 4), "liver tumour", soft=2)
+        c.paint(lump - 0.45 * r / c.px, g["tumour"] - 0.09, detail=True, soft=4)
     if target == "kidney cyst":
         side, sign = (("left", -1), ("right", 1))[rng.integers(2)]
         rows, cols = np.nonzero(kidneys[side] > 1)
         x, y = c.matrix @ (np.array([cols.mean(), rows.mean()]) - c.centre)
-        r, a = u(.10, .15), u(-1.2, 1.2)
-        x, y = x + sign * .14 * math.cos(a), y + .17 * math.sin(a)
-        c.paint(c.blob(x, y, r, r, 0, .02), g["water"], "kidney cyst")
-    noise = dict(noise=.012, grain=.02) if modality == "CT" else dict(noise=.02, grain=.008)
+        r, a = u(0.10, 0.15), u(-1.2, 1.2)
+        x, y = x + sign * 0.14 * math.cos(a), y + 0.17 * math.sin(a)
+        c.paint(c.blob(x, y, r, r, 0, 0.02), g["water"], "kidney cyst")
+    noise = dict(noise=0.012, grain=0.02) if modality == "CT" else dict(noise=0.02, grain=0.008)
     if modality == "MR":
-        c.image *= 1 + .10 * (c.x * u(-1, 1) + c.y * u(-1, 1))  # coil shading
+        c.image *= 1 + 0.10 * (c.x * u(-1, 1) + c.y * u(-1, 1))  # coil shading
     return finish(rng, c.image, **noise), c.masks()
 
 
 def chest_ct(rng, size, target, modality):
     """Axial slice through the chest, lung window; target may be "lung nodule" or "consolidation"."""
-    c, u = Canvas(rng, size, .01), rng.uniform
-    c.draw([(bezier((-.9, .76), (0, 1.02), (.9, .76)), .03)], .3)
-    c.paint(c.blob(0, 0, .97, .74, wobble=.03), .42)
-    c.paint(c.blob(0, 0, .88, .65, wobble=.03), .60)
-    ribs(c, .845, .62, .95, 11)
-    c.draw([([(-.1, -.6), (.1, -.6)], .07)], .9)
+    c, u = Canvas(rng, size, 0.01), rng.uniform
+    c.draw([(bezier((-0.9, 0.76), (0, 1.02), (0.9, 0.76)), 0.03)], 0.3)
+    c.paint(c.blob(0, 0, 0.97, 0.74, wobble=0.03), 0.42)
+    c.paint(c.blob(0, 0, 0.88, 0.65, wobble=0.03), 0.60)
+    ribs(c, 0.845, 0.62, 0.95, 11)
+    c.draw([([(-0.1, -0.6), (0.1, -0.6)], 0.07)], 0.9)
     lungs = {}
     for side, sign in (("left", -1), ("right", 1)):
-        s = u(.92, 1.06)
-        lung = np.minimum(c.blob(sign * .46, u(-.02, .04), .345 * s, .54 * s, -sign * u(.05, .2), .05),
-                          c.blob(0, 0, .81, .58, wobble=.02))
+        s = u(0.92, 1.06)
+        lung = np.minimum(
+            c.blob(sign * 0.46, u(-0.02, 0.04), 0.345 * s, 0.54 * s, -sign * u(0.05, 0.2), 0.05),
+            c.blob(0, 0, 0.81, 0.58, wobble=0.02),
+        )
         lungs[side] = lung
-        c.paint(lung, .12 + .012 * fog(rng, size, 4) + .05 * (c.y + .5), f"lung:{side}", soft=1.5)
-        root, twigs = np.array([sign * .2, u(-.02, .08)]), []
-        for a in np.linspace(-1.3, 1.3, 9) + rng.normal(0, .15, 9):
-            tip = root + np.array([sign * math.cos(a) * .48, math.sin(a) * .5]) * u(.6, 1.1)
-            twigs.append((bezier(root, (root + tip) / 2 + rng.normal(0, .07, 2), tip, n=12),
-                          np.linspace(.035, .006, 12)))
+        c.paint(
+            lung, 0.12 + 0.012 * fog(rng, size, 4) + 0.05 * (c.y + 0.5), f"lung:{side}", soft=1.5
+        )
+        root, twigs = np.array([sign * 0.2, u(-0.02, 0.08)]), []
+        for a in np.linspace(-1.3, 1.3, 9) + rng.normal(0, 0.15, 9):
+            tip = root + np.array([sign * math.cos(a) * 0.48, math.sin(a) * 0.5]) * u(0.6, 1.1)
+            twigs.append(
+                (
+                    bezier(root, (root + tip) / 2 + rng.normal(0, 0.07, 2), tip, n=12),
+                    np.linspace(0.035, 0.006, 12),
+                )
+            )
         before = c.image.copy()
-        c.draw(twigs, .62, .9)
+        c.draw(twigs, 0.62, 0.9)
         c.image = np.where(lung > 0, c.image, before)
-    heart = c.blob(u(.04, .12), u(-.16, -.1), .27 * u(.85, 1.1), .24 * u(.9, 1.15), u(-.4, .1), .08)
-    c.paint(heart, .64 + .015 * fog(rng, size, 6), "heart", soft=2)
-    c.paint(c.blob(-.02, .12, .2, .22, 0, .1), .61)
-    for x, y, r, v in ((-.02, .12, .055, .04), (.13, .26, .09, .70), (-.07, .02, .07, .68)):
-        c.paint(c.blob(x, y, r, r, 0, .05), v)  # windpipe, descending aorta, great vessel
-    spine(c, .42, .96, .78, .5)
+    heart = c.blob(
+        u(0.04, 0.12), u(-0.16, -0.1), 0.27 * u(0.85, 1.1), 0.24 * u(0.9, 1.15), u(-0.4, 0.1), 0.08
+    )
+    c.paint(heart, 0.64 + 0.015 * fog(rng, size, 6), "heart", soft=2)
+    c.paint(c.blob(-0.02, 0.12, 0.2, 0.22, 0, 0.1), 0.61)
+    for x, y, r, v in (
+        (-0.02, 0.12, 0.055, 0.04),
+        (0.13, 0.26, 0.09, 0.70),
+        (-0.07, 0.02, 0.07, 0.68),
+    ):
+        c.paint(c.blob(x, y, r, r, 0, 0.05), v)  # windpipe, descending aorta, great vessel
+    spine(c, 0.42, 0.96, 0.78, 0.5)
     side = ("left", "right")[rng.integers(2)]
     lung = np.minimum(lungs[side], np.where(c.mask(f"lung:{side}"), 99, -99))
     if target == "lung nodule":
-        r = u(.065, .12)
+        r = u(0.065, 0.12)
         x, y = c.spot(lung > 0, r * 1.4)
-        rays = [([(x, y), (x + 1.7 * r * math.cos(a), y + 1.7 * r * math.sin(a))], .012)
-                for a in rng.uniform(0, 6.3, rng.integers(4, 9))]
-        c.draw(rays, .6, .7)
-        c.paint(c.blob(x, y, r, r * u(.85, 1.15), u(0, 3), .1), .74 + .02 * fog(rng, size, 3), "lung nodule")
+        rays = [
+            ([(x, y), (x + 1.7 * r * math.cos(a), y + 1.7 * r * math.sin(a))], 0.012)
+            for a in rng.uniform(0, 6.3, rng.integers(4, 9))
+        ]
+        c.draw(rays, 0.6, 0.7)
+        c.paint(
+            c.blob(x, y, r, r * u(0.85, 1.15), u(0, 3), 0.1),
+            0.74 + 0.02 * fog(rng, size, 3),
+            "lung nodule",
+        )
     if target == "consolidation":
-        x, y = c.spot(lung > 0, .12)
-        cloud = np.minimum(c.blob(x, y, u(.16, .26), u(.15, .25), u(0, 3), .22), lung - .5)
-        haze = .55 + .08 * fog(rng, size, 5)
-        c.paint(cloud, haze, "consolidation", soft=5, opacity=.92)
-    return finish(rng, c.image, .012, .02), c.masks()
+        x, y = c.spot(lung > 0, 0.12)
+        cloud = np.minimum(c.blob(x, y, u(0.16, 0.26), u(0.15, 0.25), u(0, 3), 0.22), lung - 0.5)
+        haze = 0.55 + 0.08 * fog(rng, size, 5)
+        c.paint(cloud, haze, "consolidation", soft=5, opacity=0.92)
+    return finish(rng, c.image, 0.012, 0.02), c.masks()
 
 
 def chest_xray(rng, size, target, modality):
     """Frontal chest film; target may be "pneumonia"."""
-    c, u = Canvas(rng, size, .04, turn=.05, zoom=(.92, 1.08), shift=.05), rng.uniform
-    body = np.minimum(c.blob(0, .35, 1.05, 1.5, wobble=.03), c.blob(0, .6, 1.3, 1.55, wobble=.03))
-    c.paint(body, .52 + .12 * np.clip(c.y, -.6, 1), soft=10)
-    c.paint(c.blob(0, -1.0, .22, .35, wobble=.05), .6, soft=14)
+    c, u = Canvas(rng, size, 0.04, turn=0.05, zoom=(0.92, 1.08), shift=0.05), rng.uniform
+    body = np.minimum(
+        c.blob(0, 0.35, 1.05, 1.5, wobble=0.03), c.blob(0, 0.6, 1.3, 1.55, wobble=0.03)
+    )
+    c.paint(body, 0.52 + 0.12 * np.clip(c.y, -0.6, 1), soft=10)
+    c.paint(c.blob(0, -1.0, 0.22, 0.35, wobble=0.05), 0.6, soft=14)
     lungs, dome = {}, {}
     for side, sign in (("left", -1), ("right", 1)):
-        w, base = u(.92, 1.08), u(.5, .62) + (.06 if sign > 0 else 0)
-        cap = (base + .55 * (c.x - sign * .42) ** 2 - c.y) / c.px  # above the dome of the diaphragm
-        lung = np.maximum(c.blob(sign * .43, .02, .33 * w, .74, sign * -.1, .04),
-                          c.blob(sign * .5, .38, .31 * w, .45, 0, .04))
+        w, base = u(0.92, 1.08), u(0.5, 0.62) + (0.06 if sign > 0 else 0)
+        cap = (
+            base + 0.55 * (c.x - sign * 0.42) ** 2 - c.y
+        ) / c.px  # above the dome of the diaphragm
+        lung = np.maximum(
+            c.blob(sign * 0.43, 0.02, 0.33 * w, 0.74, sign * -0.1, 0.04),
+            c.blob(sign * 0.5, 0.38, 0.31 * w, 0.45, 0, 0.04),
+        )
         lungs[side] = np.minimum(lung, cap)
-        c.paint(lungs[side], .20 + .05 * np.abs(c.x) + .02 * fog(rng, size, 9), f"lung:{side}", soft=4)
-        root, twigs = np.array([sign * .16, .0]), []
-        for a in np.linspace(-1.2, 1.3, 8) + rng.normal(0, .15, 8):
-            tip = root + np.array([sign * math.cos(a) * .45, math.sin(a) * .55]) * u(.6, 1)
-            twigs.append((bezier(root, (root + tip) / 2 + rng.normal(0, .06, 2), tip, n=10),
-                          np.linspace(.05, .008, 10)))
-        c.draw(twigs, .5, .35)
-    c.paint(.14 / c.px - np.abs(c.x + .03 * np.sin(3 * c.y)) / c.px, .62, soft=9, opacity=.9)  # mediastinum
-    c.paint(c.blob(.10, -.24, .11, .12, wobble=.05), .62, soft=5)  # aortic knob
-    r = u(.28, .40)
-    heart = np.maximum(c.blob(u(.12, .17), u(.30, .36), r, u(.25, .30), u(.35, .6), .06),
-                       c.blob(-.02, u(.16, .22), u(.19, .23), u(.24, .30), 0, .06))
-    c.paint(np.minimum(heart, (.66 - c.y) / c.px), .64 + .08 * c.y, "heart", soft=5)
-    slope, pitch = u(.5, .8), u(2.9, 3.5)
-    wave = np.cos(2 * math.pi * (pitch * c.y - slope * pitch * np.sqrt(np.abs(c.x) + .02) + u()))
-    rear = np.clip(wave * 2.2 - .9, 0, 1) * np.clip((np.abs(c.x) - .1) * 9, 0, 1)
-    rear *= np.clip((.75 - c.y) * 4, 0, 1)
-    wave = np.cos(2 * math.pi * (pitch * .8 * c.y + 1.1 * np.abs(c.x) + u()))
-    front = np.clip(wave * 2.2 - 1.2, 0, 1) * np.clip((np.abs(c.x) - .3) * 5, 0, 1)
-    inside = np.clip(c.blob(0, .1, .86, .9, wobble=0) / 4, 0, 1) * np.where(c.mask("heart"), .35, 1)
-    c.image += (.11 * rear + .055 * front) * inside
-    collars = [bezier((s * .08, -.56), (s * .4, -.52), (s * .55, -.82), (s * .95, -.78)) for s in (-1, 1)]
-    c.draw([(collar, .075) for collar in collars], .72, .45)
+        c.paint(
+            lungs[side],
+            0.20 + 0.05 * np.abs(c.x) + 0.02 * fog(rng, size, 9),
+            f"lung:{side}",
+            soft=4,
+        )
+        root, twigs = np.array([sign * 0.16, 0.0]), []
+        for a in np.linspace(-1.2, 1.3, 8) + rng.normal(0, 0.15, 8):
+            tip = root + np.array([sign * math.cos(a) * 0.45, math.sin(a) * 0.55]) * u(0.6, 1)
+            twigs.append(
+                (
+                    bezier(root, (root + tip) / 2 + rng.normal(0, 0.06, 2), tip, n=10),
+                    np.linspace(0.05, 0.008, 10),
+                )
+            )
+        c.draw(twigs, 0.5, 0.35)
+    c.paint(
+        0.14 / c.px - np.abs(c.x + 0.03 * np.sin(3 * c.y)) / c.px, 0.62, soft=9, opacity=0.9
+    )  # mediastinum
+    c.paint(c.blob(0.10, -0.24, 0.11, 0.12, wobble=0.05), 0.62, soft=5)  # aortic knob
+    r = u(0.28, 0.40)
+    heart = np.maximum(
+        c.blob(u(0.12, 0.17), u(0.30, 0.36), r, u(0.25, 0.30), u(0.35, 0.6), 0.06),
+        c.blob(-0.02, u(0.16, 0.22), u(0.19, 0.23), u(0.24, 0.30), 0, 0.06),
+    )
+    c.paint(np.minimum(heart, (0.66 - c.y) / c.px), 0.64 + 0.08 * c.y, "heart", soft=5)
+    slope, pitch = u(0.5, 0.8), u(2.9, 3.5)
+    wave = np.cos(2 * math.pi * (pitch * c.y - slope * pitch * np.sqrt(np.abs(c.x) + 0.02) + u()))
+    rear = np.clip(wave * 2.2 - 0.9, 0, 1) * np.clip((np.abs(c.x) - 0.1) * 9, 0, 1)
+    rear *= np.clip((0.75 - c.y) * 4, 0, 1)
+    wave = np.cos(2 * math.pi * (pitch * 0.8 * c.y + 1.1 * np.abs(c.x) + u()))
+    front = np.clip(wave * 2.2 - 1.2, 0, 1) * np.clip((np.abs(c.x) - 0.3) * 5, 0, 1)
+    inside = np.clip(c.blob(0, 0.1, 0.86, 0.9, wobble=0) / 4, 0, 1) * np.where(
+        c.mask("heart"), 0.35, 1
+    )
+    c.image += (0.11 * rear + 0.055 * front) * inside
+    collars = [
+        bezier((s * 0.08, -0.56), (s * 0.4, -0.52), (s * 0.55, -0.82), (s * 0.95, -0.78))
+        for s in (-1, 1)
+    ]
+    c.draw([(collar, 0.075) for collar in collars], 0.72, 0.45)
     if target == "pneumonia":
         side = ("left", "right")[rng.integers(2)]
-        x, y = c.spot(c.mask(f"lung:{side}"), .16)
-        cloud = np.minimum(c.blob(x, y, u(.17, .27), u(.18, .32), u(0, 3), .18), lungs[side] - .5)
+        x, y = c.spot(c.mask(f"lung:{side}"), 0.16)
+        cloud = np.minimum(
+            c.blob(x, y, u(0.17, 0.27), u(0.18, 0.32), u(0, 3), 0.18), lungs[side] - 0.5
+        )
         cloud = np.where(c.mask(f"lung:{side}"), cloud, -99)
-        c.paint(cloud, .62 + .07 * fog(rng, size, 6), "pneumonia", soft=6, opacity=.85)
-    image = ndimage.gaussian_filter(c.image, .5)
-    if u() < .5:  # the side marker of the film
+        c.paint(cloud, 0.62 + 0.07 * fog(rng, size, 6), "pneumonia", soft=6, opacity=0.85)
+    image = ndimage.gaussian_filter(c.image, 0.5)
+    if u() < 0.5:  # the side marker of the film
         marker = Image.new("F", size[::-1], 0)
         ImageDraw.Draw(marker).text((4, 3), "R", fill=1)
-        image = np.maximum(image, np.asarray(marker) * .9)
-    return finish(rng, image, .018, .006), c.masks()
+        image = np.maximum(image, np.asarray(marker) * 0.9)
+    return finish(rng, image, 0.018, 0.006), c.masks()
 
 
 def head_ct(rng, size, target, modality):
     """Axial head CT with a bleed: a lens against the skull, or a blob within the brain."""
-    c, u = Canvas(rng, size, .02, turn=.12), rng.uniform
-    rx, ry, w = u(.66, .74), u(.86, .92), .02
-    c.paint(c.blob(0, 0, rx + .07, ry + .06, wobble=w), .30)
-    c.paint(c.blob(0, 0, rx + .02, ry + .02, wobble=w), .98)
-    brain = c.blob(0, 0, rx - .07, ry - .08, wobble=w)
-    c.paint(brain, .47 - .10 * np.clip(1 - brain * c.px / .1, 0, 1) * (fog(rng, size, 4) > 0), soft=1.5)
-    depth = np.clip(brain * c.px / .3, 0, 1)
-    c.image += np.where(brain > 0, (.02 * fog(rng, size, 5) - .04 * depth), 0)
+    c, u = Canvas(rng, size, 0.02, turn=0.12), rng.uniform
+    rx, ry, w = u(0.66, 0.74), u(0.86, 0.92), 0.02
+    c.paint(c.blob(0, 0, rx + 0.07, ry + 0.06, wobble=w), 0.30)
+    c.paint(c.blob(0, 0, rx + 0.02, ry + 0.02, wobble=w), 0.98)
+    brain = c.blob(0, 0, rx - 0.07, ry - 0.08, wobble=w)
+    c.paint(
+        brain,
+        0.47 - 0.10 * np.clip(1 - brain * c.px / 0.1, 0, 1) * (fog(rng, size, 4) > 0),
+        soft=1.5,
+    )
+    depth = np.clip(brain * c.px / 0.3, 0, 1)
+    c.image += np.where(brain > 0, (0.02 * fog(rng, size, 5) - 0.04 * depth), 0)
     for sign in (-1, 1):  # deep grey nuclei and ventricles
-        c.paint(c.blob(sign * .2, -.02, .1, .16, sign * .3, .1), .5, soft=4)
-        c.paint(c.blob(sign * .10, -.25, .05, .17, sign * -.35, .1), .2, soft=2)
-        c.paint(c.blob(sign * .15, .28, .05, .18, sign * .45, .1), .2, soft=2)
-    c.draw([([(0, -ry), (0, -.38)], .012), ([(0, .4), (0, ry)], .012)], .6, .6)
+        c.paint(c.blob(sign * 0.2, -0.02, 0.1, 0.16, sign * 0.3, 0.1), 0.5, soft=4)
+        c.paint(c.blob(sign * 0.10, -0.25, 0.05, 0.17, sign * -0.35, 0.1), 0.2, soft=2)
+        c.paint(c.blob(sign * 0.15, 0.28, 0.05, 0.18, sign * 0.45, 0.1), 0.2, soft=2)
+    c.draw([([(0, -ry), (0, -0.38)], 0.012), ([(0, 0.4), (0, ry)], 0.012)], 0.6, 0.6)
     side = (-1, 1)[rng.integers(2)]
-    if u() < .5:
-        a, r = u(-.9, .9), u(.30, .42)
-        x, y = side * (rx - .1) * math.cos(a), (ry - .12) * math.sin(a)
+    if u() < 0.5:
+        a, r = u(-0.9, 0.9), u(0.30, 0.42)
+        x, y = side * (rx - 0.1) * math.cos(a), (ry - 0.12) * math.sin(a)
         turn = math.atan2(y, x)
-        clot = np.minimum(c.blob(x, y, r * .42, r, turn, .08), brain)
+        clot = np.minimum(c.blob(x, y, r * 0.42, r, turn, 0.08), brain)
     else:
-        r = u(.13, .24)
-        x, y = side * u(.22, .42), u(-.35, .4)
-        swelling = np.minimum(c.blob(x, y, r * 1.4, r * 1.4, 0, .12), brain)
-        c.paint(swelling, .34, soft=5, opacity=.8)
-        clot = np.minimum(c.blob(x, y, r, r * u(.8, 1.3), u(0, 3), .15), brain - 1)
-    c.paint(clot, .82 + .025 * fog(rng, size, 4), "haematoma", soft=1.8)
-    return finish(rng, c.image, .015, .02), c.masks()
+        r = u(0.13, 0.24)
+        x, y = side * u(0.22, 0.42), u(-0.35, 0.4)
+        swelling = np.minimum(c.blob(x, y, r * 1.4, r * 1.4, 0, 0.12), brain)
+        c.paint(swelling, 0.34, soft=5, opacity=0.8)
+        clot = np.minimum(c.blob(x, y, r, r * u(0.8, 1.3), u(0, 3), 0.15), brain - 1)
+    c.paint(clot, 0.82 + 0.025 * fog(rng, size, 4), "haematoma", soft=1.8)
+    return finish(rng, c.image, 0.015, 0.02), c.masks()
 
 
 def heart_mr(rng, size, target, modality):
     """Short-axis cine MR: bright blood pools, the dark muscular ring, dark lungs."""
-    c, u = Canvas(rng, size, .05, turn=.25, zoom=(.9, 1.3), shift=.16), rng.uniform
-    c.image += .04 * fog(rng, size, 8)
-    c.paint(-c.blob(.05, -.05, .98, .9, wobble=.08), .38 + .05 * fog(rng, size, 6), soft=4)  # chest wall
-    c.paint(-c.blob(.05, -.05, 1.12, 1.03, wobble=.05), .75, soft=3)  # fat under the skin
-    c.paint(c.blob(-.35, .95, .8, .4, .1, .08), .42 + .03 * fog(rng, size, 5), soft=3)  # liver
-    c.paint(c.blob(-.1, .0, .62, .55, .5, .06), .62, soft=3)  # fat around the heart
-    c.paint(c.blob(-.1, .0, .57, .5, .5, .06), .22, soft=2)
-    x, y, r = u(.10, .2), u(-.05, .1), u(.32, .4)
-    c.paint(c.blob(x - .42, y - .06, .30, .36, u(-.2, .2), .06), .84, "right ventricle", soft=2)
-    c.paint(c.blob(x, y, r, r * u(.95, 1.05), 0, .04), .24 + .015 * fog(rng, size, 4), "myocardium", soft=1.5)
-    inner = r * u(.52, .68)
-    pool = c.blob(x, y, inner, inner * u(.95, 1.05), 0, .05)
-    c.paint(pool, .9 + .02 * fog(rng, size, 5), "left ventricle", soft=1.5)
-    for a in (u(.3, 1), u(3.3, 4.2)):  # papillary muscles
-        px, py = x + .68 * inner * math.cos(a), y + .68 * inner * math.sin(a)
-        c.paint(c.blob(px, py, .05, .045), .35, detail=True, soft=2)
-    return finish(rng, c.image * (1.05 - .1 * c.y), .025, .01), c.masks()
+    c, u = Canvas(rng, size, 0.05, turn=0.25, zoom=(0.9, 1.3), shift=0.16), rng.uniform
+    c.image += 0.04 * fog(rng, size, 8)
+    c.paint(
+        -c.blob(0.05, -0.05, 0.98, 0.9, wobble=0.08), 0.38 + 0.05 * fog(rng, size, 6), soft=4
+    )  # chest wall
+    c.paint(-c.blob(0.05, -0.05, 1.12, 1.03, wobble=0.05), 0.75, soft=3)  # fat under the skin
+    c.paint(
+        c.blob(-0.35, 0.95, 0.8, 0.4, 0.1, 0.08), 0.42 + 0.03 * fog(rng, size, 5), soft=3
+    )  # liver
+    c.paint(c.blob(-0.1, 0.0, 0.62, 0.55, 0.5, 0.06), 0.62, soft=3)  # fat around the heart
+    c.paint(c.blob(-0.1, 0.0, 0.57, 0.5, 0.5, 0.06), 0.22, soft=2)
+    x, y, r = u(0.10, 0.2), u(-0.05, 0.1), u(0.32, 0.4)
+    c.paint(
+        c.blob(x - 0.42, y - 0.06, 0.30, 0.36, u(-0.2, 0.2), 0.06), 0.84, "right ventricle", soft=2
+    )
+    c.paint(
+        c.blob(x, y, r, r * u(0.95, 1.05), 0, 0.04),
+        0.24 + 0.015 * fog(rng, size, 4),
+        "myocardium",
+        soft=1.5,
+    )
+    inner = r * u(0.52, 0.68)
+    pool = c.blob(x, y, inner, inner * u(0.95, 1.05), 0, 0.05)
+    c.paint(pool, 0.9 + 0.02 * fog(rng, size, 5), "left ventricle", soft=1.5)
+    for a in (u(0.3, 1), u(3.3, 4.2)):  # papillary muscles
+        px, py = x + 0.68 * inner * math.cos(a), y + 0.68 * inner * math.sin(a)
+        c.paint(c.blob(px, py, 0.05, 0.045), 0.35, detail=True, soft=2)
+    return finish(rng, c.image * (1.05 - 0.1 * c.y), 0.025, 0.01), c.masks()
 
 
 # --- ultrasound -----------------------------------------------------------------------------------
@@ -394,167 +530,234 @@ def speckle(rng, shape, along=1.0, across=2.2):
     return z / z.mean()
 
 
-def echo(rng, image, grain, gain=.75):
+def echo(rng, image, grain, gain=0.75):
     """Reflectivity -> B-mode picture: multiplicative speckle, then log compression as every scanner does."""
-    return np.clip(.30 * np.log1p(60 * np.clip(image, 0, 1.5) ** 2 * (.25 + gain * grain)) / np.log(4), 0, 1)
+    return np.clip(
+        0.30 * np.log1p(60 * np.clip(image, 0, 1.5) ** 2 * (0.25 + gain * grain)) / np.log(4), 0, 1
+    )
 
 
 def heart_us(rng, size, target, modality):
     """Apical four-chamber view: the probe sits at the apex, so the ventricles are above the atria."""
-    c, u = Canvas(rng, size, .40, turn=.06, zoom=(.95, 1.05), shift=.03), rng.uniform
-    tilt, x0 = rng.normal(0, .12), u(-.06, .06)
-    c.image *= 1 + .25 * fog(rng, size, 10)
-    c.paint(c.blob(x0, .15, .62 * u(.9, 1.05), .78, tilt, .05), .75, soft=4)
-    chambers = (("right ventricle", -.26, -.06, .19, .33, .12), ("left ventricle", .24, -.10, .23, .40, -.1),
-                ("right atrium", -.27, .57, .21, .21, 0), ("left atrium", .25, .60, .22, .22, 0))
+    c, u = Canvas(rng, size, 0.40, turn=0.06, zoom=(0.95, 1.05), shift=0.03), rng.uniform
+    tilt, x0 = rng.normal(0, 0.12), u(-0.06, 0.06)
+    c.image *= 1 + 0.25 * fog(rng, size, 10)
+    c.paint(c.blob(x0, 0.15, 0.62 * u(0.9, 1.05), 0.78, tilt, 0.05), 0.75, soft=4)
+    chambers = (
+        ("right ventricle", -0.26, -0.06, 0.19, 0.33, 0.12),
+        ("left ventricle", 0.24, -0.10, 0.23, 0.40, -0.1),
+        ("right atrium", -0.27, 0.57, 0.21, 0.21, 0),
+        ("left atrium", 0.25, 0.60, 0.22, 0.22, 0),
+    )
     for name, x, y, rx, ry, turn in chambers:
-        s = u(.9, 1.1)
+        s = u(0.9, 1.1)
         x, y = x0 + x * math.cos(tilt) - y * math.sin(tilt), y * math.cos(tilt) + x * math.sin(tilt)
-        c.paint(c.blob(x, y, rx * s, ry * s, turn + tilt, .07), .05, name, soft=3)
-    leaflets = [bezier(*((x0 + s * x, y) for x, y in curve)) for s in (-1, 1)
-                for curve in (((.06, .33), (.2, .24), (.25, .36)), ((.47, .33), (.38, .26), (.3, .38)))]
-    c.draw([(leaflet, .025) for leaflet in leaflets], .9)  # the valves
+        c.paint(c.blob(x, y, rx * s, ry * s, turn + tilt, 0.07), 0.05, name, soft=3)
+    leaflets = [
+        bezier(*((x0 + s * x, y) for x, y in curve))
+        for s in (-1, 1)
+        for curve in (
+            ((0.06, 0.33), (0.2, 0.24), (0.25, 0.36)),
+            ((0.47, 0.33), (0.38, 0.26), (0.3, 0.38)),
+        )
+    ]
+    c.draw([(leaflet, 0.025) for leaflet in leaflets], 0.9)  # the valves
     dx, dy = c.x - 0, c.y + 1.02
     r, angle = np.hypot(dx, dy), np.arctan2(dx, dy)
-    polar = speckle(rng, (150, 110), .9, 1.6)
-    where = [np.clip(r * 70, 0, 149), np.clip((angle + .8) * 68, 0, 109)]
-    image = echo(rng, c.image, ndimage.map_coordinates(polar, where, order=1), .75)
-    fan = (r < 1.95) & (np.abs(angle) < .72)
-    image = np.where(fan, image * np.clip(1.12 - .22 * r, 0, 1), .01)
-    return finish(rng, image, .006, contrast=.08), {k: m & fan for k, m in c.masks().items()}
+    polar = speckle(rng, (150, 110), 0.9, 1.6)
+    where = [np.clip(r * 70, 0, 149), np.clip((angle + 0.8) * 68, 0, 109)]
+    image = echo(rng, c.image, ndimage.map_coordinates(polar, where, order=1), 0.75)
+    fan = (r < 1.95) & (np.abs(angle) < 0.72)
+    image = np.where(fan, image * np.clip(1.12 - 0.22 * r, 0, 1), 0.01)
+    return finish(rng, image, 0.006, contrast=0.08), {k: m & fan for k, m in c.masks().items()}
 
 
 def linear_us(rng, size, target, modality):
     """Linear-probe picture of soft tissue, with a "breast mass" or a "carotid artery" seen lengthwise."""
-    c, u = Canvas(rng, size, .3, turn=.04, zoom=(.95, 1.05), shift=.02, stretch=1), rng.uniform
-    wavy = c.y + .05 * fog(rng, size, 30) + u(-.08, .08)
-    layers = np.interp(wavy, (-1, -.93, -.88, -.8, -.6, -.5, -.3, 0, .3, .42, .5, .56, .75, 1),
-                       (.9, .95, .6, .28, .25, .5, .55, .45, .5, .3, .65, .25, .3, .2)).astype(np.float32)
-    c.image = layers * (1 + .28 * fog(rng, (size[0] * 3, size[1]), 12)[:size[0]])
-    septa = [(x - .3, y, u(-.15, .15), u(-.1, .1)) for x, y in rng.uniform((-1, -.75), (1, .6), (8, 2))]
-    c.draw([(bezier((x, y), (x + .3, y + a), (x + .6, y + b)), .02) for x, y, a, b in septa], .7, .6)
+    c, u = Canvas(rng, size, 0.3, turn=0.04, zoom=(0.95, 1.05), shift=0.02, stretch=1), rng.uniform
+    wavy = c.y + 0.05 * fog(rng, size, 30) + u(-0.08, 0.08)
+    layers = np.interp(
+        wavy,
+        (-1, -0.93, -0.88, -0.8, -0.6, -0.5, -0.3, 0, 0.3, 0.42, 0.5, 0.56, 0.75, 1),
+        (0.9, 0.95, 0.6, 0.28, 0.25, 0.5, 0.55, 0.45, 0.5, 0.3, 0.65, 0.25, 0.3, 0.2),
+    ).astype(np.float32)
+    c.image = layers * (1 + 0.28 * fog(rng, (size[0] * 3, size[1]), 12)[: size[0]])
+    septa = [
+        (x - 0.3, y, u(-0.15, 0.15), u(-0.1, 0.1))
+        for x, y in rng.uniform((-1, -0.75), (1, 0.6), (8, 2))
+    ]
+    c.draw(
+        [(bezier((x, y), (x + 0.3, y + a), (x + 0.6, y + b)), 0.02) for x, y, a, b in septa],
+        0.7,
+        0.6,
+    )
     if target == "breast mass":
-        r, x, y = u(.2, .34), u(-.5, .5), u(-.25, .2)
-        lump = c.blob(x, y, r, r * u(.75, 1.25), u(-.3, .3), .16)
-        c.paint((r * .8 - np.abs(c.x - x)) / c.px * (c.y > y), .1, soft=10, opacity=.65)  # shadow behind it
-        c.paint(lump + 2.5, .6, soft=4, opacity=.5)
-        c.paint(lump, .085 * (1 + .3 * fog(rng, size, 5)), "breast mass", soft=2.5)
+        r, x, y = u(0.2, 0.34), u(-0.5, 0.5), u(-0.25, 0.2)
+        lump = c.blob(x, y, r, r * u(0.75, 1.25), u(-0.3, 0.3), 0.16)
+        c.paint(
+            (r * 0.8 - np.abs(c.x - x)) / c.px * (c.y > y), 0.1, soft=10, opacity=0.65
+        )  # shadow behind it
+        c.paint(lump + 2.5, 0.6, soft=4, opacity=0.5)
+        c.paint(lump, 0.085 * (1 + 0.3 * fog(rng, size, 5)), "breast mass", soft=2.5)
     else:
-        y, tilt, bow, r = u(-.25, .2), u(-.22, .22), u(-.18, .18), u(.17, .26)
+        y, tilt, bow, r = u(-0.25, 0.2), u(-0.22, 0.22), u(-0.18, 0.18), u(0.17, 0.26)
         below = c.y - y - tilt * c.x - bow * c.x**2
         off = np.abs(below)
-        c.paint((r + .1 - off) / c.px, .45, soft=3)
-        c.paint((r + .05 - off) / c.px, .95, soft=3)  # wall: bright line, dark line, lumen
-        c.paint((r - off) / c.px, .035, "carotid artery", soft=2)
-        c.paint((r * 1.2 - np.abs(below - 2 * r - .15)) / c.px, .62, soft=9, opacity=.4)  # brighter behind it
-    image = echo(rng, c.image, speckle(rng, size, .7, 1.3), .75) * (1.02 - .12 * c.y)
-    return finish(rng, image, .006, contrast=.08), c.masks()
+        c.paint((r + 0.1 - off) / c.px, 0.45, soft=3)
+        c.paint((r + 0.05 - off) / c.px, 0.95, soft=3)  # wall: bright line, dark line, lumen
+        c.paint((r - off) / c.px, 0.035, "carotid artery", soft=2)
+        c.paint(
+            (r * 1.2 - np.abs(below - 2 * r - 0.15)) / c.px, 0.62, soft=9, opacity=0.4
+        )  # brighter behind it
+    image = echo(rng, c.image, speckle(rng, size, 0.7, 1.3), 0.75) * (1.02 - 0.12 * c.y)
+    return finish(rng, image, 0.006, contrast=0.08), c.masks()
 
 
 # --- vessels and eye ------------------------------------------------------------------------------
 
 
-def tree(rng, start, heading, length, width, depth, bend=.5):
+def tree(rng, start, heading, length, width, depth, bend=0.5):
     """A branching vessel as strokes in scene units."""
     end = start + length * np.array([math.cos(heading), math.sin(heading)])
     turn = rng.normal(0, bend)
-    middle = (start + end) / 2 + length * .35 * turn * np.array([-math.sin(heading), math.cos(heading)])
-    lines = [(bezier(start, middle, end, n=10), np.linspace(width, width * .75, 10))]
+    middle = (start + end) / 2 + length * 0.35 * turn * np.array(
+        [-math.sin(heading), math.cos(heading)]
+    )
+    lines = [(bezier(start, middle, end, n=10), np.linspace(width, width * 0.75, 10))]
     if depth:
-        heading -= turn * .7
-        for fork in (rng.uniform(.2, .6), -rng.uniform(.2, .7)):
-            longer, wider = length * rng.uniform(.6, .85), width * rng.uniform(.5, .72)
+        heading -= turn * 0.7
+        for fork in (rng.uniform(0.2, 0.6), -rng.uniform(0.2, 0.7)):
+            longer, wider = length * rng.uniform(0.6, 0.85), width * rng.uniform(0.5, 0.72)
             lines += tree(rng, end, heading + fork, longer, wider, depth - 1, bend)
     return lines
 
 
 def angiogram(rng, size, target, modality):
     """Subtraction angiogram: dark contrast medium on light grey, one sac on a branch."""
-    c, u = Canvas(rng, size, .74, turn=.3, zoom=(.9, 1.15), shift=.08), rng.uniform
-    c.image += .03 * fog(rng, size, 14) - .10 * (c.x**2 + c.y**2) ** .5
-    start, lines = np.array([u(-.25, .25), 1.1]), []
-    trunk = bezier(start, (u(-.4, .4), .6), (u(-.3, .3), .35), n=14)
-    lines.append((trunk, np.linspace(.12, .10, 14)))
-    for heading in (-math.pi / 2 - u(.3, .8), -math.pi / 2 + u(.3, .8)):
-        lines += tree(rng, trunk[-1], heading, u(.42, .55), u(.075, .09), 4, .8)
-    c.draw(lines, .28, .85)
+    c, u = Canvas(rng, size, 0.74, turn=0.3, zoom=(0.9, 1.15), shift=0.08), rng.uniform
+    c.image += 0.03 * fog(rng, size, 14) - 0.10 * (c.x**2 + c.y**2) ** 0.5
+    start, lines = np.array([u(-0.25, 0.25), 1.1]), []
+    trunk = bezier(start, (u(-0.4, 0.4), 0.6), (u(-0.3, 0.3), 0.35), n=14)
+    lines.append((trunk, np.linspace(0.12, 0.10, 14)))
+    for heading in (-math.pi / 2 - u(0.3, 0.8), -math.pi / 2 + u(0.3, 0.8)):
+        lines += tree(rng, trunk[-1], heading, u(0.42, 0.55), u(0.075, 0.09), 4, 0.8)
+    c.draw(lines, 0.28, 0.85)
     host = lines[1 + rng.integers(3)][0]
     x, y = host[rng.integers(4, len(host))]
-    r, a = u(.13, .20), u(0, 6.3)
-    x, y = np.clip(x + .7 * r * math.cos(a), -.7, .7), np.clip(y + .7 * r * math.sin(a), -.7, .7)
-    sac = c.blob(x, y, r, r * u(.85, 1.15), u(0, 3), .08)
-    c.paint(sac, .17 + .03 * np.clip(1 - sac * c.px / r, 0, 1), "aneurysm", soft=2)
-    image = ndimage.gaussian_filter(c.image, .5)
-    return finish(rng, image, .02, .012), c.masks()
+    r, a = u(0.13, 0.20), u(0, 6.3)
+    x, y = (
+        np.clip(x + 0.7 * r * math.cos(a), -0.7, 0.7),
+        np.clip(y + 0.7 * r * math.sin(a), -0.7, 0.7),
+    )
+    sac = c.blob(x, y, r, r * u(0.85, 1.15), u(0, 3), 0.08)
+    c.paint(sac, 0.17 + 0.03 * np.clip(1 - sac * c.px / r, 0, 1), "aneurysm", soft=2)
+    image = ndimage.gaussian_filter(c.image, 0.5)
+    return finish(rng, image, 0.02, 0.012), c.masks()
 
 
 def fundus(rng, size, target, modality):
     """Colour photograph of the retina: disc, macula and the vessel arcades, in a round field."""
-    c, u = Canvas(rng, size, (0, 0, 0), turn=.1, zoom=(.92, 1.05), shift=.04, stretch=.1), rng.uniform
-    hue = np.array([u(.72, .88), u(.33, .45), u(.10, .20)])
-    field = c.blob(0, 0, .97, .97, wobble=0)
-    light = 1.05 - .35 * ((c.x - u(-.3, .3)) ** 2 + (c.y - u(-.3, .3)) ** 2) + .03 * fog(rng, size, 8)
+    c, u = (
+        Canvas(rng, size, (0, 0, 0), turn=0.1, zoom=(0.92, 1.05), shift=0.04, stretch=0.1),
+        rng.uniform,
+    )
+    hue = np.array([u(0.72, 0.88), u(0.33, 0.45), u(0.10, 0.20)])
+    field = c.blob(0, 0, 0.97, 0.97, wobble=0)
+    light = (
+        1.05
+        - 0.35 * ((c.x - u(-0.3, 0.3)) ** 2 + (c.y - u(-0.3, 0.3)) ** 2)
+        + 0.03 * fog(rng, size, 8)
+    )
     c.paint(field, hue * light[..., None], soft=2)
     sign = (-1, 1)[rng.integers(2)]
-    disc = np.array([sign * u(.32, .52), u(-.12, .12)])
-    fovea = disc + np.array([-sign * u(.58, .72), u(.02, .14)])
-    dark = np.exp(-((c.x - fovea[0]) ** 2 + (c.y - fovea[1]) ** 2) / .13**2)
-    c.image *= 1 - .50 * dark[..., None]
-    rim = c.blob(*disc, .16 * u(.9, 1.15), .18 * u(.9, 1.15), u(-.3, .3), .03)
-    c.paint(rim, (.98, .82, .50), "optic disc", soft=4)
-    cup = disc + rng.normal(0, .015, 2)
-    c.paint(c.blob(*cup, .075, .085, 0, .05), (1., .95, .76), detail=True, soft=4)
+    disc = np.array([sign * u(0.32, 0.52), u(-0.12, 0.12)])
+    fovea = disc + np.array([-sign * u(0.58, 0.72), u(0.02, 0.14)])
+    dark = np.exp(-((c.x - fovea[0]) ** 2 + (c.y - fovea[1]) ** 2) / 0.13**2)
+    c.image *= 1 - 0.50 * dark[..., None]
+    rim = c.blob(*disc, 0.16 * u(0.9, 1.15), 0.18 * u(0.9, 1.15), u(-0.3, 0.3), 0.03)
+    c.paint(rim, (0.98, 0.82, 0.50), "optic disc", soft=4)
+    cup = disc + rng.normal(0, 0.015, 2)
+    c.paint(c.blob(*cup, 0.075, 0.085, 0, 0.05), (1.0, 0.95, 0.76), detail=True, soft=4)
     lines = []
     for up in (-1, 1):
-        for pair in (0, 1):  # an artery and a vein side by side: one arcade round the macula, one to the nose
-            far = disc + np.array([-sign * u(1., 1.2), up * u(.30, .55)])
-            arc = bezier(disc, disc + (sign * .05, up * u(.5, .65)),
-                         disc + (-sign * .55, up * u(.65, .8)), far)
-            nose = bezier(disc, disc + (sign * .1, up * .3), disc + (sign * u(.35, .6), up * u(.5, .9)))
-            width = .032 + .012 * pair
-            lines += [(arc, np.linspace(width, width * .4, len(arc))),
-                      (nose, np.linspace(width * .8, .012, len(nose)))]
+        for pair in (
+            0,
+            1,
+        ):  # an artery and a vein side by side: one arcade round the macula, one to the nose
+            far = disc + np.array([-sign * u(1.0, 1.2), up * u(0.30, 0.55)])
+            arc = bezier(
+                disc,
+                disc + (sign * 0.05, up * u(0.5, 0.65)),
+                disc + (-sign * 0.55, up * u(0.65, 0.8)),
+                far,
+            )
+            nose = bezier(
+                disc, disc + (sign * 0.1, up * 0.3), disc + (sign * u(0.35, 0.6), up * u(0.5, 0.9))
+            )
+            width = 0.032 + 0.012 * pair
+            lines += [
+                (arc, np.linspace(width, width * 0.4, len(arc))),
+                (nose, np.linspace(width * 0.8, 0.012, len(nose))),
+            ]
             for k in rng.integers(6, 20, 3):
                 way = arc[k] - arc[k - 1]
-                out = math.atan2(way[1], way[0]) + rng.choice((-1, 1)) * u(.4, .9)
-                lines += tree(rng, arc[k], out, u(.15, .25), .018, 2, .4)
-    before, clear = c.image.copy(), np.clip(1 - 1.4 * dark, 0, 1)[..., None]  # no vessels in the fovea
-    c.draw(lines, hue * (.55, .30, .35), .8)
+                out = math.atan2(way[1], way[0]) + rng.choice((-1, 1)) * u(0.4, 0.9)
+                lines += tree(rng, arc[k], out, u(0.15, 0.25), 0.018, 2, 0.4)
+    before, clear = (
+        c.image.copy(),
+        np.clip(1 - 1.4 * dark, 0, 1)[..., None],
+    )  # no vessels in the fovea
+    c.draw(lines, hue * (0.55, 0.30, 0.35), 0.8)
     c.image = np.where((field > 0)[..., None], before + (c.image - before) * clear, before)
-    macula = c.blob(*fovea, .18, .18, wobble=0)
+    macula = c.blob(*fovea, 0.18, 0.18, wobble=0)
     masks = c.masks() | {"macula": (macula > 0) & (field > 0)}
-    return np.where((field > -1)[..., None], finish(rng, c.image, .012, 0, .08), 0), masks
+    return np.where((field > -1)[..., None], finish(rng, c.image, 0.012, 0, 0.08), 0), masks
 
 
 def oct_scan(rng, size, target, modality):
     """Optical coherence tomogram: retinal layers with the foveal pit and a dark pocket of fluid."""
-    c, u = Canvas(rng, size, 0, turn=.05, zoom=(.95, 1.05), shift=.06, stretch=1), rng.uniform
-    fovea, x = u(-.3, .3), c.x
-    pit = np.exp(-((x - fovea) / .22) ** 2)
-    floor = .32 + u(-.1, .1) + u(-.10, .10) * x + u(-.06, .10) * x**2  # the pigment epithelium
-    kind, fx, fw = u() < .5, fovea + u(-.45, .45), u(.24, .42)
-    bump = np.exp(-((x - fx) / (fw * .8)) ** 4)
+    c, u = Canvas(rng, size, 0, turn=0.05, zoom=(0.95, 1.05), shift=0.06, stretch=1), rng.uniform
+    fovea, x = u(-0.3, 0.3), c.x
+    pit = np.exp(-(((x - fovea) / 0.22) ** 2))
+    floor = (
+        0.32 + u(-0.1, 0.1) + u(-0.10, 0.10) * x + u(-0.06, 0.10) * x**2
+    )  # the pigment epithelium
+    kind, fx, fw = u() < 0.5, fovea + u(-0.45, 0.45), u(0.24, 0.42)
+    bump = np.exp(-(((x - fx) / (fw * 0.8)) ** 4))
     if kind:  # fluid below the retina lifts it
-        high = u(.17, .28)
+        high = u(0.17, 0.28)
         roof = floor - high * np.clip(1 - ((x - fx) / fw) ** 2, 0, None)
-        thick, base = .52, roof
+        thick, base = 0.52, roof
     else:  # fluid within the retina swells it
-        high = u(.15, .25)
-        thick, base = .52 + high * .9 * bump, floor
-    thick = thick - .24 * pit * (1 - .7 * bump * (not kind))
+        high = u(0.15, 0.25)
+        thick, base = 0.52 + high * 0.9 * bump, floor
+    thick = thick - 0.24 * pit * (1 - 0.7 * bump * (not kind))
     depth = (c.y - base) / thick  # -1 the retina's surface, 0 its base
-    v = np.interp(depth, (-1.06, -1, -.93, -.84, -.78, -.6, -.55, -.42, -.36, -.12, -.09, 0),
-                  (.05, .85, .8, .55, .6, .55, .3, .34, .5, .22, .22, .8)).astype(np.float32)
-    below = np.interp((c.y - floor), (-.02, 0, .05, .08, .14, .45, .9), (.0, 1., 1., .45, .55, .22, .04))
-    c.image = np.where(c.y > floor - .012, below, np.where(depth < 0, v, .05)).astype(np.float32)
+    v = np.interp(
+        depth,
+        (-1.06, -1, -0.93, -0.84, -0.78, -0.6, -0.55, -0.42, -0.36, -0.12, -0.09, 0),
+        (0.05, 0.85, 0.8, 0.55, 0.6, 0.55, 0.3, 0.34, 0.5, 0.22, 0.22, 0.8),
+    ).astype(np.float32)
+    below = np.interp(
+        (c.y - floor),
+        (-0.02, 0, 0.05, 0.08, 0.14, 0.45, 0.9),
+        (0.0, 1.0, 1.0, 0.45, 0.55, 0.22, 0.04),
+    )
+    c.image = np.where(c.y > floor - 0.012, below, np.where(depth < 0, v, 0.05)).astype(np.float32)
     if kind:
-        pocket = np.minimum(c.y - roof, floor - c.y - .012) / c.px
+        pocket = np.minimum(c.y - roof, floor - c.y - 0.012) / c.px
     else:
-        pocket = c.blob(fx, (floor - .62 * thick)[size[0] // 2, np.abs(x[size[0] // 2] - fx).argmin()] + .04,
-                        fw * .75, high * u(.55, .75), 0, .12)
-    c.paint(pocket, .06, "retinal fluid", soft=2)
-    image = np.clip(c.image * (.35 + .62 * speckle(rng, size, .5, .9)), 0, 1.2) ** .8
-    return finish(rng, image + .03, .012, contrast=.08), c.masks()
+        pocket = c.blob(
+            fx,
+            (floor - 0.62 * thick)[size[0] // 2, np.abs(x[size[0] // 2] - fx).argmin()] + 0.04,
+            fw * 0.75,
+            high * u(0.55, 0.75),
+            0,
+            0.12,
+        )
+    c.paint(pocket, 0.06, "retinal fluid", soft=2)
+    image = np.clip(c.image * (0.35 + 0.62 * speckle(rng, size, 0.5, 0.9)), 0, 1.2) ** 0.8
+    return finish(rng, image + 0.03, 0.012, contrast=0.08), c.masks()
 
 
 # --- photographs and microscopy -------------------------------------------------------------------
@@ -562,153 +765,184 @@ def oct_scan(rng, size, target, modality):
 
 def dermoscopy(rng, size, target, modality):
     """Skin under the dermatoscope: an irregular pigmented lesion, hairs, vignette."""
-    c, u = Canvas(rng, size, (0, 0, 0), turn=.5, zoom=(.9, 1.1), shift=.05), rng.uniform
-    skin = np.array([u(.78, .92), u(.58, .70), u(.50, .62)])
-    tone = 1 + .03 * fog(rng, size, 14) + .02 * fog(rng, size, 3)
+    c, u = Canvas(rng, size, (0, 0, 0), turn=0.5, zoom=(0.9, 1.1), shift=0.05), rng.uniform
+    skin = np.array([u(0.78, 0.92), u(0.58, 0.70), u(0.50, 0.62)])
+    tone = 1 + 0.03 * fog(rng, size, 14) + 0.02 * fog(rng, size, 3)
     c.image = (skin * tone[..., None]).astype(np.float32)
-    r = u(.28, .52)
-    x, y = rng.uniform(-.42, .42, 2)
-    lump = c.blob(x, y, r, r * u(.7, 1.1), u(0, 3), .20) + 1.6 * fog(rng, size, 9)
-    brown = np.array([u(.40, .52), u(.24, .32), u(.16, .24)])
-    c.paint(lump + 3, brown * 1.25, soft=9, opacity=.5)
-    net = 1 + .14 * fog(rng, size, 2.6) + .14 * fog(rng, size, 9)
+    r = u(0.28, 0.52)
+    x, y = rng.uniform(-0.42, 0.42, 2)
+    lump = c.blob(x, y, r, r * u(0.7, 1.1), u(0, 3), 0.20) + 1.6 * fog(rng, size, 9)
+    brown = np.array([u(0.40, 0.52), u(0.24, 0.32), u(0.16, 0.24)])
+    c.paint(lump + 3, brown * 1.25, soft=9, opacity=0.5)
+    net = 1 + 0.14 * fog(rng, size, 2.6) + 0.14 * fog(rng, size, 9)
     c.paint(lump, brown * net[..., None], "melanoma", soft=5)
     for _ in range(rng.integers(2, 5)):  # patches of other colours: black, blue-grey, red-brown
-        px, py = x + u(-.6, .6) * r, y + u(-.6, .6) * r
-        colour = ((.14, .09, .09), (.34, .35, .42), (.50, .20, .16), (.22, .13, .10))[rng.integers(4)]
-        patch = np.minimum(c.blob(px, py, r * u(.25, .5), r * u(.2, .4), u(0, 3), .3), lump)
-        c.paint(patch, colour, detail=True, soft=9, opacity=.75)
+        px, py = x + u(-0.6, 0.6) * r, y + u(-0.6, 0.6) * r
+        colour = ((0.14, 0.09, 0.09), (0.34, 0.35, 0.42), (0.50, 0.20, 0.16), (0.22, 0.13, 0.10))[
+            rng.integers(4)
+        ]
+        patch = np.minimum(c.blob(px, py, r * u(0.25, 0.5), r * u(0.2, 0.4), u(0, 3), 0.3), lump)
+        c.paint(patch, colour, detail=True, soft=9, opacity=0.75)
     hairs = []
     for _ in range(rng.integers(0, 9)):
-        p, a, d = rng.uniform(-1, 1, 2), u(0, 6.3), u(.3, .8)
+        p, a, d = rng.uniform(-1, 1, 2), u(0, 6.3), u(0.3, 0.8)
         q = p + d * 2 * np.array([math.cos(a), math.sin(a)])
-        hairs.append((bezier(p, (p + q) / 2 + rng.normal(0, .15, 2), q), .014))
-    c.draw(hairs, (.16, .11, .09), .75)
-    edge = 1 - .28 * np.clip(np.hypot(c.u / size[1], c.v / size[0]) * 2 - .6, 0, 1) ** 1.5
-    if u() < .3:
+        hairs.append((bezier(p, (p + q) / 2 + rng.normal(0, 0.15, 2), q), 0.014))
+    c.draw(hairs, (0.16, 0.11, 0.09), 0.75)
+    edge = 1 - 0.28 * np.clip(np.hypot(c.u / size[1], c.v / size[0]) * 2 - 0.6, 0, 1) ** 1.5
+    if u() < 0.3:
         edge = edge * np.clip((1.22 - np.hypot(c.u / size[1], c.v / size[0]) * 2) * 20, 0, 1)
     masks = c.masks()
     masks["melanoma"] = ndimage.binary_opening(masks["melanoma"], iterations=2)
-    return finish(rng, c.image * edge[..., None], .010, 0, .06), masks
+    return finish(rng, c.image * edge[..., None], 0.010, 0, 0.06), masks
 
 
 def endoscopy(rng, size, target, modality):
     """Bowel seen through the endoscope: folds around a dark lumen and one polyp, lit from the camera."""
-    c, u = Canvas(rng, size, (0, 0, 0), turn=.4, zoom=(.95, 1.1), shift=.05), rng.uniform
-    hole = rng.uniform(-.55, .55, 2)
+    c, u = Canvas(rng, size, (0, 0, 0), turn=0.4, zoom=(0.95, 1.1), shift=0.05), rng.uniform
+    hole = rng.uniform(-0.55, 0.55, 2)
     dx, dy = c.x - hole[0], c.y - hole[1]
     r, a = np.hypot(dx, dy) + 1e-3, np.arctan2(dy, dx)
-    ring = np.log(r + .1) * u(4.5, 6.5) + .5 * np.sin(3 * a + u(0, 6)) * r
-    ring = ring + 1.1 * fog(rng, size, min(size) / 3.2) * r**.5
-    fold = np.exp(1.4 * np.sin(ring) + .5 * np.sin(2 * ring)) / 3.5  # narrow bright crests, broad dim valleys
-    light = np.clip(.16 + .78 * r**.6, .05, .85) * (.72 + .32 * fold) + .02 * fog(rng, size, 4)
-    wall = np.array([u(.82, .93), u(.46, .56), u(.40, .48)])
+    ring = np.log(r + 0.1) * u(4.5, 6.5) + 0.5 * np.sin(3 * a + u(0, 6)) * r
+    ring = ring + 1.1 * fog(rng, size, min(size) / 3.2) * r**0.5
+    fold = (
+        np.exp(1.4 * np.sin(ring) + 0.5 * np.sin(2 * ring)) / 3.5
+    )  # narrow bright crests, broad dim valleys
+    light = np.clip(0.16 + 0.78 * r**0.6, 0.05, 0.85) * (0.72 + 0.32 * fold) + 0.02 * fog(
+        rng, size, 4
+    )
+    wall = np.array([u(0.82, 0.93), u(0.46, 0.56), u(0.40, 0.48)])
     c.image = (wall * light[..., None]).astype(np.float32)
-    vessels = sum((tree(rng, rng.uniform(-1, 1, 2), u(0, 6.3), .3, .022, 2) for _ in range(4)), [])
-    c.draw(vessels, wall * (.72, .40, .45), .35)
-    x, y = hole + u(.45, .75) * np.array([math.cos(t := u(0, 6.3)), math.sin(t)])
-    x, y, q = np.clip(x, -.6, .6), np.clip(y, -.6, .6), u(.22, .36)
-    polyp = c.blob(x, y, q, q * u(.75, 1.05), u(0, 3), .09)
-    c.paint(polyp + 4, wall * .42, soft=9, opacity=.6)  # shadow at its foot
+    vessels = sum(
+        (tree(rng, rng.uniform(-1, 1, 2), u(0, 6.3), 0.3, 0.022, 2) for _ in range(4)), []
+    )
+    c.draw(vessels, wall * (0.72, 0.40, 0.45), 0.35)
+    x, y = hole + u(0.45, 0.75) * np.array([math.cos(t := u(0, 6.3)), math.sin(t)])
+    x, y, q = np.clip(x, -0.6, 0.6), np.clip(y, -0.6, 0.6), u(0.22, 0.36)
+    polyp = c.blob(x, y, q, q * u(0.75, 1.05), u(0, 3), 0.09)
+    c.paint(polyp + 4, wall * 0.42, soft=9, opacity=0.6)  # shadow at its foot
     bulge = np.clip(polyp * c.px / q, 0, 1)
-    lit = .55 + .62 * np.sqrt(bulge) - .16 * ((c.x - x) * (x - hole[0]) + (c.y - y) * (y - hole[1])) / q
-    lit = lit + .035 * fog(rng, size, 3)
-    c.paint(polyp, wall * np.array([1.05, .80, .78]) * lit[..., None], "polyp", soft=1.8)
+    lit = (
+        0.55
+        + 0.62 * np.sqrt(bulge)
+        - 0.16 * ((c.x - x) * (x - hole[0]) + (c.y - y) * (y - hole[1])) / q
+    )
+    lit = lit + 0.035 * fog(rng, size, 3)
+    c.paint(polyp, wall * np.array([1.05, 0.80, 0.78]) * lit[..., None], "polyp", soft=1.8)
     for _ in range(rng.integers(4, 9)):  # wet highlights
-        s = u(.02, .05)
-        p = (x, y) + rng.normal(0, .35 * q, 2) if u() < .5 else rng.uniform(-.8, .8, 2)
-        c.paint(c.blob(*p, s * 1.6, s * .7, u(0, 3), .3), (1, .97, .95), detail=True, soft=2.5, opacity=.85)
-    rim = (np.abs(c.u / size[1] * 2) ** 5 + np.abs(c.v / size[0] * 2) ** 5) ** .2
+        s = u(0.02, 0.05)
+        p = (x, y) + rng.normal(0, 0.35 * q, 2) if u() < 0.5 else rng.uniform(-0.8, 0.8, 2)
+        c.paint(
+            c.blob(*p, s * 1.6, s * 0.7, u(0, 3), 0.3),
+            (1, 0.97, 0.95),
+            detail=True,
+            soft=2.5,
+            opacity=0.85,
+        )
+    rim = (np.abs(c.u / size[1] * 2) ** 5 + np.abs(c.v / size[0] * 2) ** 5) ** 0.2
     edge = np.clip((1.06 - rim) * 25, 0, 1)
-    return finish(rng, np.clip(c.image, 0, 1) * edge[..., None], .010, 0, .06), c.masks()
+    return finish(rng, np.clip(c.image, 0, 1) * edge[..., None], 0.010, 0, 0.06), c.masks()
 
 
-def cells(c, centres, radii, colour, spread=.06, stretch=.7, opacity=.9):
+def cells(c, centres, radii, colour, spread=0.06, stretch=0.7, opacity=0.9):
     """Many small ellipses at once, each painted in its own little window (pixels)."""
     for (x, y), r in zip(centres, radii):
-        y0, y1, x0, x1 = int(max(0, y - r - 2)), int(y + r + 3), int(max(0, x - r - 2)), int(x + r + 3)
+        y0, y1, x0, x1 = (
+            int(max(0, y - r - 2)),
+            int(y + r + 3),
+            int(max(0, x - r - 2)),
+            int(x + r + 3),
+        )
         window = c.image[y0:y1, x0:x1]
         if not window.size:
             continue
         a, tint = c.rng.uniform(0, 3.2), colour * (1 + c.rng.normal(0, spread))
-        dx, dy = np.arange(x0, x0 + window.shape[1]) - x, np.arange(y0, y0 + window.shape[0])[:, None] - y
+        dx, dy = (
+            np.arange(x0, x0 + window.shape[1]) - x,
+            np.arange(y0, y0 + window.shape[0])[:, None] - y,
+        )
         p, q = dx * math.cos(a) + dy * math.sin(a), dy * math.cos(a) - dx * math.sin(a)
-        alpha = np.clip(r - np.hypot(p, q / c.rng.uniform(stretch, 1)) + .5, 0, 1)[..., None] * opacity
+        alpha = (
+            np.clip(r - np.hypot(p, q / c.rng.uniform(stretch, 1)) + 0.5, 0, 1)[..., None] * opacity
+        )
         window += (tint.astype(np.float32) - window) * alpha
 
 
 def stroma(c):
     """Pink tissue with fibres and clefts; returns its pink, the violet of nuclei, and the fibres (H, W)."""
     rng, size, u = c.rng, c.size, c.rng.uniform
-    pink = np.array([u(.86, .93), u(.60, .68), u(.74, .80)])
-    violet = np.array([u(.34, .44), u(.20, .28), u(.48, .58)])
-    fibre = fog(rng, (size[0], size[1] * 4), 5)[:, :size[1]] * .035 + .03 * fog(rng, size, 16)
+    pink = np.array([u(0.86, 0.93), u(0.60, 0.68), u(0.74, 0.80)])
+    violet = np.array([u(0.34, 0.44), u(0.20, 0.28), u(0.48, 0.58)])
+    fibre = fog(rng, (size[0], size[1] * 4), 5)[:, : size[1]] * 0.035 + 0.03 * fog(rng, size, 16)
     c.image = (pink * (1 + fibre[..., None])).astype(np.float32)
     holes = rng.uniform((0, 0), size[::-1], (10, 2))
-    cells(c, holes, rng.uniform(1.5, 4, 10), np.array([.96, .93, .95]), .01, .3, .8)  # clefts
+    cells(c, holes, rng.uniform(1.5, 4, 10), np.array([0.96, 0.93, 0.95]), 0.01, 0.3, 0.8)  # clefts
     return pink, violet, fibre
 
 
 def gland(c, x, y, r, name, pink, violet, fibre):
     """A ring of cells round a pale lumen, seen on the stroma."""
     rng, u = c.rng, c.rng.uniform
-    rx, ry, turn, state = r, r * u(.75, 1), u(0, 3), rng.bit_generator.state
-    outer = c.blob(x, y, rx, ry, turn, .12)
+    rx, ry, turn, state = r, r * u(0.75, 1), u(0, 3), rng.bit_generator.state
+    outer = c.blob(x, y, rx, ry, turn, 0.12)
     rng.bit_generator.state = state  # the lumen follows the same contour
-    wall = np.minimum(.5 * r, .17) / r * u(.9, 1.2)
-    lumen = c.blob(x, y, rx * (1 - 1.25 * wall), ry * (1 - 1.25 * wall), turn, .12)
-    c.paint(outer + 1.5, (.95, .86, .91), name, soft=2)
-    c.paint(outer, pink * (.90, .76, .95) * (1 + fibre[..., None]), name, soft=2)
-    c.paint(lumen, (.97, .95, .97), detail=True, soft=2)
-    ring = np.argwhere((outer > 2) & (outer < .62 * r * wall / c.px + 1.5))[:, ::-1]
+    wall = np.minimum(0.5 * r, 0.17) / r * u(0.9, 1.2)
+    lumen = c.blob(x, y, rx * (1 - 1.25 * wall), ry * (1 - 1.25 * wall), turn, 0.12)
+    c.paint(outer + 1.5, (0.95, 0.86, 0.91), name, soft=2)
+    c.paint(outer, pink * (0.90, 0.76, 0.95) * (1 + fibre[..., None]), name, soft=2)
+    c.paint(lumen, (0.97, 0.95, 0.97), detail=True, soft=2)
+    ring = np.argwhere((outer > 2) & (outer < 0.62 * r * wall / c.px + 1.5))[:, ::-1]
     rng.shuffle(ring)
     chosen = ring[: int(len(ring) / 9)]
-    cells(c, chosen, rng.uniform(1.7, 2.6, len(chosen)), violet, .12, .6)
+    cells(c, chosen, rng.uniform(1.7, 2.6, len(chosen)), violet, 0.12, 0.6)
 
 
 def histology(rng, size, target, modality):
     """H&E: pink stroma, scattered nuclei, one big gland (nuclei in a ring round a lumen), some small ones."""
-    c, u = Canvas(rng, size, (0, 0, 0), turn=1, zoom=(.95, 1.1), shift=.05, stretch=.4), rng.uniform
+    c, u = (
+        Canvas(rng, size, (0, 0, 0), turn=1, zoom=(0.95, 1.1), shift=0.05, stretch=0.4),
+        rng.uniform,
+    )
     pink, violet, fibre = stroma(c)
     centres = rng.uniform((0, 0), size[::-1], (int(size[0] * size[1] / 190), 2))
-    cells(c, centres, rng.uniform(1.4, 2.6, len(centres)), violet, .12, .4)
-    r = u(.36, .54)
-    x, y = rng.uniform(-.35, .35, 2)
+    cells(c, centres, rng.uniform(1.4, 2.6, len(centres)), violet, 0.12, 0.4)
+    r = u(0.36, 0.54)
+    x, y = rng.uniform(-0.35, 0.35, 2)
     rings = [(x, y, r, "gland")]
     for _ in range(rng.integers(1, 4)):  # smaller neighbours, well away from it
-        a, s = u(0, 6.3), u(.15, .2)
-        rings.append((x + (r + s + .14) * math.cos(a), y + (r + s + .14) * math.sin(a), s, None))
+        a, s = u(0, 6.3), u(0.15, 0.2)
+        rings.append((x + (r + s + 0.14) * math.cos(a), y + (r + s + 0.14) * math.sin(a), s, None))
     for x, y, r, name in rings[::-1]:
         gland(c, x, y, r, name, pink, violet, fibre)
-    return finish(rng, np.clip(c.image, 0, 1), .012, 0, .06), c.masks()
+    return finish(rng, np.clip(c.image, 0, 1), 0.012, 0, 0.06), c.masks()
 
 
 def blood_smear(rng, size, target, modality):
     """Stained blood film: many red cells and one white cell with a lobed violet nucleus."""
-    c, u = Canvas(rng, size, (0, 0, 0), turn=1, zoom=(.95, 1.05), shift=0, stretch=0), rng.uniform
-    paper = np.array([u(.90, .95), u(.86, .92), u(.84, .90)])
-    c.image = (paper * (1 + .015 * fog(rng, size, 20)[..., None])).astype(np.float32)
-    red, r = np.array([u(.82, .90), u(.52, .62), u(.52, .60)]), u(.13, .16) / c.px
+    c, u = Canvas(rng, size, (0, 0, 0), turn=1, zoom=(0.95, 1.05), shift=0, stretch=0), rng.uniform
+    paper = np.array([u(0.90, 0.95), u(0.86, 0.92), u(0.84, 0.90)])
+    c.image = (paper * (1 + 0.015 * fog(rng, size, 20)[..., None])).astype(np.float32)
+    red, r = np.array([u(0.82, 0.90), u(0.52, 0.62), u(0.52, 0.60)]), u(0.13, 0.16) / c.px
     columns, rows = (np.arange(-r, side + r, 2.15 * r) for side in size[::-1])
     centres = np.stack(np.meshgrid(columns, rows), -1).reshape(-1, 2)
-    centres = centres + rng.normal(0, .32 * r, centres.shape)
-    centres = centres[rng.uniform(size=len(centres)) < u(.5, .85)]
-    x, y, s = *rng.uniform(-.55, .55, 2), u(.26, .38)
-    far = np.hypot(*(centres - c.pixels([[x, y]])[0]).T) > s / c.px + .75 * r
+    centres = centres + rng.normal(0, 0.32 * r, centres.shape)
+    centres = centres[rng.uniform(size=len(centres)) < u(0.5, 0.85)]
+    x, y, s = *rng.uniform(-0.55, 0.55, 2), u(0.26, 0.38)
+    far = np.hypot(*(centres - c.pixels([[x, y]])[0]).T) > s / c.px + 0.75 * r
     centres = centres[far]
-    cells(c, centres, np.full(len(centres), r), red, .03, .85)
-    cells(c, centres, np.full(len(centres), r * .45), red + .12, .02, .85, .7)
-    grain = 1 + .03 * fog(rng, size, 3)[..., None]
-    body = c.blob(x, y, s, s * u(.9, 1.1), u(0, 3), .06)
-    c.paint(body, (.80, .74, .86) * grain, "white blood cell", soft=2)
-    purple, lobes = np.array([u(.36, .44), u(.16, .24), u(.52, .60)]), rng.integers(1, 5)
+    cells(c, centres, np.full(len(centres), r), red, 0.03, 0.85)
+    cells(c, centres, np.full(len(centres), r * 0.45), red + 0.12, 0.02, 0.85, 0.7)
+    grain = 1 + 0.03 * fog(rng, size, 3)[..., None]
+    body = c.blob(x, y, s, s * u(0.9, 1.1), u(0, 3), 0.06)
+    c.paint(body, (0.80, 0.74, 0.86) * grain, "white blood cell", soft=2)
+    purple, lobes = np.array([u(0.36, 0.44), u(0.16, 0.24), u(0.52, 0.60)]), rng.integers(1, 5)
     for k in range(lobes):
-        a = k * 6.28 / max(3, lobes) + u(-.3, .3)
-        d = s * (.12 if lobes == 1 else .42)
-        q = s * (.62 if lobes == 1 else .36)
-        lobe = c.blob(x + d * math.cos(a), y + d * math.sin(a), q, q * u(.75, 1), u(0, 3), .15)
-        c.paint(lobe, purple * (1 + .08 * fog(rng, size, 3)[..., None]), detail=True, soft=2)
-    return finish(rng, np.clip(c.image, 0, 1), .010, 0, .06), c.masks()
+        a = k * 6.28 / max(3, lobes) + u(-0.3, 0.3)
+        d = s * (0.12 if lobes == 1 else 0.42)
+        q = s * (0.62 if lobes == 1 else 0.36)
+        lobe = c.blob(x + d * math.cos(a), y + d * math.sin(a), q, q * u(0.75, 1), u(0, 3), 0.15)
+        c.paint(lobe, purple * (1 + 0.08 * fog(rng, size, 3)[..., None]), detail=True, soft=2)
+    return finish(rng, np.clip(c.image, 0, 1), 0.010, 0, 0.06), c.masks()
 
 
 # --- the real brain -------------------------------------------------------------------------------
@@ -719,35 +953,35 @@ def brain_mr(rng, size, t1, structures, target):
     u = rng.uniform
     rows, cols = np.nonzero(t1)
     extent = np.array([np.ptp(rows) + 1, np.ptp(cols) + 1])
-    scale = max(*(extent / np.array(size)), 120 / min(size)) / u(.80, .95)  # mm a pixel
-    angle, squeeze = rng.normal(0, .09), rng.uniform(.95, 1.05, 2)
+    scale = max(*(extent / np.array(size)), 120 / min(size)) / u(0.80, 0.95)  # mm a pixel
+    angle, squeeze = rng.normal(0, 0.09), rng.uniform(0.95, 1.05, 2)
     turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     matrix = scale * turn * squeeze
     middle = np.array([rows.min() + rows.max(), cols.min() + cols.max()]) / 2
-    offset = middle - matrix @ ((np.array(size) - 1) / 2 + rng.uniform(-.04, .04, 2) * size)
+    offset = middle - matrix @ ((np.array(size) - 1) / 2 + rng.uniform(-0.04, 0.04, 2) * size)
 
     def warp(plane):
         return ndimage.affine_transform(plane.astype(np.float32), matrix, offset, size, order=1)
 
     c = Canvas(rng, size)
     c.image, c.names = warp(t1) / 255, [None, "brain"]
-    c.labels = (c.image > .1).astype(np.uint8)
-    masks = {name: warp(plane) > .5 for name, plane in structures.items()}
-    low, high = u(.15, .30), np.percentile(c.image[c.labels > 0], 98) * u(1, 1.1)
-    c.image = np.clip((c.image - low) / (high - low), 0, 1) ** u(.9, 1.3)
-    c.image *= 1 + .12 * fog(rng, size, min(size) / 2)  # coil shading
+    c.labels = (c.image > 0.1).astype(np.uint8)
+    masks = {name: warp(plane) > 0.5 for name, plane in structures.items()}
+    low, high = u(0.15, 0.30), np.percentile(c.image[c.labels > 0], 98) * u(1, 1.1)
+    c.image = np.clip((c.image - low) / (high - low), 0, 1) ** u(0.9, 1.3)
+    c.image *= 1 + 0.12 * fog(rng, size, min(size) / 2)  # coil shading
     if target == "brain tumour":
-        r = u(.14, .25)
+        r = u(0.14, 0.25)
         x, y = c.spot(c.labels > 0, r * 1.15)
         inside = np.where(c.labels > 0, 99, -99)
-        swelling = np.minimum(c.blob(x, y, r * 1.7, r * 1.5, u(0, 3), .25), inside)
-        c.paint(swelling, .32 + .02 * fog(rng, size, 5), soft=6, opacity=.75, detail=True)
-        lump = np.minimum(c.blob(x, y, r, r * u(.75, 1.2), u(0, 3), .2), inside)
-        c.paint(lump, .88 + .07 * fog(rng, size, 4), "brain tumour", soft=2.5)
+        swelling = np.minimum(c.blob(x, y, r * 1.7, r * 1.5, u(0, 3), 0.25), inside)
+        c.paint(swelling, 0.32 + 0.02 * fog(rng, size, 5), soft=6, opacity=0.75, detail=True)
+        lump = np.minimum(c.blob(x, y, r, r * u(0.75, 1.2), u(0, 3), 0.2), inside)
+        c.paint(lump, 0.88 + 0.07 * fog(rng, size, 4), "brain tumour", soft=2.5)
         for _ in range(rng.integers(1, 4)):  # dead tissue leaves an uneven ring
-            dx, dy, q = *rng.normal(0, .16 * r, 2), r * u(.4, .62)
-            core = np.minimum(c.blob(x + dx, y + dy, q, q * u(.7, 1), u(0, 3), .25), lump - 2)
-            c.paint(core, u(.14, .34) + .03 * fog(rng, size, 3), detail=True, soft=3)
+            dx, dy, q = *rng.normal(0, 0.16 * r, 2), r * u(0.4, 0.62)
+            core = np.minimum(c.blob(x + dx, y + dy, q, q * u(0.7, 1), u(0, 3), 0.25), lump - 2)
+            c.paint(core, u(0.14, 0.34) + 0.03 * fog(rng, size, 3), detail=True, soft=3)
         masks = {target: c.mask(target)}
-    noise = u(.008, .025) * rng.standard_normal((2, *size), np.float32)
+    noise = u(0.008, 0.025) * rng.standard_normal((2, *size), np.float32)
     return finish(rng, np.hypot(c.image + noise[0], noise[1]), 0, 0), masks
