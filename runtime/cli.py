@@ -1,305 +1,261 @@
-"""The command line: one --flag per field of a Config, @files of flags, embedded defaults, one-line errors."""
+"""The command line: one --flag per field of a Config, @files of flags, one-line errors.
+
+@dataclass
+class Config:
+    steps: int = flag(100, "optimizer steps", low=1)
+
+config = parse_args(Config, __doc__)
+"""
 
 import argparse
+import dataclasses
+import difflib
+import io
 import math
 import os
 import re
 import shlex
 import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import get_args
-
-from rewards import MODES, reward_formula
+from typing import Any, get_args
 
 ROOT = Path(__file__).parents[1]
-TRACKERS = ("tensorboard", "wandb", "trackio", "swanlab")
-EMBEDDED = {"crm": ROOT / "demo/crm", "asm": ROOT / "demo/asm", "data": ROOT / "demo/data"}
 
 
-# ---------------------------------------------------------------- the flags that several scripts share
+def flag(
+    default: Any,
+    help: str,
+    choices: Sequence[str] | None = None,
+    bare: str | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    off: float | None = None,
+) -> Any:
+    """Returns one field of a Config: its default ("required" if it has none) and what --help says.
+
+    choices    the values that it may have
+    bare       the value when the flag is given without one
+    low, high  bounds of a number, both allowed themselves
+    above      a lower bound that is not allowed itself
+    off        a number outside the bounds that is allowed all the same and switches something off
+    """
+    rule = {
+        "help": help,
+        "choices": choices,
+        "bare": bare,
+        "low": low,
+        "high": high,
+        "above": above,
+        "off": off,
+    }
+    return dataclasses.field(default=default, metadata=rule)
 
 
-def flag(default, help: str, choices=None, bare=None, low=None, high=None, above=None, off=None):
-    """One field of a Config: its default ("required" if it has none) and what --help says.
-
-    choices: the values it may have; bare: the value when the flag stands alone; low, high: bounds, inclusive;
-    above: a lower bound, exclusive; off: a value outside the bounds that is allowed, and switches it off."""
-    return field(
-        default=default,
-        metadata={
-            "help": help,
-            "choices": choices,
-            "bare": bare,
-            "low": low,
-            "high": high,
-            "above": above,
-            "off": off,
-        },
-    )
-
-
-@dataclass
-class ModelConfig:
-    """How a Qwen2.5-VL is loaded and prompted: infer, evaluate and both trainers."""
-
-    crm: str | None = flag(None, "Qwen2.5-VL folder or hub name")
-    # None: what the checkpoint was trained with; if it does not say, reasoning, aspect and Qwen2.5-VL's usual limits
-    prompt: str | None = flag(
-        None,
-        "reasoning, direct, multi (several boxes), a text file with {query} or the text itself; "
-        'one with "boxes" in quotes asks for several (default: as the checkpoint, else reasoning)',
-    )
-    resize: str | None = flag(
-        None, "aspect, or square:SIDE (default: as the checkpoint, else aspect)"
-    )
-    min_pixels: int | None = flag(
-        None, "smallest image, model frame (default: as the checkpoint)", low=1
-    )
-    max_pixels: int | None = flag(
-        None, "largest image, model frame (default: as the checkpoint)", low=1
-    )
-    dtype: str = flag(
-        "auto",
-        "data type of the model: auto is bfloat16 on CUDA, float32 elsewhere",
-        ("auto", "float32", "bfloat16"),
-    )
-    seed: int = flag(0, "seed of every random choice", low=0)
-
-
-@dataclass
-class RunConfig(ModelConfig):
-    """What GRPO and SFT share. A subclass overrides a default by declaring the field again."""
-
-    # data and run folder
-    data: str | None = flag(None, "folder or .parquet file, see data.py")
-    test_data: str | None = flag(None, "where the held-out split is, if not in --data")
-    only: str = flag(
-        "", "train only on super-categories whose name matches this regular expression"
-    )
-    skip_bad_rows: bool = flag(False, "skip rows that cannot be used, and count them")
-    out: str = flag("runs/new", "run folder")
-    resume: str = flag(
-        "no",
-        "continue from the last checkpoint in --out; auto: if there is one",
-        ("no", "yes", "auto"),
-        bare="yes",
-    )
-    parallel: str = flag(
-        "ddp", "how torchrun's ranks share the model, see runtime/parallel.py", ("ddp", "fsdp")
-    )
-    track: str | None = flag(
-        None, "send the rows of metrics.jsonl to a tracker, too, see extras/track.py", TRACKERS
-    )
-    timeout: float = flag(30.0, "minutes that a rank waits for the others", above=0)
-    # optimization
-    steps: int = flag(100, "optimizer steps", low=1)
-    lr: float = flag(1e-6, "peak learning rate", above=0)
-    schedule: str = flag(
-        "constant", "learning rate after warm-up", ("constant", "linear", "cosine")
-    )
-    weight_decay: float = flag(0.01, "AdamW's weight decay", low=0)
-    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm", above=0)
-    lora_rank: int = flag(
-        0, "train LoRA matrices of this rank instead of the whole model (0: whole)", low=0
-    )
-    freeze_vision: bool = flag(False, "do not train the vision tower")
-    trainable: str = flag("", "train only parameters whose name matches this regular expression")
-    checkpointing: bool = flag(False, "recompute activations in the backward pass to save memory")
-    offload: bool = flag(
-        False, "keep master weights, AdamW's moments and the reference in host memory"
-    )
-    # reward: of training (GRPO) and of the held-out evaluation
-    mode: str = flag("soft", "reward mode, see rewards.py", tuple(MODES))
-    weights: str = flag(
-        "", "weights of reward terms, e.g. box_iou=2,mask_dice=1; adds terms to the mode"
-    )
-    official: bool = flag(False, "compute rewards exactly as the released code does")
-    max_new_tokens: int = flag(128, "longest completion in tokens (paper: 2048)", low=1)
-    temperature: float = flag(1.0, "softmax temperature of sampling and scoring", above=0)
-    # evaluation and checkpoints
-    eval_every: int = flag(
-        50, "steps between held-out evaluations (0: first and last; -1: none)", low=-1
-    )
-    eval_answers: int = flag(4, "sampled completions per held-out question", low=1)
-    eval_limit: int = flag(0, "number of held-out samples (0: all)", low=0)
-    save_every: int = flag(100, "steps between checkpoints (0: only the last; -1: none)", low=-1)
-    keep: int = flag(0, "newest checkpoints to keep, besides the best evaluated (0: all)", low=0)
-
-
-# ---------------------------------------------------------------- the command line
+# ---------------------------------------------------------------- from words to a Config
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, whose errors are one line on the first rank."""
+    """argparse with errors of one line, printed by the first rank, and with comments in @files."""
 
-    def error(self, message):
-        if int(os.environ.get("RANK", 0)) == 0:
+    def error(self, message: str) -> None:
+        if is_first_process():
             print("error:", one_line(message), file=sys.stderr, flush=True)
         raise SystemExit(2)
 
-    def convert_arg_line_to_args(self, line):
+    def convert_arg_line_to_args(self, line: str) -> list[str]:
         try:
             return shlex.split(line, comments=True)
         except ValueError as error:
             self.error(f"a line of an @file, {line}: {error}")
 
-    def given(self, argv: list[str], names: list[str]) -> dict:
-        """{field: value} of the flags in argv and in its @files. names: the fields of the Config."""
-        try:
-            given, unknown = self.parse_known_args(argv)
-        except (ValueError, RecursionError) as error:
-            self.error(f"an @file is not UTF-8 text, or names itself ({type(error).__name__})")
-        if unknown:
-            from extras.foreign_names import explain
-
-            self.error(explain(unknown[0], names))
-        return vars(given)
-
 
 def parse_args(
-    config_class,
+    config_class: type,
     doc: str,
+    argv: Sequence[str] | None = None,
     recipe: str | None = None,
-    argv: list[str] | None = None,
-    embedded=lambda config: EMBEDDED,
-):
-    """A Config from the command line: one --flag per field, `@FILE` for a file of flags (# starts a comment).
+    moved: Mapping[str, str] | None = None,
+) -> Any:
+    """Returns a Config from the command line. @FILE is a file of flags in which # starts a comment.
 
-    An unknown flag, a wrong value or one outside its bounds ends the program with one line and status 2.
-    Where --crm is not given, `recipe` is read first: flags given by hand win, and --mode by hand drops its
-    --weights. Where --crm, --asm or --data are fields and not given, the embedded ones are used,
-    and that is printed. embedded: the names among these that a Config needs."""
-    names = [f.name for f in fields(config_class)]
-    argv = sys.argv[1:] if argv is None else argv
+    recipe  a file of flags that is read first where --crm is not given. Flags given by hand win,
+            and --mode by hand drops the recipe's --coefficients.
+    moved   {name of a former flag: what to use now}, for the error message.
+    An unknown flag, a wrong value or one outside its bounds ends the program with one line and
+    status 2.
+    """
+    show_every_character()
     parser = Parser(
         description=doc,
         fromfile_prefix_chars="@",
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    if {"-h", "--help"} & set(argv):
-        from extras.foreign_names import table
-
-        parser.epilog = table(names)
-    for f in fields(config_class):
-        add_flag(parser, f)
-    values = given = parser.given(argv, names)
-    if recipe and given.get("crm") is None:
-        values = parser.given([f"@{ROOT / recipe}"], names) | given
-        if "mode" in given and "weights" not in given and values.pop("weights", ""):
-            print0(f"--mode given: the --weights of {recipe} are not used")
+    fields = dataclasses.fields(config_class)
+    for field in fields:
+        _add_argument(parser, field)
+    names = [field.name for field in fields]
+    words = list(sys.argv[1:] if argv is None else argv)
+    given = _flags_in(parser, words, names, moved or {})
+    values = given
+    if recipe is not None and given.get("crm") is None:
+        values = _flags_in(parser, [f"@{ROOT / recipe}"], names, {}) | given
+        print0(f"flags of {recipe} are used; flags given here win")
+        if "mode" in given and "coefficients" not in given and values.pop("coefficients", ""):
+            print0(f"--mode is given, so the --coefficients of {recipe} are not used")
     config = config_class(**values)
-    if recipe and "crm" in given and not any(word.startswith("@") for word in argv):
-        print0(f"{recipe} not read, because --crm was given; --lr is {config.lr:g}")
-    for f in fields(config):
-        value = getattr(config, f.name)
-        problem = "is required" if value == "required" else out_of_range(value, f.metadata)
+    if recipe is not None and "crm" in given and not any(word.startswith("@") for word in words):
+        print0(f"{recipe} is not read, because --crm was given; --lr is {config.lr:g}")
+    for field in fields:
+        value = getattr(config, field.name)
+        if value == "required":
+            parser.error(f"{dashed(field.name)} is required")
+        problem = _out_of_bounds(value, field.metadata)
         if problem:
-            parser.error(f"{dashed(f.name)} {problem}")
-    for name in embedded(config):
-        if getattr(config, name, "") is None:
-            read = f", with {recipe} (flags given here win)" if recipe and name == "crm" else ""
-            print0(
-                f"no {dashed(name)} given: the embedded {EMBEDDED[name].relative_to(ROOT)}{read}"
-            )
-            setattr(config, name, str(EMBEDDED[name]))
+            parser.error(f"{dashed(field.name)} {problem}")
     return config
 
 
-def add_flag(parser: Parser, f) -> None:
-    """One field of a Config as an argument, which the parser leaves out where it is not given."""
-    kind = next(iter(get_args(f.type)), f.type)  # float | None -> float
-    several = get_args(kind)  # tuple[str, str] -> two of str
-    kind = several[0] if several else kind
-    rule = f.metadata
-    if kind is bool:
-        how = {"action": argparse.BooleanOptionalAction}
-    else:
-        how = {
-            "type": kind,
-            "choices": rule["choices"],
-            "const": rule["bare"],
-            "nargs": "?" if rule["bare"] else len(several) or None,
-            "metavar": None if rule["choices"] else kind.__name__,
-        }
-    shown = "" if f.default in (None, "", "required") else f" ({f.default})"
-    how["help"] = rule["help"].replace("%", "%%") + shown
-    parser.add_argument(dashed(f.name), default=argparse.SUPPRESS, **how)
+def use_embedded(config: Any, defaults: Mapping[str, Path]) -> None:
+    """Fills in the fields of a Config that were not given (None), and prints a line for each."""
+    for name, path in defaults.items():
+        if getattr(config, name) is None:
+            shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+            print0(f"no {dashed(name)} given: {shown} is used")
+            setattr(config, name, str(path))
 
 
-def parse_weights(text: str) -> dict[str, float]:
-    """--weights "box_iou=2,mask_dice=1" -> {term: weight}; ValueError names an unknown term or a bad number."""
+def _flags_in(
+    parser: Parser, words: list[str], names: list[str], moved: Mapping[str, str]
+) -> dict[str, Any]:
+    """Returns {name: value} of the flags in some words and in their @files. names: of all flags."""
     try:
-        pairs = [item.split("=") for item in text.split(",") if item]
-        weights = {name.strip(): float(value) for name, value in pairs}
-    except ValueError:
-        raise ValueError(f"--weights {text}: give term=number, separated by commas") from None
-    reward_formula("soft", weights)
-    return weights
+        given, unknown = parser.parse_known_args(words)
+    except (UnicodeDecodeError, RecursionError) as error:
+        reason = type(error).__name__
+        parser.error(f"an @file is not UTF-8 text, or it names itself ({reason})")
+    if unknown:
+        parser.error(_explain(unknown[0], names, moved))
+    return vars(given)
 
 
-def matcher(name: str, pattern: str):
-    """re.search for the regular expression that a flag gives; ValueError where it is none."""
+def _explain(word: str, names: list[str], moved: Mapping[str, str]) -> str:
+    """Returns one line about a word of the command line that is no flag."""
+    word = word.partition("=")[0]
+    name = word.lstrip("-").replace("-", "_")
+    if name in moved:
+        return f"{word} has moved: {moved[name]}"
+    near = difflib.get_close_matches(name, names, 1)
+    if near:
+        return f"unknown flag {word}: did you mean {dashed(near[0])}?"
+    return f"unknown flag {word}: see --help"
+
+
+def _add_argument(parser: Parser, field: dataclasses.Field) -> None:
+    """Adds a field of a Config to the parser, which leaves it out where it is not given."""
+    rule = field.metadata
+    optional = [kind for kind in get_args(field.type) if kind is not type(None)]
+    kind = optional[0] if type(None) in get_args(field.type) else field.type  # int | None -> int
+    several = get_args(kind)  # tuple[str, str] -> (str, str)
+    shown = "" if field.default in (None, "", "required") else f" ({field.default})"
+    options: dict[str, Any] = {
+        "default": argparse.SUPPRESS,
+        "help": rule["help"].replace("%", "%%") + shown,
+    }
+    if kind is bool:
+        options["action"] = argparse.BooleanOptionalAction
+    else:
+        options["type"] = several[0] if several else kind
+        options["choices"] = rule["choices"]
+        if not rule["choices"]:
+            options["metavar"] = options["type"].__name__
+    if several:
+        options["nargs"] = len(several)
+    if rule["bare"]:
+        options["nargs"] = "?"
+        options["const"] = rule["bare"]
+    parser.add_argument(dashed(field.name), **options)
+
+
+def _out_of_bounds(value: Any, rule: Mapping[str, Any]) -> str:
+    """Returns what is wrong with a number by the bounds of its flag; "" if nothing is."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return ""
+    if not math.isfinite(value):
+        return f"{value}: must be a finite number"
+    if rule["off"] is not None and value == rule["off"]:
+        return ""
+    bound = ""
+    if rule["low"] is not None and value < rule["low"]:
+        bound = f"at least {rule['low']}"
+    if rule["above"] is not None and value <= rule["above"]:
+        bound = f"greater than {rule['above']}"
+    if rule["high"] is not None and value > rule["high"]:
+        bound = f"at most {rule['high']}"
+    if bound and rule["off"] is not None:
+        bound = f"{rule['off']} or {bound}"
+    return f"{value}: must be {bound}" if bound else ""
+
+
+def dashed(name: str) -> str:
+    """Returns the flag of a field: max_new_tokens -> --max-new-tokens."""
+    return "--" + name.replace("_", "-")
+
+
+def matcher(name: str, pattern: str) -> Callable[[str], re.Match | None]:
+    """Returns re.search for the regular expression of a flag. ValueError where it is none."""
     try:
         return re.compile(pattern).search
     except re.error as error:
         raise ValueError(f"{dashed(name)} {pattern}: not a regular expression ({error})") from None
 
 
-def dashed(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def out_of_range(value, rule) -> str:
-    """What is wrong with a number, by its flag's bounds; "" if nothing is."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return ""
-    if not math.isfinite(value):
-        return f"{value}: must be a finite number"
-    low, high, above, off = (rule[key] for key in ("low", "high", "above", "off"))
-    if off is not None and value == off:
-        return ""
-    for broken, bound in (
-        (low is not None and value < low, f"at least {low}"),
-        (above is not None and value <= above, f"greater than {above}"),
-        (high is not None and value > high, f"at most {high}"),
-    ):
-        if broken:
-            return f"{value}: must be " + (bound if off is None else f"{off} or {bound}")
-    return ""
-
-
 # ---------------------------------------------------------------- output
 
 
-def print0(*words) -> None:
-    """Print on the first rank only."""
-    if int(os.environ.get("RANK", 0)) == 0:
+def is_first_process() -> bool:
+    """Returns whether this is the first of torchrun's processes, or the only one."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def show_every_character() -> None:
+    """Makes the terminal show what it has no sign for (≥ in ASCII) as an escape, not as an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def print0(*words: Any) -> None:
+    """Prints on the first rank only."""
+    if is_first_process():
         print(*words, flush=True)
 
 
 @contextmanager
-def exit_on(*errors: type[Exception]):
-    """Bad input ends the program with one line and status 2. errors: ValueError (whose text says file, key
-    and fix) and OSError while setting up; only BadRow later, when any other error is a bug of ours."""
+def exit_on(*errors: type[Exception]) -> Iterator[None]:
+    """Inside, bad input ends the program with one line and status 2.
+
+    errors: ValueError, whose text says file, key and fix, and OSError while a script sets up; only
+    BadRow later, when any other error is a bug of ours."""
     try:
         yield
     except errors as error:
         print("error:", one_line(str(error)), file=sys.stderr, flush=True)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:  # outside a run, which finishes its step and saves
+    except KeyboardInterrupt:  # outside a training run, which finishes its step and saves
         print("interrupted", file=sys.stderr, flush=True)
         raise SystemExit(130) from None
 
 
 def one_line(message: str) -> str:
-    """A message as one line. One that begins with a file, as Python's own are made to, gets the flag that named it."""
-    text = re.sub(r"^\[Errno \d+\] (.*): '([^']*)'$", r"\2: \1", " ".join(message.split()))
-    flags = [
-        word
-        for word, value in zip(sys.argv, sys.argv[1:])
-        if word.startswith("--") and text.startswith(f"{value}: ")
-    ]
-    return " ".join([*flags[:1], text])
+    """Returns a message as one line. Where it begins with a file that a flag named, as Python's own
+    messages are made to, the flag is put before it."""
+    text = " ".join(message.split())
+    text = re.sub(r"^\[Errno \d+\] (.*): '([^']*)'$", r"\2: \1", text)
+    for word, value in zip(sys.argv, sys.argv[1:]):
+        if word.startswith("--") and text.startswith(f"{value}: "):
+            return f"{word} {text}"
+    return text
