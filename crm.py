@@ -2,36 +2,59 @@
 <think>…</think><answer>…</answer>.
 
     crm = load_crm("demo/crm", device="cpu", dtype=torch.float32)
-    prompt = crm.encode(image, text)        # token ids, pixels, positions, the image's two frames
-    with crm.reference(): ...               # inside, the weights are those of the reference model
-    crm.save("runs/mine/step_000100")       # a folder that from_pretrained loads
+    prompt = crm.encode(image, text)                # token ids, pixels, positions, both sizes
+    parameters = crm.prepare_training(reference=True)       # what trains, by name
+    with crm.reference(): ...                       # inside, the weights are the reference model's
+    crm.save("runs/mine/step_000100")               # a folder that from_pretrained loads
 
-Any Qwen2.5-VL checkpoint loads, from a folder or by its hub name. What trains: all weights, all but the vision
-tower, LoRA matrices, or what a regular expression names. The reference model is frozen: a copy of the start, or
-the same weights with the LoRA matrices switched off.
+Any Qwen2.5-VL checkpoint loads, from a folder or by its hub name. All weights train, or LoRA
+matrices on the language model's linear layers, or those whose name a regular expression finds. The
+reference model is frozen. It is a copy of the weights that training starts from, or, with LoRA, the
+same weights with the matrices switched off.
 
-Read next: sampling.py draws completions from a CRM, scoring.py computes their log-probabilities.
+Read next: scoring.py computes log-probabilities of given completions.
 
-Shapes: L prompt tokens, G completions per prompt, T completion tokens, S tokens in a sequence, V vocabulary,
-D hidden.
+Shapes: L prompt tokens, G completions per prompt, T completion tokens, S tokens in a sequence,
+V vocabulary, D hidden.
 """
 
 import copy
-from collections.abc import Callable, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 
-from data import MAX_PIXELS, MIN_PIXELS, PROMPTS, Frame, answers_of, load_prompt, model_size
+from data import (
+    MAX_PIXELS,
+    MIN_PIXELS,
+    PROMPTS,
+    BadRow,
+    Example,
+    Sizes,
+    answer_format_of,
+    fill_prompt,
+    load_prompt,
+    model_size,
+)
 from runtime.cli import matcher
-from runtime.pretrained import on_device, read_pretrained, remembered_frame, write_pretrained
+from runtime.fsdp import Sharded
+from runtime.parallel import Ranks
+from runtime.pretrained import (
+    on_device,
+    read_pretrained,
+    read_settings,
+    read_side_files,
+    write_pretrained,
+)
 
 # the chat format that the checkpoints were trained on, around the image and the user's text
 CHAT = (
-    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>",
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "<|im_start|>user\n<|vision_start|>",
     "<|vision_end|>",
     "<|im_end|>\n<|im_start|>assistant\n",
 )
@@ -43,20 +66,21 @@ LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_p
 
 @dataclass
 class Prompt:
-    """One image and one text, encoded. Never truncated."""
+    """One image and one text, encoded. A prompt is never truncated."""
 
     ids: torch.Tensor  # (L,) int64
     pixel_values: torch.Tensor  # (patches, features): an image has no batch axis in Qwen2.5-VL
     grid_thw: torch.Tensor  # (1, 3) patches in time, height, width
     positions: torch.Tensor  # (3, L) M-RoPE positions in time, height, width
-    frame: Frame  # the image's size in both frames
+    sizes: Sizes  # of the image, in both frames
     image_start: int  # index of the first image token in ids
-    features: torch.Tensor | None = None  # (image tokens, D), kept when the vision tower is frozen
+    features: torch.Tensor | None = None  # (image tokens, D), kept where the vision tower is frozen
 
 
 @dataclass
 class Group:
-    """G completions of one prompt. A completion includes the token that ends it, if any, and nothing after."""
+    """G completions of one prompt. A completion includes the token that ends it, if there is one,
+    and nothing after that."""
 
     prompt: Prompt
     tokens: torch.Tensor  # (G, T) int64, padded
@@ -66,200 +90,382 @@ class Group:
     texts: list[str]
 
 
-def load_crm(path: str | Path, device="cpu", dtype=torch.float32, **options) -> "CRM":
-    """A CRM from a folder or a hub name; options are those of the class, and where they are None what the checkpoint
-    remembers. ValueError, one line, where there is no Qwen2.5-VL."""
-    load_prompt(
-        options.get("prompt") or "reasoning"
-    )  # a wrong --prompt is an error now, not after minutes
-    options |= {
-        key: value for key, value in remembered_frame(path).items() if options.get(key) is None
+def load_crm(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    prompt: str | None = None,
+    resize: str | None = None,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+) -> "CRM":
+    """Returns a CRM from a folder or a hub name.
+
+    The other arguments are those of CRM. Where one is None, what the checkpoint remembers is taken.
+    ValueError, one line, where there is no Qwen2.5-VL."""
+    if prompt is not None:
+        load_prompt(prompt)  # a wrong --prompt is an error now, not after minutes of loading
+    given = {
+        "prompt": prompt,
+        "resize": resize,
+        "min_pixels": min_pixels,
+        "max_pixels": max_pixels,
     }
-    return CRM(*read_pretrained(path, dtype, device), **options)
+    settings = read_settings(path)
+    for key, value in given.items():
+        if value is not None:
+            settings[key] = value
+    model, tokenizer, image_processor = read_pretrained(path, dtype, device)
+    crm = CRM(model, tokenizer, image_processor, **settings)
+    crm.side_files = read_side_files(path)
+    return crm
 
 
 class CRM:
     """Model, tokenizer and image processor of one Qwen2.5-VL.
 
-    lora_rank      above 0: train LoRA matrices (arXiv 2106.09685) on the language model's linear layers only
-    reference      keep a frozen copy as the reference model (LoRA needs none: it switches the matrices off)
-    freeze_vision  do not train the vision tower and its merger
-    checkpointing  recompute activations in the backward pass
-    offload        keep the reference model's copy in host memory between its uses
-    resize, min_pixels, max_pixels   how images become the model frame, see data.model_size; None: what the
-                   checkpoint was trained with, else "aspect" and the usual limits
-    prompt         see data.load_prompt; None: what the checkpoint was trained with, else the reasoning prompt"""
+    prompt   see data.load_prompt; None is the reasoning prompt
+    resize   how images become the model frame, see data.model_size; None is "aspect"
+    min_pixels, max_pixels   limits of the model frame; None are the usual ones, and at most what
+                             the checkpoint was made for
+    """
 
     def __init__(
         self,
-        model,
-        tokenizer,
-        image_processor,
-        lora_rank: int = 0,
-        lora_alpha: float | None = None,
-        reference: bool = False,
-        freeze_vision: bool = False,
-        checkpointing: bool = False,
+        model: torch.nn.Module,
+        tokenizer: Any,
+        image_processor: Any,
+        prompt: str | None = None,
         resize: str | None = None,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
-        prompt: str | None = None,
-        offload: bool = False,
     ):
-        self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
+        self.model = model
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.side_files: dict[str, bytes] = {}  # of the checkpoint, see runtime/pretrained.py
+
+        # how a question is put and how an answer is read
         self.template = load_prompt(prompt or "reasoning")
-        self.answers = answers_of(self.template)  # how its answers are read, rewarded and imitated
-        self.resize, self.min_pixels = resize or "aspect", min_pixels or MIN_PIXELS
-        # unless told otherwise, no larger than what the checkpoint was made for
+        self.answer_format = answer_format_of(self.template)
+
+        # how an image is resized
+        self.resize = resize or "aspect"
+        self.min_pixels = min_pixels or MIN_PIXELS
         self.max_pixels = max_pixels or min(MAX_PIXELS, image_processor.size["longest_edge"])
-        model_size(
-            (56, 56), self.resize, self.min_pixels, self.max_pixels
-        )  # a wrong --resize is an error now
-        self.freeze_vision, self.checkpointing = freeze_vision or lora_rank > 0, checkpointing
+        if self.resize.startswith("aspect:"):
+            model_size((56, 56), self.resize)  # a wrong number is an error now
+            self.max_pixels = int(self.resize.removeprefix("aspect:"))
+            self.min_pixels = min(self.min_pixels, self.max_pixels)
+            self.resize = "aspect"
+        model_size((56, 56), self.resize, self.min_pixels, self.max_pixels)
+        # so that a server that loads what `save` writes resizes to the same frame
+        image_processor.size = {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels}
 
-        self.ref_model = self.lora = None
-        if reference and not lora_rank:
-            self.ref_model = copy.deepcopy(model).eval().requires_grad_(False)
-        self.offloaded = self.ref_model.cpu() if offload and self.ref_model else None
-        if lora_rank:
-            from peft import LoraConfig, get_peft_model
+        # what trains; see prepare_training
+        self.lora: Any = None  # the PEFT model around self.model
+        self.ref_model: torch.nn.Module | None = None  # a frozen copy of the start
+        self.offload_reference = False
+        self.sharded: Sharded | None = None  # self.model, shared out over the ranks
+        self.ref_sharded: Sharded | None = None
+        self.vision_is_frozen = False
+        self.checkpointing = False
+        self.compute_dtype = model.lm_head.weight.dtype
 
-            settings = LoraConfig(
-                r=lora_rank, lora_alpha=lora_alpha or 2 * lora_rank, target_modules=LORA_TARGETS
-            )
-            # in the model's type: the optimizer keeps the float32 copy
-            self.lora = get_peft_model(model, settings, autocast_adapter_dtype=False)
-        if self.freeze_vision:
-            model.model.visual.requires_grad_(False)
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.root, self.ref_root = None, None  # set by runtime.fsdp.shard
-
-        to_id = tokenizer.convert_tokens_to_ids
-        self.image_id, end, banned = to_id("<|image_pad|>"), to_id(list(END)), to_id(list(BANNED))
+        self.image_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+        end = tokenizer.convert_tokens_to_ids(list(END))
+        banned = tokenizer.convert_tokens_to_ids(list(BANNED))
         if None in (self.image_id, *end, *banned):
-            raise ValueError(
-                f"{tokenizer.name_or_path}: the tokenizer lacks one of {', '.join(END + BANNED)}"
-            )
-        self.end, self.banned = (torch.tensor(ids, device=self.device) for ids in (end, banned))
+            names = ", ".join(END + BANNED)
+            raise ValueError(f"{tokenizer.name_or_path}: the tokenizer lacks one of {names}")
+        # the vocabulary is padded: ids past the tokenizer's last one mean nothing
+        vocabulary = model.config.text_config.vocab_size
+        banned += range(len(tokenizer), vocabulary)
+        self.end = torch.tensor(end, device=self.device)
+        self.banned = torch.tensor(banned, device=self.device)
 
     @property
     def device(self) -> torch.device:
         return self.model.lm_head.weight.device
 
-    def trainable(self, pattern: str = "") -> dict[str, torch.nn.Parameter]:
-        """The parameters that train, by name. A pattern freezes those whose name has no match of it."""
-        matches = matcher("trainable", pattern)
-        for name, p in self.model.named_parameters():
-            if p.requires_grad and not matches(name):
-                p.requires_grad_(False)
-        chosen = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        self.freeze_vision = not any(p.requires_grad for p in self.model.model.visual.parameters())
-        if not chosen:
-            raise ValueError(f"--trainable {pattern}: no parameter has such a name")
-        return chosen
+    # ------------------------------------------------------------ from image and text to tokens
 
-    def run(self, function: Callable, *args):
-        """function(*args), which uses the weights: through the module whose hooks gather them where they are
-        sharded over ranks (runtime.fsdp.shard), else plainly."""
-        return function(*args) if self.root is None else self.root(function, *args)
+    def encode_question(self, image: Image.Image, query: str) -> Prompt:
+        """Returns `encode` of an image and a question, which is put into the prompt's template."""
+        return self.encode(image, fill_prompt(self.template, query))
 
-    # ------------------------------------------------------------ from image and text to what the model reads
+    def prompt_of(self, example: Example) -> Prompt:
+        """Returns an example as the model reads it. BadRow where it is too long for the model."""
+        try:
+            return self.encode_question(example.image, example.query)
+        except ValueError as error:
+            raise BadRow(f"{example.id}: {error}") from None
 
     def encode(self, image: Image.Image, prompt_text: str) -> Prompt:
-        """image: RGB in the image frame; resized here, once, to the model frame. Text that looks like a special
-        token stays text."""
+        """Returns an RGB image in the image frame and a text as the model reads them.
+
+        The image is resized here, once, to the model frame. Text that looks like a special token
+        stays text. ValueError where the prompt is longer than the model's context."""
         size = model_size(image.size, self.resize, self.min_pixels, self.max_pixels)
         resized = image.resize(size, Image.Resampling.BICUBIC)
         pixels = self.image_processor(images=resized, do_resize=False, return_tensors="pt")
         grid = pixels["image_grid_thw"].to(self.device)
         image_tokens = int(grid.prod()) // self.image_processor.merge_size**2
+
         before, between, after = (self.tokenizer(text).input_ids for text in CHAT)
         words = self.tokenizer(prompt_text, split_special_tokens=True).input_ids
-        ids = torch.tensor(
-            before + [self.image_id] * image_tokens + between + words + after, device=self.device
-        )
+        image_ids = [self.image_id] * image_tokens
+        ids = torch.tensor(before + image_ids + between + words + after, device=self.device)
+        context = self.model.config.text_config.max_position_embeddings
+        if len(ids) >= context:
+            raise ValueError(
+                f"the prompt has {len(ids):,} tokens, {image_tokens:,} of them of the image, and "
+                f"the model reads {context:,}; ask a shorter question or give a smaller --resize"
+            )
         is_image = (ids[None] == self.image_id).int()
         positions, _ = self.model.model.get_rope_index(ids[None], is_image, grid)
-        frame = Frame(image.size, size)
         return Prompt(
-            ids, pixels["pixel_values"].to(self.device), grid, positions[:, 0], frame, len(before)
+            ids=ids,
+            pixel_values=pixels["pixel_values"].to(self.device),
+            grid_thw=grid,
+            positions=positions[:, 0],
+            sizes=Sizes(image.size, size),
+            image_start=len(before),
         )
 
     def image_features(self, prompts: Sequence[Prompt]) -> list[torch.Tensor]:
-        """What the vision tower makes of each prompt's image, (image tokens, D). Those of a frozen tower are
-        computed once and kept with the prompt: sampler, reference and policy share them."""
-        missing = [p for p in prompts if p.features is None] if self.freeze_vision else prompts
+        """Returns what the vision tower makes of each prompt's image, (image tokens, D).
+
+        A frozen tower's features are computed once and kept in `prompt.features`, where sampler,
+        reference and policy find them."""
+        if not self.vision_is_frozen:
+            return self._vision_tower(prompts)
+        missing = [prompt for prompt in prompts if prompt.features is None]
         if missing:
-            with torch.no_grad() if self.freeze_vision else nullcontext():
-                features = self.model.model.get_image_features(
-                    torch.cat([p.pixel_values for p in missing]),
-                    torch.cat([p.grid_thw for p in missing]),
-                ).pooler_output
-            if not self.freeze_vision:
-                return features
-            for prompt, kept in zip(missing, features):
-                prompt.features = kept
-        return [p.features for p in prompts]
+            with torch.no_grad():
+                features = self._vision_tower(missing)
+            for prompt, of_image in zip(missing, features):
+                prompt.features = of_image
+        return [prompt.features for prompt in prompts]
+
+    def _vision_tower(self, prompts: Sequence[Prompt]) -> list[torch.Tensor]:
+        pixels = torch.cat([prompt.pixel_values for prompt in prompts])
+        grids = torch.cat([prompt.grid_thw for prompt in prompts])
+        return self.model.model.get_image_features(pixels, grids).pooler_output
 
     def embed(
-        self, prompt: Prompt, features: torch.Tensor, completions: Sequence[torch.Tensor] = ()
-    ):
+        self,
+        prompt: Prompt,
+        features: torch.Tensor,
+        completions: Sequence[torch.Tensor] = (),
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """[prompt | completion 1 | … | completion g] -> embeddings (S, D), positions (3, S).
 
-        Every completion's positions continue from the prompt's. Features go into the prompt's own image span."""
-        x = self.model.get_input_embeddings()(torch.cat([prompt.ids, *completions]))
-        start, end = prompt.image_start, prompt.image_start + len(features)
-        x = torch.cat([x[:start], features.to(x.dtype), x[end:]])
-        first = prompt.positions.max() + 1
-        steps = [torch.arange(len(tokens), device=x.device).expand(3, -1) for tokens in completions]
-        return x, torch.cat([prompt.positions, *(first + step for step in steps)], dim=1)
+        features (image tokens, D) replace the embeddings of the prompt's image tokens. Positions of
+        every completion continue from the prompt's."""
+        words = self.model.get_input_embeddings()(torch.cat([prompt.ids, *completions]))
+        start = prompt.image_start
+        end = start + len(features)
+        x = torch.cat([words[:start], features.to(words.dtype), words[end:]])
+
+        next_position = prompt.positions.max() + 1
+        positions = [prompt.positions]
+        for tokens in completions:
+            steps = torch.arange(len(tokens), device=x.device)
+            positions.append((next_position + steps).expand(3, -1))
+        return x, torch.cat(positions, dim=1)
 
     def logits(self, hidden: torch.Tensor, temperature: float) -> torch.Tensor:
-        """hidden (n, D) -> float32 logits / temperature (n, V), without the banned tokens: the one definition of the
-        distribution that is sampled and scored."""
+        """hidden (n, D) -> float32 logits / temperature (n, V), without the banned tokens.
+
+        This is the one definition of the distribution that is sampled and scored. Products are in
+        the model's type; bfloat16 results are widened to float32."""
         logits = self.model.lm_head(hidden).float()
         if temperature not in (0, 1):
             logits = logits / temperature
         return logits.index_fill_(1, self.banned, torch.finfo(torch.float32).min)
 
+    # ------------------------------------------------------------ what trains
+
+    def prepare_training(
+        self,
+        trainable: str = "",
+        lora_rank: int = 0,
+        lora_alpha: float | None = None,
+        reference: bool = False,
+        checkpointing: bool = False,
+        offload: bool = False,
+        ranks: Ranks | None = None,
+    ) -> dict[str, torch.nn.Parameter]:
+        """Makes the model ready for training. Called once. Returns what trains, by name.
+
+        trainable      a regular expression: parameters whose name has no match are frozen
+        lora_rank      above 0, LoRA matrices (arXiv 2106.09685) on the language model's linear
+                       layers train, and nothing else does
+        reference      keep the start as the frozen reference model
+        checkpointing  compute activations again in the backward pass
+        offload        keep the reference model's copy in host memory between its uses
+        ranks          shard the model over these ranks (FSDP2); None: every rank has all of it
+        """
+        if lora_rank > 0:
+            if ranks is not None and ranks.world > 1:
+                raise ValueError(
+                    "--parallel fsdp shards whole models, and LoRA matrices are small: use "
+                    "--parallel ddp"
+                )
+            self._add_lora(lora_rank, lora_alpha or 2 * lora_rank)
+        elif reference:
+            self.ref_model = copy.deepcopy(self.model).eval().requires_grad_(False)
+            self.offload_reference = offload
+            if offload:
+                self.ref_model.cpu()
+        self._freeze_all_but(trainable)
+        self.checkpointing = checkpointing
+        if checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        if ranks is not None and ranks.world > 1:
+            if offload:
+                raise ValueError("--offload works with --parallel ddp, not with fsdp")
+            # the shards are AdamW's master weights, so they are float32; compute_dtype computes
+            self.sharded = self._shard(self.model.float(), ranks)
+            if self.ref_model is not None:
+                self.ref_sharded = self._shard(self.ref_model, ranks)
+        named = self.model.named_parameters()
+        return {name: parameter for name, parameter in named if parameter.requires_grad}
+
+    def _add_lora(self, rank: int, alpha: float) -> None:
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=LORA_TARGETS)
+        # the matrices are in the model's type: the optimizer keeps the float32 copy
+        self.lora = get_peft_model(self.model, config, autocast_adapter_dtype=False)
+
+    def _freeze_all_but(self, pattern: str) -> None:
+        matches = matcher("trainable", pattern)
+        for name, parameter in self.model.named_parameters():
+            if not matches(name):
+                parameter.requires_grad_(False)
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise ValueError(f"--trainable {pattern}: no parameter that trains has such a name")
+        vision_tower = self.model.model.visual.parameters()
+        self.vision_is_frozen = not any(parameter.requires_grad for parameter in vision_tower)
+
+    def _shard(self, model: torch.nn.Module, ranks: Ranks) -> Sharded:
+        parts = [*model.model.visual.blocks, *model.model.language_model.layers]
+        return Sharded(model, parts, ranks, self.compute_dtype)
+
+    def what_trains(self) -> str:
+        """Returns one line about what trains, what is frozen, and what the reference model is."""
+        parameters = list(self.model.parameters())
+        total = sum(parameter.numel() for parameter in parameters)
+        trains = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+        what = "weights"
+        if self.lora is not None:
+            what = "LoRA weights in the language model"
+        vision = "is frozen" if self.vision_is_frozen else "trains as well"
+        reference = "none"
+        if self.lora is not None:
+            reference = "the same model with its LoRA matrices switched off"
+        elif self.ref_model is not None:
+            reference = "a frozen copy of the start"
+        return (
+            f"{trains:,} of {total:,} {what} train; the vision tower {vision}; "
+            f"reference model: {reference}"
+        )
+
+    # ------------------------------------------------------------ weights on several ranks
+
+    @property
+    def is_sharded(self) -> bool:
+        return self.sharded is not None
+
+    def run(self, function: Callable, *args: Any) -> Any:
+        """Returns function(*args), which uses the weights.
+
+        Where they are sharded over ranks, it is called inside FSDP's forward, whose hooks gather
+        each layer while it computes."""
+        if self.sharded is None:
+            return function(*args)
+        return self.sharded.run(function, *args)
+
+    def gathered(self) -> AbstractContextManager:
+        """Inside, every rank holds all weights of the model, so that it samples, and scores without
+        gradient, without waiting for another. All ranks enter and leave together. Nothing happens
+        where the model is not sharded."""
+        if self.sharded is None:
+            return nullcontext()
+        return self.sharded.gathered()
+
     # ------------------------------------------------------------ the reference model, and saving
 
     @contextmanager
-    def reference(self):
-        """Inside, without gradient, the weights are those of the reference model."""
-        if self.lora is None and self.ref_model is None:
-            raise ValueError("no reference model was kept: load_crm(..., reference=True)")
-        policy = self.model, self.root
-        switched_off = self.lora.disable_adapter() if self.lora else nullcontext()
-        with torch.no_grad(), switched_off, on_device(self.offloaded, self.device):
+    def reference(self) -> Iterator[None]:
+        """Inside, without gradient, `self.model` is the reference model.
+
+        With LoRA it is the same model with its matrices switched off. ValueError where no reference
+        was kept."""
+        if self.lora is not None:
+            with torch.no_grad(), self._lora_switched_off():
+                yield
+            return
+        if self.ref_model is None:
+            raise ValueError("no reference model was kept: prepare_training(reference=True)")
+        policy = self.model, self.sharded
+        away = self.ref_model if self.offload_reference else None
+        with torch.no_grad(), on_device(away, self.device):
+            self.model, self.sharded = self.ref_model, self.ref_sharded
             try:
-                if self.ref_model:
-                    self.model, self.root = self.ref_model, self.ref_root
                 yield
             finally:
-                self.model, self.root = policy
+                self.model, self.sharded = policy
+
+    @contextmanager
+    def _lora_switched_off(self) -> Iterator[None]:
+        # PEFT lets every matrix train again when it switches them on: what was frozen stays so
+        parameters = list(self.model.parameters())
+        trains = [parameter.requires_grad for parameter in parameters]
+        try:
+            with self.lora.disable_adapter():
+                yield
+        finally:
+            for parameter, required in zip(parameters, trains):
+                parameter.requires_grad_(required)
 
     def save(self, path: str | Path) -> None:
-        """A folder that from_pretrained and any server loads as it is. LoRA matrices are merged into its weights,
-        and kept beside them, exact, in adapter/."""
-        # so that a server's own resizing, and load_crm's, give the frame that this model was trained in
-        self.image_processor.size = {
-            "shortest_edge": self.min_pixels,
-            "longest_edge": self.max_pixels,
-        }
+        """Writes a folder that from_pretrained and any server loads as it is. LoRA matrices are
+        merged into its weights and kept beside them, exact, in adapter/."""
         write_pretrained(
-            path, self.model, self.tokenizer, self.image_processor, self.lora, self.frame()
+            path,
+            self.model,
+            self.tokenizer,
+            self.image_processor,
+            self.settings(),
+            self.lora,
+            self.side_files,
         )
 
-    def frame(self) -> dict:
-        """What a checkpoint remembers (see remembered_frame); the prompt by its name where it has one."""
-        prompt = next(
-            (name for name, template in PROMPTS.items() if template == self.template), self.template
-        )
+    def settings(self) -> dict[str, Any]:
+        """Returns what a checkpoint remembers: how images are resized, and the prompt, by its name
+        where it has one."""
+        prompt = self.template
+        for name, template in PROMPTS.items():
+            if template == self.template:
+                prompt = name
         return {
             "resize": self.resize,
             "min_pixels": self.min_pixels,
             "max_pixels": self.max_pixels,
             "prompt": prompt,
         }
+
+    def check_settings(self, checkpoint: str | Path) -> None:
+        """ValueError where a checkpoint was trained with other settings than these. A file that
+        --prompt or --crm names may have changed since."""
+        changed = []
+        for key, value in read_settings(checkpoint).items():
+            now = self.settings()[key]
+            if now != value:
+                changed.append(f"{key} was {value!r}, is {now!r}")
+        if changed:
+            problems = "; ".join(changed)
+            raise ValueError(f"--resume: {problems}: restore what {checkpoint} was trained with")

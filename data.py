@@ -1,26 +1,38 @@
-"""Samples, prompts and coordinate frames.
+"""Examples, prompts and coordinate frames.
 
-    samples = load_samples("demo/data", split="test")        # U-MRG parquet, or a folder with samples.jsonl
-    sample = samples[0]                                      # decoded here, not before
-    python data.py PATH [--split test] [--sheet sheet.png]   # what is in it, every bad row, a contact sheet
+    examples = load_samples("demo/data", split="test")   # U-MRG parquet, or a folder of images
+    example = examples[0]                                # the image is decoded here, not before
 
-Two frames, both in pixels with the origin at the top left, x to the right, y down:
-  image frame   the image, upright: what people, masks and the segmenter use
-  model frame   the image after our one resize: what the language model reads and writes
-`to_model` and `to_image` are the only conversions. A box (x1, y1, x2, y2) is made of edges, x2 and y2 on the
-far edge of the last pixel (a one-pixel mask has a 1 x 1 box); a point (x, y) is the index of a pixel.
+    python data.py PATH [--split test] [--sheet sheet.png]   # what is in a data set, every bad row
+
+There are two coordinate frames. Both are in pixels with the origin at the top left, x to the right
+and y down.
+
+    image frame   the image, upright: what people, masks and the segmenter use
+    model frame   the image after our one resize: what the language model reads and writes
+
+`to_model` and `to_image` convert between them, and nothing else does. (The segmenter squashes its
+image into a square of its own; asm.py keeps that to itself.) A box (x1, y1, x2, y2) is made of
+edges: x2 and y2 lie on the far edge of the last pixel, so a mask of one pixel has a 1 x 1 box.
+A point (x, y) is the index of a pixel.
 
 Differences from the paper (arXiv 2508.08177):
-  1. Its release sits on a square 840 x 840 canvas; ours keeps the aspect ratio unless `--resize square:840`.
+  1. Its release sits on a square canvas of 840 x 840 pixels. Here an image keeps its aspect ratio
+     unless `--resize square:840` is given.
   2. The prompts say the same in our own words.
-  3. It does not publish how its key points were made; `keypoints_from_mask` agrees best with its data.
+  3. The paper does not publish how its key points were made. `keypoints_from_mask` agrees best
+     with its data.
+
+Read next: crm.py, which encodes an image and a question for the language model.
 """
 
+import argparse
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
@@ -28,88 +40,125 @@ from PIL import Image
 from scipy.ndimage import distance_transform_edt
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from rewards import KEY_POINTS, Box, Points, Terms, parse_answer, reward_terms, write_answer
-from runtime.cli import exit_on, matcher, print0
+import rewards
+from rewards import Answer, Box, Points, Terms, parse_answer, write_answer
+from runtime.cli import ROOT, exit_on, print0
 from runtime.files import read_text
-from runtime.images import MAX_RATIO, headers_fit, load_image, load_mask
-from runtime.readers import read_rows
+from runtime.images import load_image, load_mask
+from runtime.pictures import contact_sheet, overlay
+from runtime.readers import BadRow, check_row, decode_row, number_repeated_ids, read_rows
+from runtime.registry import find
 
-STRIDE = 28  # one visual token of Qwen2.5-VL: 2 x 2 patches of 14 pixels
+__all__ = ["BadRow", "load_image", "load_mask"]  # they are read from here as well
+
+STRIDE = 28  # one visual token of Qwen2.5-VL covers 2 x 2 patches of 14 pixels
 MIN_PIXELS, MAX_PIXELS = 56 * 56, 840 * 840
-NO_TARGET = "bbox: is missing, or points are, and so is a mask to take them from"
-OR_SKIP = "; fix the row or use --skip-bad-rows"
+EMBEDDED = {
+    name: ROOT / "demo" / name for name in ("crm", "asm", "data")
+}  # used where none is given
 
-EXAMPLE = write_answer(("x1", "y1", "x2", "y2"), [("x", "y")] * KEY_POINTS)
-BOXES_EXAMPLE = (
-    '<answer>{"boxes": [[x1, y1, x2, y2], ...], "points": [['
-    + ", ".join(["x, y"] * KEY_POINTS)
-    + "], ...]}</answer>"
-)
-ALL = "both" if KEY_POINTS == 2 else "all"
-ADVICE = f"The box is tight; {ALL} points lie well inside the region, apart from each other."
-PROMPTS = {  # the only copies; --prompt takes a text file with {query} instead
-    "reasoning": "{query}\nReason first, then point to the region that is meant, in pixels of this image:\n"
-    f"<think>what you see, what it is, where it lies</think>{EXAMPLE}\n{ADVICE}",
-    "direct": "{query}\nPoint to the region that is meant, in pixels of this image, and write nothing else:\n"
-    f"{EXAMPLE}\n{ADVICE}",
-    # several boxes, see extras/boxes.py
-    "multi": "{query}\nReason first, then point to every region that is meant, in pixels of this image:\n"
-    f"<think>what you see, what it is, where it lies</think>{BOXES_EXAMPLE}\n"
-    f"A tight box for each region; points i, {KEY_POINTS} of them, lie well inside the region of box i.",
+
+# ---------------------------------------------------------------- prompts
+
+EXAMPLE_ANSWER = write_answer(("x1", "y1", "x2", "y2"), (("x", "y"), ("x", "y")))
+ADVICE = "The box is tight; both points lie well inside the region, apart from each other."
+PROMPTS = {  # the only copies; --prompt takes a text file with {query} in it instead
+    "reasoning": "{query}\n"
+    "Reason first, then point to the region that is meant, in pixels of this image:\n"
+    f"<think>what you see, what it is, where it lies</think>{EXAMPLE_ANSWER}\n"
+    f"{ADVICE}",
+    "direct": "{query}\n"
+    "Point to the region that is meant, in pixels of this image, and write nothing else:\n"
+    f"{EXAMPLE_ANSWER}\n"
+    f"{ADVICE}",
 }
 
 
-class BadRow(ValueError):
-    """A row that cannot be used; the message names the file, the row, the key and the fix."""
+def load_prompt(name: str) -> str:
+    """Returns a template with {query} in it.
+
+    name: a key of PROMPTS, a key of ANSWER_FORMATS (whose own prompt is meant), a text file, or the
+    template itself. ValueError for anything else, and where {query} is missing."""
+    if name in PROMPTS:
+        return PROMPTS[name]
+    if name in ANSWER_FORMATS:
+        return find(ANSWER_FORMATS[name]).prompt
+    if "{query}" in name:
+        return name
+    known = ", ".join([*PROMPTS, *ANSWER_FORMATS])
+    if not Path(name).is_file():
+        raise ValueError(f"--prompt {name}: neither one of {known} nor a text file")
+    text = read_text(name).strip()
+    if "{query}" not in text:
+        raise ValueError(
+            f"--prompt {name}: the file has no {{query}} in it, so the question is lost"
+        )
+    return text
+
+
+def fill_prompt(template: str, query: str) -> str:
+    """Returns what the language model is asked. The template's JSON has braces of its own."""
+    return template.replace("{query}", query)
+
+
+# ---------------------------------------------------------------- one question about one image
 
 
 @dataclass
-class Sample:
-    """One question about one image. bbox, points and mask are in the image frame."""
+class Example:
+    """One question about one image. Box, points and mask are in the image frame."""
 
     id: str
     image: Image.Image  # RGB, upright
     query: str
     bbox: Box
-    points: Points  # KEY_POINTS of them
+    points: Points  # the two key points
     mask: np.ndarray | None = None  # (H, W) bool
     supercategory: str = ""
     category: str = ""
-    think: str = ""  # a reasoning trace, where the data has one (supervised warm start only)
-    extra: dict[str, Any] = field(default_factory=dict)
+    think: str = ""  # a reasoning trace, where the data has one; only supervised training reads it
+    extra: dict[str, Any] = field(default_factory=dict)  # whatever else the data says
 
 
 @dataclass(frozen=True)
-class Frame:
-    """The sizes (width, height) of one image in both frames."""
+class Sizes:
+    """The size (width, height) of one image in both frames."""
 
     image: tuple[int, int]
     model: tuple[int, int]
 
 
-def to_model(xy, frame: Frame):
-    """Image frame -> model frame. xy: a box, a point, or any nesting of them; tuples of floats come back."""
-    return _scale(xy, frame.model[0] / frame.image[0], frame.model[1] / frame.image[1])
+def to_model(xy: Any, sizes: Sizes) -> Any:
+    """Image frame -> model frame. xy is a box, a point or a nesting of them, which is returned."""
+    return _scale(xy, sizes.model[0] / sizes.image[0], sizes.model[1] / sizes.image[1])
 
 
-def to_image(xy, frame: Frame):
-    """Model frame -> image frame. xy: a box, a point, or any nesting of them; tuples of floats come back."""
-    return _scale(xy, frame.image[0] / frame.model[0], frame.image[1] / frame.model[1])
+def to_image(xy: Any, sizes: Sizes) -> Any:
+    """Model frame -> image frame. xy is a box, a point or a nesting of them, which is returned."""
+    return _scale(xy, sizes.image[0] / sizes.model[0], sizes.image[1] / sizes.model[1])
 
 
-def _scale(xy, sx: float, sy: float):
-    if not isinstance(xy[0], (int, float)):
+def _scale(xy: Any, sx: float, sy: float) -> Any:
+    if not isinstance(xy[0], int | float):
         return tuple(_scale(item, sx, sy) for item in xy)
     if len(xy) == 4:
-        return xy[0] * sx, xy[1] * sy, xy[2] * sx, xy[3] * sy
-    return (xy[0] + 0.5) * sx - 0.5, (xy[1] + 0.5) * sy - 0.5  # pixel 0 has its centre at 0.5
+        x1, y1, x2, y2 = xy
+        return x1 * sx, y1 * sy, x2 * sx, y2 * sy
+    x, y = xy
+    return (x + 0.5) * sx - 0.5, (y + 0.5) * sy - 0.5  # the centre of pixel 0 is at 0.5
 
 
-def clip_to(size: tuple[int, int], xy):
-    """Coordinates of a model, image frame, kept within one image size (width, height) around the image."""
-    if isinstance(xy[0], (int, float)):
-        return tuple(min(max(v, -size[i % 2]), 2.0 * size[i % 2]) for i, v in enumerate(xy))
-    return tuple(clip_to(size, item) for item in xy)
+def clip_to(size: tuple[int, int], xy: Any) -> Any:
+    """Keeps coordinates that a model wrote within one image size around the image. Image frame.
+
+    size: (width, height) of the image; xy as in `to_image`."""
+    if not isinstance(xy[0], int | float):
+        return tuple(clip_to(size, item) for item in xy)
+    clipped = []
+    for i, value in enumerate(xy):
+        side = size[i % 2]  # x, y, x, y
+        clipped.append(min(max(value, -side), 2.0 * side))
+    return tuple(clipped)
 
 
 def model_size(
@@ -118,296 +167,329 @@ def model_size(
     min_pixels: int = MIN_PIXELS,
     max_pixels: int = MAX_PIXELS,
 ) -> tuple[int, int]:
-    """(width, height) in the model frame: multiples of 28.
+    """Returns the size (width, height) of an image in the model frame, multiples of 28.
 
-    resize: "aspect" is Qwen's own smart_resize, which keeps the ratio as well as multiples of 28 can, with
-    min_pixels <= w*h <= max_pixels; "square:SIDE" gives SIDE x SIDE, ratio not kept, as the released data.
-    ValueError for any other resize, a square beyond max_pixels, and an image thinner than 1:200."""
-    if resize == "aspect":
-        h, w = smart_resize(size[1], size[0], STRIDE, min_pixels, max_pixels)
-        return w, h
-    side = int(resize[7:]) if re.fullmatch(r"square:[0-9]{1,6}", resize) else 0
+    resize  "aspect" is Qwen's own smart_resize: it keeps the ratio as well as multiples of 28 can,
+            with min_pixels <= width * height <= max_pixels
+            "aspect:MAX" is the same with its own max_pixels
+            "square:SIDE" is SIDE x SIDE: the ratio is not kept, as in the released data
+    ValueError for any other resize, a square of more than max_pixels, and an image that is longer
+    than 200 times its width."""
+    kind, _, number = resize.partition(":")
+    known = re.fullmatch(r"[0-9]{1,8}", number) is not None
+    if kind == "aspect" and (known or resize == "aspect"):
+        most = int(number) if known else max_pixels
+        if most < STRIDE * STRIDE:
+            raise ValueError(f"--resize {resize}: give at least {STRIDE * STRIDE} pixels")
+        width, height = size
+        height, width = smart_resize(height, width, STRIDE, min(min_pixels, most), most)
+        return width, height
+    side = int(number) if kind == "square" and known else 0
     if side == 0 or side % STRIDE:
         raise ValueError(
-            f'--resize {resize}: give "aspect", or "square:SIDE", SIDE a multiple of {STRIDE}'
+            f'--resize {resize}: give "aspect", "aspect:PIXELS", or "square:SIDE", where SIDE is a '
+            f"multiple of {STRIDE}"
         )
     if side * side > max_pixels:
         raise ValueError(
-            f"--resize {resize}: {side * side:,} pixels are over {max_pixels:,}, the limit of "
-            "--max-pixels and the checkpoint; take a smaller SIDE or raise both"
+            f"--resize {resize}: {side * side:,} pixels are more than {max_pixels:,}, the limit of "
+            "the checkpoint; take a smaller SIDE"
         )
     return side, side
 
 
+# ---------------------------------------------------------------- box and key points of a mask
+
+
 def box_from_mask(mask: np.ndarray) -> Box:
-    """The tight box of a non-empty (H, W) mask. ValueError when it is empty."""
+    """Returns the tight box of a (H, W) mask. ValueError where it is empty."""
     ys, xs = np.nonzero(mask)
-    if not len(xs):
+    if len(xs) == 0:
         raise ValueError("the mask is empty")
     return float(xs.min()), float(ys.min()), float(xs.max() + 1), float(ys.max() + 1)
 
 
 def keypoints_from_mask(mask: np.ndarray) -> Points:
-    """KEY_POINTS pixels deep inside a non-empty (H, W) mask, apart from each other. ValueError when empty.
-    The first has the largest Euclidean distance transform d. Each further one has the largest d among the
-    pixels that are farther from those before than the median pixel is (the first again if there is none)."""
-    box_from_mask(mask)  # refuses an empty one
+    """Returns two pixels deep inside a (H, W) mask and apart from each other.
+
+    The depth of a pixel is its Euclidean distance to the nearest pixel outside; what lies beyond
+    the border is outside. The first point is the deepest pixel. The second is the deepest among the
+    pixels that are farther from the first than the median pixel is, or the first again where there
+    is none. ValueError where the mask is empty."""
     ys, xs = np.nonzero(mask)
-    depth = distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1][
-        ys, xs
-    ]  # beyond the border is outside
-    chosen = [depth.argmax()]
-    while len(chosen) < KEY_POINTS:
-        away = np.min([np.hypot(xs - xs[i], ys - ys[i]) for i in chosen], axis=0)
-        far = away > np.median(away)
-        chosen.append(np.where(far, depth, -1).argmax() if far.any() else chosen[0])
-    return tuple((float(xs[i]), float(ys[i])) for i in chosen)
+    if len(xs) == 0:
+        raise ValueError("the mask is empty")
+    depth = distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1][ys, xs]
+    first = depth.argmax()
+    distance = np.hypot(xs - xs[first], ys - ys[first])
+    far = distance > np.median(distance)
+    second = np.where(far, depth, -1).argmax() if far.any() else first
+    return (float(xs[first]), float(ys[first])), (float(xs[second]), float(ys[second]))
 
 
-def load_prompt(name: str) -> str:
-    """A template with {query} in it: a key of PROMPTS, a text file, or the text itself. ValueError without {query}."""
-    if name in PROMPTS or "{query}" in name:
-        return PROMPTS.get(name, name)
-    if not Path(name).is_file():
-        raise ValueError(f"--prompt {name}: neither one of {', '.join(PROMPTS)} nor a text file")
-    text = read_text(name).strip()
-    if "{query}" not in text:
-        raise ValueError(
-            f"--prompt {name}: the file has no {{query}} in it, so the question would be lost"
-        )
-    return text
+# ---------------------------------------------------------------- what a prompt asks for
 
 
-def fill_prompt(template: str, query: str) -> str:
-    return template.replace(
-        "{query}", query
-    )  # not str.format: the template's JSON has braces of its own
+@dataclass(frozen=True)
+class AnswerFormat:
+    """How the completions of a prompt are read, rewarded, compared with the truth and imitated."""
+
+    prompt: str  # a template that asks for such answers
+    parse: Callable[[str], Answer]
+    reward_terms: Callable[[str, Example, Sizes], Terms]  # of one completion
+    target_text: Callable[[Example, Sizes, bool], str]  # what supervised training imitates
+    truth: Callable[[Example], dict[str, Any]]  # of a line of predictions.jsonl, image frame
+    several: bool = False  # whether an answer has several regions
+    metrics: dict[str, tuple[str, Callable]] = field(default_factory=dict)  # beside metrics.METRICS
 
 
-def target_text(sample: Sample, frame: Frame, with_think: bool = True) -> str:
-    """The completion of a perfect model, in the model frame: what supervised training imitates."""
-    think = f"<think>{sample.think}</think>" if with_think and sample.think else ""
-    return think + write_answer(*as_written(sample.bbox, sample.points, frame))
+def box_and_points_terms(text: str, example: Example, sizes: Sizes) -> Terms:
+    """Returns rewards.reward_terms of one completion, in the model frame."""
+    gt_box = to_model(example.bbox, sizes)
+    gt_points = to_model(example.points, sizes)
+    return rewards.reward_terms(text, gt_box, gt_points, sizes.model)
 
 
-def as_written(bbox: Box, points: Points, frame: Frame) -> tuple[Box, Points]:
-    """A box and points of the image frame in whole pixels of the model frame, within the image."""
-    w, h = frame.model
-    x1, y1, x2, y2 = (round(v) for v in to_model(bbox, frame))
-    x1, y1 = min(max(x1, 0), w - 1), min(max(y1, 0), h - 1)
-    box = (
-        x1,
-        y1,
-        min(max(x2, x1 + 1), w),
-        min(max(y2, y1 + 1), h),
-    )  # even the thinnest target has an area
-    return box, tuple(
-        (min(max(round(x), 0), w - 1), min(max(round(y), 0), h - 1))
-        for x, y in to_model(points, frame)
-    )
+def box_and_points(example: Example) -> dict[str, Any]:
+    """Returns the true box and key points, image frame."""
+    return {"bbox": example.bbox, "points": example.points}
 
 
-class OneBox:
-    """What the prompts "reasoning" and "direct" ask for. extras/boxes.py has the same four names for several boxes."""
-
-    read, target_text = staticmethod(parse_answer), staticmethod(target_text)
-
-    @staticmethod
-    def truth(sample: Sample) -> dict:
-        """What an answer is compared with, image frame, for predictions.jsonl."""
-        return {"bbox": sample.bbox, "points": sample.points}
-
-    @staticmethod
-    def reward_terms(
-        texts: Sequence[str], sample: Sample, frame: Frame, official: bool = False
-    ) -> list[Terms]:
-        """rewards.reward_terms of some completions of a sample, in the model frame."""
-        truth = to_model(sample.bbox, frame), to_model(sample.points, frame)
-        return [reward_terms(text, *truth, official, frame.model) for text in texts]
+def target_text(example: Example, sizes: Sizes, with_think: bool = True) -> str:
+    """Returns the completion of a perfect model, in whole pixels of the model frame."""
+    bbox, points = in_whole_pixels(example.bbox, example.points, sizes)
+    answer = write_answer(bbox, points)
+    if with_think and example.think:
+        return f"<think>{example.think}</think>{answer}"
+    return answer
 
 
-def answers_of(template: str):
-    """What a prompt asks for: OneBox, or extras.boxes where it has "boxes" in quotes, a user's own prompt, too."""
-    if '"boxes"' not in template:
-        return OneBox
-    from extras import boxes
+def in_whole_pixels(bbox: Box, points: Points, sizes: Sizes) -> tuple[Box, Points]:
+    """Returns a box and points of the image frame in whole pixels of the model frame, clipped to
+    the image. Even the thinnest target keeps an area."""
+    width, height = sizes.model
+    x1, y1, x2, y2 = (round(v) for v in to_model(bbox, sizes))
+    x1 = min(max(x1, 0), width - 1)
+    y1 = min(max(y1, 0), height - 1)
+    x2 = min(max(x2, x1 + 1), width)
+    y2 = min(max(y2, y1 + 1), height)
+    inside = []
+    for x, y in to_model(points, sizes):
+        inside.append((min(max(round(x), 0), width - 1), min(max(round(y), 0), height - 1)))
+    return (x1, y1, x2, y2), tuple(inside)
 
-    return boxes
+
+ONE_BOX = AnswerFormat(
+    prompt=PROMPTS["reasoning"],
+    parse=parse_answer,
+    reward_terms=box_and_points_terms,
+    target_text=target_text,
+    truth=box_and_points,
+)
+# the key of the answer's JSON object that a prompt shows -> how such answers are treated
+ANSWER_FORMATS = {
+    "bbox": "data.ONE_BOX",
+    "boxes": "extras.boxes.SEVERAL_BOXES",
+}
 
 
-def load_samples(path: str | Path, split: str = "train", skip_bad_rows: bool = False) -> "Samples":
-    """The samples of one split, lazily: an image is decoded when its sample is asked for.
+def answer_format_of(template: str) -> AnswerFormat:
+    """Returns the format that a prompt asks for: the one whose key stands in quotes in it."""
+    for key, entry in ANSWER_FORMATS.items():
+        if f'"{key}"' in template:
+            return find(entry)
+    return find(ANSWER_FORMATS["bbox"])
 
-    path: what a reader in runtime/readers.py reads. A row that cannot be used raises BadRow when asked for; with
-    skip_bad_rows all are tried now, bad ones left out and counted, their messages in `.skipped`. Repeated ids get a number. ValueError: nothing there, an unreadable file or column, no row left."""
+
+# ---------------------------------------------------------------- data sets
+
+
+def load_samples(path: str | Path, split: str = "train", skip_bad_rows: bool = False) -> "Examples":
+    """Returns the examples of one split. An image is decoded when its example is asked for.
+
+    path: what a reader in runtime/readers.py reads. A row that cannot be used raises BadRow when it
+    is asked for. With skip_bad_rows all rows are tried now, and bad ones are left out and counted;
+    `.skipped` has their messages. Repeated ids get a number. ValueError where nothing is there, a
+    file or column cannot be read, or no row is left."""
     rows, _ = read_rows(Path(path), split)
-    for message in number_repeated_ids(rows)[:1]:
-        print0(message)
-    samples = Samples(rows)
+    repeated = number_repeated_ids(rows)
+    if repeated:
+        print0(repeated[0])
+    examples = Examples(rows)
     if skip_bad_rows:
-        samples.rows = [row for row, _ in usable_rows(rows, samples.skipped)]
-    if not samples.rows:
-        raise ValueError(
-            f"{path}: no usable sample in split {split!r}; the first bad row: {samples.skipped[0]}"
-        )
-    if samples.skipped:
-        print0(
-            f"{path}, {split}: {len(samples.skipped)} bad rows skipped; first: {samples.skipped[0]}"
-        )
-    return samples
+        examples.rows = [row for row, _ in usable_rows(rows, examples.skipped)]
+    if not examples.rows:
+        problem = examples.skipped[0]
+        raise ValueError(f"{path}: no usable row in split {split!r}; the first bad row: {problem}")
+    if examples.skipped:
+        count = len(examples.skipped)
+        print0(f"{path}, {split}: {count} bad rows skipped; first: {examples.skipped[0]}")
+    return examples
 
 
-class Samples(Sequence):
-    """Rows (see runtime/readers.py) that become a Sample whenever one is asked for; a slice is lazy, too."""
+def load_splits(
+    path: str | Path, skip_bad_rows: bool = False, eval_limit: int = 0
+) -> tuple["Examples", "Examples"]:
+    """Returns the training examples and the held-out ones, each row checked as far as that goes
+    without decoding its image.
+
+    Held out is the split "test", else "val". eval_limit: at most so many of it, evenly spread; 0:
+    all. Nothing is held out where the data has no such split."""
+    train = load_samples(path, "train", skip_bad_rows)
+    train.check()
+    held_out = ""
+    names = read_rows(Path(path), None)[1]
+    for split in ("val", "test"):
+        for name in names:
+            if name.startswith(split):
+                held_out = name
+    if not held_out or Path(path).suffix == ".parquet":
+        print0(f'{path}: no split "test" there, so nothing is held out')
+        return train, Examples([])
+    tests = load_samples(path, held_out, skip_bad_rows)
+    tests.check()
+    return train, tests.spread(eval_limit or len(tests))
+
+
+def evenly_spread(count: int, most: int) -> list[int]:
+    """Returns at most `most` of the numbers below count, evenly spread, the first among them."""
+    n = min(most, count)
+    return [count * k // n for k in range(n)]
+
+
+class Examples(Sequence):
+    """Rows of a reader. Each becomes an Example whenever it is asked for. A slice is lazy."""
 
     def __init__(self, rows: list[dict], skipped: Sequence[str] = ()):
-        self.rows, self.skipped = rows, list(skipped)
+        self.rows = rows
+        self.skipped = list(skipped)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, i):
-        return (
-            Samples(self.rows[i], self.skipped) if isinstance(i, slice) else _sample(self.rows[i])
-        )
+    def __getitem__(self, i: int | slice) -> Any:
+        if isinstance(i, slice):
+            return Examples(self.rows[i], self.skipped)
+        return example_of(self.rows[i])
+
+    def spread(self, most: int) -> "Examples":
+        """Returns at most `most` of these, evenly spread: a file may be sorted by category."""
+        return Examples([self.rows[i] for i in evenly_spread(len(self), most)], self.skipped)
 
     def ids(self) -> list[str]:
-        """All ids, in order, without decoding an image."""
+        """Returns all ids, in order, without decoding an image."""
         return [row["id"] for row in self.rows]
 
-    def only(self, pattern: str) -> "Samples":
-        """A view of those whose super-category has a match of a regular expression; ValueError if none."""
-        matches = matcher("only", pattern)
-        rows = [row for row in self.rows if matches(row["supercategory"])]
-        if not rows:
-            raise ValueError(f"--only {pattern}: no sample has such a super-category")
-        return Samples(rows, self.skipped)
-
     def check(self) -> None:
-        """BadRow for the first row with a fault that shows in its values or in the headers of its image and mask; only
-        where these do not fit together are they decoded."""
+        """BadRow for the first row with a fault in its values or in the headers of its files. An
+        image is only decoded where headers do not fit together."""
         for row in self.rows:
-            _check(row)
-            if not headers_fit(row):
-                _sample(row)
+            if not check_row(row):
+                decode_row(row)
 
 
-def number_repeated_ids(rows: list[dict]) -> list[str]:
-    """Makes ids unique: a, a#2, a#3; one message per repetition."""
-    seen, messages = Counter(), []
-    for row in rows:
-        name = row["id"]
-        seen[name] += 1
-        if seen[name] > 1:
-            row["id"] = f"{name}#{seen[name]}"
-            messages.append(
-                f"{row['where']}, id: {name!r} is there already; called {row['id']} from here on"
-            )
-    return messages
+def example_of(row: dict) -> Example:
+    """Returns a row, decoded and checked. BadRow where it cannot be used."""
+    image, mask, bbox, points = decode_row(row)
+    if bbox is None:
+        bbox = box_from_mask(mask)
+    if points is None:
+        points = keypoints_from_mask(mask)
+    return Example(
+        id=row["id"],
+        image=image,
+        query=row["query"],
+        bbox=tuple(map(float, bbox)),
+        points=tuple((float(x), float(y)) for x, y in points),
+        mask=mask,
+        supercategory=row["supercategory"],
+        category=row["category"],
+        think=row["think"],
+        extra=row["extra"],
+    )
 
 
-def usable_rows(rows: list[dict], problems: list[str]):
-    """Yield each row that can be used with its sample; the messages of the others are added to problems."""
+def usable_rows(rows: list[dict], problems: list[str]) -> Iterator[tuple[dict, Example]]:
+    """Yields each row that can be used with its example; messages about others go to problems."""
     for row in rows:
         try:
-            yield row, _sample(row)
+            example = example_of(row)
         except BadRow as error:
-            problems.append(str(error).removesuffix(OR_SKIP))
+            problems.append(error.problem)
+        else:
+            yield row, example
 
 
-def _need(ok, row: dict, problem: str) -> None:
-    if not ok:
-        raise BadRow(f"{row['where']}, {problem}{OR_SKIP}")
+# ---------------------------------------------------------------- python data.py PATH
+
+SHOWN_PER_SPLIT = 12  # examples of a split on a contact sheet
+WHERE_IDS_COME_FROM = {
+    ".jsonl": "the row's id, else the folder's name and the line",
+    ".json": "the annotation's id, else its number",
+    ".parquet": "extra_info's id, else its index, else the row's number",
+}
 
 
-def _are_numbers(values, count: int) -> bool:
-    return (
-        isinstance(values, list)
-        and len(values) == count
-        and all(
-            isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) < 1e9 for v in values
-        )
+def report_split(path: Path, split: str, known_problems: list[str]) -> list[tuple[Any, str]]:
+    """Prints what is in a split and what is wrong with it, and adds the latter to known_problems.
+
+    Returns (picture, text) of a few examples for a contact sheet."""
+    rows, _ = read_rows(path, split)
+    problems = number_repeated_ids(rows)
+    sizes: Counter[str] = Counter()
+    categories: Counter[str] = Counter()
+    shown = []
+    for i, (_, example) in enumerate(usable_rows(rows, problems)):
+        sizes[f"{example.image.width}x{example.image.height}"] += 1
+        supercategory = example.supercategory or "(none)"
+        category = example.category or "(none)"
+        categories[f"{supercategory} / {category}"] += 1
+        if i % max(1, len(rows) // SHOWN_PER_SPLIT) == 0:
+            picture = overlay(example.image, example.mask, example.bbox, example.points)
+            lines = wrap(example.query, 38, max_lines=3, placeholder=" …")
+            shown.append((picture, "\n".join([example.id[:36], *lines])))
+    print(f"{split}: {sizes.total()} of {len(rows)} rows can be used")
+    if split != "train" and not split.startswith(("test", "val")) and path.suffix != ".parquet":
+        print('  a split of this name is only read where it is asked for: "train" trains, and')
+        print('  "test" or "val" is held out')
+    print("  sizes:", ", ".join(f"{size} ({count})" for size, count in sizes.most_common(8)))
+    good = [row for row in rows if not row["problem"]]
+    example_row = good[0] if good else rows[0]
+    source = WHERE_IDS_COME_FROM.get(Path(example_row["where"].rpartition(", ")[0]).suffix, "")
+    print(f"  ids look like {example_row['id']}" + (f" ({source})" if source else ""))
+    print("  rows, supercategory / category:")
+    for name, count in sorted(categories.items()):
+        print(f"{count:8} {name}")
+    if any("(none)" in name for name in categories):
+        print("  (none): not in the row, so the tables of evaluate.py have no line for it")
+    for problem in problems:
+        if problem not in known_problems:  # a broken line is a bad row of every split
+            print(problem)
+            known_problems.append(problem)
+    return shown
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints what is in a data set. Returns the exit status: 2 where a row cannot be used."""
+    parser = argparse.ArgumentParser(
+        description="What is in a data set, and what is wrong with it."
     )
-
-
-def _check(row: dict) -> None:
-    """BadRow for what shows without decoding an image."""
-    bbox, points = row["bbox"], row["points"]
-    _need(not row["problem"], row, row["problem"])
-    _need(isinstance(row["query"], str) and row["query"].strip(), row, "query: is empty")
-    _need(
-        bbox or "box" not in row["extra"],
-        row,
-        'bbox: is missing, but there is "box"; rename that key',
-    )
-    _need(row["mask"] or (bbox and points), row, NO_TARGET)
-    if bbox:
-        ordered = _are_numbers(bbox, 4) and bbox[0] < bbox[2] and bbox[1] < bbox[3]
-        _need(ordered, row, f"bbox: {bbox!r} is not four finite numbers with x1 < x2 and y1 < y2")
-    if points:
-        pairs = (
-            isinstance(points, list)
-            and len(points) == KEY_POINTS
-            and all(_are_numbers(p, 2) for p in points)
-        )
-        _need(
-            pairs,
-            row,
-            f"points: {points!r} is not {KEY_POINTS} pairs [x, y], as KEY_POINTS in rewards.py says; "
-            "without any, they are taken from the mask",
-        )
-
-
-def _sample(row: dict) -> Sample:
-    """A row, decoded and checked."""
-    _check(row)
-    image = mask = None
-    try:
-        source = row["image"]() if callable(row["image"]) else row["image"]
-        if source is None:
-            raise ValueError("has no bytes")
-        image = load_image(source)
-        mask_source = row["mask"]() if callable(row["mask"]) else row["mask"]
-        mask = load_mask(mask_source, of=source) if mask_source is not None else None
-    except (ValueError, OSError) as error:
-        _need(False, row, f"{'mask' if image else 'image'}: {str(error).splitlines()[0]}")
-    W, H = image.size
-    _need(
-        max(W, H) <= MAX_RATIO * min(W, H), row, f"image: of {W}x{H} is too long and thin; crop it"
-    )
-    _need(mask is not None or (row["bbox"] and row["points"]), row, NO_TARGET)
-    if mask is not None:
-        _need(
-            mask.shape == (H, W),
-            row,
-            f"mask: is {mask.shape[1]}x{mask.shape[0]}, its image {W}x{H}",
-        )
-        _need(mask.any(), row, "mask: is empty")
-    bbox = tuple(map(float, row["bbox"] or box_from_mask(mask)))
-    points = tuple((float(x), float(y)) for x, y in row["points"] or keypoints_from_mask(mask))
-    in_pixels = max(bbox) > 1 or (mask is not None and bbox == box_from_mask(mask))
-    _need(
-        in_pixels, row, f"bbox: {list(bbox)} looks like fractions of the {W}x{H} image; give pixels"
-    )
-    for key, corners in (("bbox", (bbox[:2], bbox[2:])), ("points", points)):
-        inside = all(-1 <= x <= W + 1 and -1 <= y <= H + 1 for x, y in corners)
-        _need(inside, row, f"{key}: {row[key]} is outside the {W}x{H} image")
-    return Sample(
-        row["id"],
-        image,
-        row["query"],
-        bbox,
-        points,
-        mask,
-        row["supercategory"],
-        row["category"],
-        row["think"],
-        row["extra"],
-    )
+    parser.add_argument("path", type=Path, help="a data set, as for --data")
+    parser.add_argument("--split", help="only this one")
+    parser.add_argument("--sheet", type=Path, help="write a picture of a few examples here")
+    args = parser.parse_args(argv)
+    splits = [args.split]
+    if args.split is None:
+        splits = read_rows(args.path, None)[1] or ["train"]
+    problems: list[str] = []
+    shown: list[tuple[Any, str]] = []
+    for split in splits:
+        shown += report_split(args.path, split, problems)
+    if args.sheet and shown:
+        contact_sheet(shown).save(args.sheet)
+    return 2 if problems else 0
 
 
 if __name__ == "__main__":
-    from extras.data_report import main
-
     with exit_on(ValueError, OSError):
         raise SystemExit(main())

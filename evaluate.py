@@ -1,238 +1,442 @@
 """Score a split as the paper's tables do (arXiv 2508.08177, section 5), with counts and intervals.
 
-    python evaluate.py --crm runs/demo/step_000080 --out eval/demo    # --samples 8: voting, pass@8
+    python evaluate.py --crm runs/demo/step_000080 --out eval/demo
     torchrun --nproc-per-node 8 evaluate.py @recipes/eval_7b.args --data U-MRG-14K
-    python evaluate.py --predictions gpt.jsonl --frame norm1000 --out eval/gpt    # of another model
-    python evaluate.py --rescore eval/demo                            # the tables again, without any model
-    python evaluate.py --compare eval/sft eval/grpo                   # paired differences
-    python evaluate.py --oracle eval/demo --out eval/oracle           # whose loss it is, see extras/oracle.py
+    python evaluate.py --completions 8 …               # voting and pass@8
+    python evaluate.py --rescore eval/demo             # the tables again, without any model
+    python evaluate.py --compare eval/sft eval/grpo    # paired differences
 
-Writes predictions.jsonl (all that scoring needs), summary.json, table.md and examples.png into --out. An interrupted
-evaluation resumes. Every number is a mean over questions with its 95 % bootstrap interval. A new metric is one line of
-METRICS; --rescore computes it on old runs.
+Writes predictions.jsonl (all that scoring needs), summary.json, table.md and examples.png into
+--out. An interrupted evaluation goes on where it stopped. What is measured is in metrics.py.
 
-A refusal is a completion with a problem, so refusals are 1 - parse rate. What can still be read of it is scored (a good
-box beside malformed points); what cannot be read scores 0. Coordinates are scored as they were written; they are
-clipped only for the segmenter and the pictures.
+A refusal is a completion with a problem, so the share of refusals is 1 - the parse rate.
+Coordinates are scored as they were written; they are clipped only for the segmenter and the
+pictures.
 
-A line of a file of --predictions (python -m extras.predictions; ids: python data.py PATH), or "text" for a completion:
-    {"id": "mine-3", "bbox": [30, 40, 90, 95], "points": [[50, 60], [70, 80]]}
-
-Differences from the paper: a true pDice beside its 2I/U; intervals; the mask from points, from the box and from both of
-one and the same completion.
+Differences from the paper: a true pDice is reported with its 2I/U; numbers have intervals; the mask
+is drawn from the points, from the box and from both of one and the same completion.
 """
 
+import hashlib
 import json
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from asm import load_asm
-from crm import load_crm
-from data import BadRow, load_prompt, load_samples
-from extras import tables
-from extras.predictions import encode_mask, finished, from_file, in_order, read_predictions, shown
-from extras.several import add_siblings
-from metrics import QUESTION_METRICS, ask, iou, mask_dice, mean, parsed, pdice, united_mask
-from runtime.cli import EMBEDDED, ModelConfig, exit_on, flag, parse_args, print0
-from runtime.files import write_whole
+import metrics
+from asm import ASM, load_asm, overlay, segment_regions
+from crm import CRM, Group, load_crm
+from data import EMBEDDED, BadRow, Example, Examples, clip_to, load_prompt, load_samples
+from rewards import PIXEL_TERMS, total_reward
+from runtime.cli import exit_on, flag, parse_args, print0, use_embedded
+from runtime.files import parse_object, read_jsonl, read_text, write_whole
 from runtime.parallel import Ranks
+from runtime.pictures import Picture, grid
+from runtime.run import Run
+from sampling import sample
 
+EVAL_COMPLETIONS = 4  # per held-out question while training, sampled as in training
+EXAMPLES_SHOWN = 12  # questions in examples.png
 # what the segmenter is given of a completion: whether the box, and how many points
 GIVEN = {"points": (False, 2), "box": (True, 0), "one": (True, 1), "both": (True, 2)}
+MOVED = {
+    "samples": "it is called --completions",
+    "predictions": "python -m extras.predictions FILE scores the completions of another model",
+    "frame": "python -m extras.predictions takes it",
+    "oracle": "python -m extras.oracle says whose loss it is",
+    "max_pixels": "give --resize aspect:PIXELS",
+    "min_pixels": "a checkpoint remembers it",
+}
 
 
 @dataclass
-class Config(ModelConfig):
-    data: str | None = flag(None, "folder or .parquet file, see data.py")
+class Config:
+    # model
+    crm: str | None = flag(None, "Qwen2.5-VL folder or hub name")
     asm: str | None = flag(None, "segmenter for the mask's Dice, or none")
-    split: str = flag("test", "split of --data")
-    limit: int = flag(0, "questions used (0: all)", low=0)
-    out: str = flag("eval", "folder for predictions.jsonl, summary.json, table.md, examples.png")
-    skip_bad_rows: bool = flag(False, "leave out rows that cannot be used, and count them")
-    # instead of a model
-    predictions: str | None = flag(None, "completions of another model, a .jsonl file, see above")
-    frame: str = flag("pixels", "the frame of --predictions", ("pixels", "norm1000", "model"))
-    rescore: str | None = flag(None, "an --out folder: compute its tables again")
-    compare: tuple[str, str] | None = flag(None, "two --out folders: what the second changes")
-    oracle: str | None = flag(
-        None, "true prompts to masks, no CRM; of an --out folder: whose loss it is", bare="alone"
+    prompt: str | None = flag(
+        None, "reasoning, direct, boxes, a text file with {query}, or the text itself"
     )
+    resize: str | None = flag(None, "aspect, aspect:MAX_PIXELS or square:SIDE")
+    dtype: str = flag(
+        "auto", "type that computes; auto: bfloat16 on CUDA", ("auto", "float32", "bfloat16")
+    )
+    # data
+    data: str | None = flag(None, "folder or .parquet file, see data.py")
+    split: str = flag("test", "split of --data")
+    limit: int = flag(0, "questions, the first ones (0: all)", low=0)
+    skip_bad_rows: bool = flag(False, "leave out rows that cannot be used, and count them")
     # completions
-    samples: int = flag(1, "completions per question", low=1)
+    completions: int = flag(1, "completions per question", low=1)
     temperature: float | None = flag(
-        None,
-        "of sampling; 0 takes the most likely token (default: 0 for one completion "
-        "per question, else 1)",
-        low=0,
+        None, "of sampling (default: 0, the most likely token, for one completion, else 1)", low=0
     )
     max_new_tokens: int = flag(512, "longest completion in tokens", low=1)
     batch: int = flag(0, "questions encoded at once (0: 64 on CUDA, else 16)", low=0)
+    seed: int = flag(0, "seed of every random choice", low=0)
+    # results
+    out: str = flag("eval", "folder for predictions.jsonl, summary.json, table.md, examples.png")
+    rescore: str | None = flag(None, "an --out folder: compute its tables again")
+    compare: tuple[str, str] | None = flag(None, "two --out folders: what the second changes")
 
 
-# ---------------------------------------------------------------- metrics and tables
+# ---------------------------------------------------------------- asking the model
 
 
-def over_ious(p: dict, function, at_least: int = 1) -> float | None:
-    """function of the completions' IoUs; None where no box was asked for, or of too few completions."""
-    ious = [iou(p, completion) for completion in p["completions"]]
-    return None if None in ious or len(ious) < at_least else float(function(ious))
+def ask(
+    crm: CRM,
+    examples: Examples,
+    indexes: Sequence[int],
+    kinds: dict[str, tuple[int, float]],
+    max_new_tokens: int,
+    seed: int,
+    batch: int = 0,
+) -> Iterator[tuple[str, Example, Group, dict]]:
+    """Puts questions to the CRM. Yields (kind, example, group, prediction) for each of them and for
+    each kind.
+
+    kinds  {name: (completions per question, temperature)}; temperature 0 takes the most likely
+           token. A prompt is encoded once for all kinds
+    batch  questions encoded at once; 0: 64 on CUDA, else 16"""
+    if batch == 0:
+        batch = 64 if crm.device.type == "cuda" else 16
+    for start in range(0, len(indexes), batch):
+        part = indexes[start : start + batch]
+        chosen = [examples[i] for i in part]
+        prompts = [crm.prompt_of(example) for example in chosen]
+        for kind, (completions, temperature) in kinds.items():
+            seeds = [(seed, 1, i) for i in part]
+            groups = sample(crm, prompts, completions, max_new_tokens, temperature, seeds)
+            for i, example, group in zip(part, chosen, groups):
+                sizes = group.prompt.sizes
+                p = metrics.prediction(example, i, group.texts, sizes, crm.answer_format)
+                yield kind, example, group, p
 
 
-METRICS = (
-    QUESTION_METRICS
-    | {  # name: (title, function of a line of predictions.jsonl; None where undefined)
-        "iou50": (
-            "IoU ≥ 0.5",
-            lambda p: over_ious(p, lambda ious: np.mean([v >= 0.5 for v in ious])),
-        ),
-        "pdice_2iu": ("pDice (2I/U)", lambda p: mean(p, lambda p, c: pdice(p, c, published=True))),
-        "dice_points": ("Dice, points", lambda p: p["dice"] and p["dice"]["points"]),
-        "dice_box": ("Dice, box", lambda p: p["dice"] and p["dice"]["box"]),
-        "dice_one": ("Dice, box and 1 point", lambda p: p["dice"] and p["dice"]["one"]),
-        "dice_both": ("Dice, box and points", lambda p: p["dice"] and p["dice"]["both"]),
-        "refused": ("refusals", lambda p: 1 - mean(p, parsed)),
-        "voted": (
-            "IoU, voted",
-            lambda p: over_ious(p, lambda v: 0 if p["kept"] is None else v[p["kept"]], 2),
-        ),
-        "best": ("IoU, best of N", lambda p: over_ious(p, max, 2)),
-        "pass": ("pass@N", lambda p: over_ious(p, lambda ious: max(ious) >= 0.5, 2)),
-    }
-)
+# ---------------------------------------------------------------- while training
 
 
-def scores(p: dict) -> dict[str, float | None]:
-    """Every metric of a line of predictions.jsonl."""
-    return {key: metric(p) for key, (_, metric) in METRICS.items()}
+def held_out(
+    crm: CRM,
+    examples: Examples,
+    kinds: dict[str, tuple[int, float]],
+    mode: str,
+    coefficients: dict[str, float],
+    ranks: Ranks,
+    max_new_tokens: int = 512,
+) -> list[dict]:
+    """Returns one row per kind and question, in that order: kind, index, id, image, wording, the
+    scores of metrics.HELD_OUT, and the mean reward (model frame, without terms that need pixels).
+
+    kinds: see `ask`. Every rank asks its share; all get all rows."""
+    without_pixels = {k: v for k, v in coefficients.items() if k not in PIXEL_TERMS}
+    own = range(len(examples))[ranks.rank :: ranks.world]
+    order = list(kinds)
+    rows = []
+    for kind, example, group, p in ask(crm, examples, own, kinds, max_new_tokens, seed=0):
+        rewards = []
+        for text in group.texts:
+            terms = crm.answer_format.reward_terms(text, example, group.prompt.sizes)
+            rewards.append(total_reward(terms, mode, without_pixels))
+        row = {key: p[key] for key in ("index", "id", "image", "wording")}
+        row |= metrics.scores(p, metrics.HELD_OUT)
+        row["reward"] = sum(rewards) / len(rewards)
+        rows.append({"kind": kind, **row})
+    rows = ranks.gather(rows)
+    return sorted(rows, key=lambda row: (order.index(row["kind"]), row["index"]))
 
 
-# ---------------------------------------------------------------- predictions
+def held_out_means(rows: list[dict]) -> dict[str, float]:
+    """Returns {"sampled/iou": …} over the rows of `held_out`, without scores that no row has."""
+    values: dict[str, list[float]] = {}
+    for row in rows:
+        for name in (*metrics.HELD_OUT, "reward"):
+            if row[name] is not None:
+                values.setdefault(f"{row['kind']}/{name}", []).append(row[name])
+    return {name: sum(scores) / len(scores) for name, scores in values.items()}
 
 
-def segment(asm, sample, completion: dict, kind: str) -> np.ndarray:
-    """The mask from those parts of a completion that GIVEN[kind] names, (H, W) bool; empty if it has none. Of
-    several boxes, the masks united."""
-    use_box, n_points = GIVEN[kind]
-    parts = [
-        (part["bbox"] if use_box else None, (part["points"] or ())[:n_points])
-        for part in completion.get("regions", [completion])
-    ]
-    return united_mask(asm, np.asarray(sample.image), parts)[0]
+def log_held_out(
+    run: Run,
+    crm: CRM,
+    examples: Examples,
+    cfg: Any,
+    coefficients: dict[str, float],
+    step: int,
+    greedy: bool,
+) -> dict[str, float]:
+    """Evaluates held-out questions, sampled as in training and, if asked, greedy. Writes a row for
+    each to held_out.jsonl, prints the means and returns them.
+
+    cfg: the Config of a trainer."""
+    kinds = {"sampled": (EVAL_COMPLETIONS, cfg.temperature)}
+    if greedy:
+        kinds["greedy"] = (1, 0.0)
+    with crm.gathered():
+        rows = held_out(crm, examples, kinds, cfg.mode, coefficients, run.ranks, cfg.max_new_tokens)
+    run.log("held_out", *({"step": step, **row} for row in rows))
+    means = held_out_means(rows)
+    run.remember(means)
+    shown = ", ".join(f"{name} {value:.3f}" for name, value in means.items())
+    print0(f"step {step}, held out: {shown}")
+    return means
 
 
-def add_masks(p: dict, sample, asm) -> dict:
-    """Masks of the kept completion: the Dice of each kind in GIVEN, and the mask from its box and points."""
-    p["dice"], p["mask"] = None, None
-    p["truth"]["mask"] = None if sample.mask is None else encode_mask(sample.mask)
-    if asm:
-        masks = {kind: segment(asm, sample, shown(p), kind) for kind in GIVEN}
-        p["mask"] = encode_mask(masks["both"]) if masks["both"].any() else None
-        if sample.mask is not None:
-            p["dice"] = {kind: mask_dice(mask, sample.mask) for kind, mask in masks.items()}
+# ---------------------------------------------------------------- masks of a completion
+
+
+def segment_part(asm: ASM, example: Example, completion: dict, given: str) -> np.ndarray:
+    """Returns the mask from those parts of a completion that GIVEN names, (H, W) bool; empty where
+    it has none of them."""
+    use_box, points_used = GIVEN[given]
+    regions = []
+    for bbox, points in metrics.regions_of(completion):
+        given_box = bbox if use_box else None
+        given_points = None
+        if points is not None and points_used > 0:
+            given_points = points[:points_used]
+        regions.append((given_box, given_points))
+    return segment_regions(asm, np.asarray(example.image), regions)[0]
+
+
+def add_masks(p: dict, example: Example, asm: ASM | None) -> dict:
+    """Adds to a prediction the masks of its kept completion: the Dice of each kind in GIVEN, and
+    the mask from box and points as run lengths. Returns the prediction."""
+    p["dice"] = None
+    p["mask"] = None
+    p["truth"]["mask"] = None
+    if example.mask is not None:
+        p["truth"]["mask"] = metrics.encode_mask(example.mask)
+    if asm is None:
+        return p
+    masks = {given: segment_part(asm, example, metrics.shown(p), given) for given in GIVEN}
+    if masks["both"].any():
+        p["mask"] = metrics.encode_mask(masks["both"])
+    if example.mask is not None:
+        p["dice"] = {k: metrics.mask_dice(mask, example.mask) for k, mask in masks.items()}
     return p
 
 
-def from_model(cfg: Config, samples, asm, ranks: Ranks) -> list[dict]:
-    """A CRM's predictions, one for each sample, in order; ValueError if some are missing or doubled. Each rank appends
-    its own to a file in --out, so that an interruption loses one batch."""
+# ---------------------------------------------------------------- predictions of a CRM
+
+
+def from_model(cfg: Config, examples: Examples, asm: ASM | None, ranks: Ranks) -> list[dict]:
+    """Returns the CRM's predictions, one for each example, in order.
+
+    Each rank appends its own to a file in --out, so that an interruption loses one batch at most.
+    ValueError where some are missing or there twice."""
     out = Path(cfg.out)
-    # one rank looks at what an earlier run left, before any rank appends: all must partition the same list
-    done = set(ranks.gather([row["index"] for row in finished(out)] if ranks.rank == 0 else []))
-    todo = [i for i in range(len(samples)) if i not in done][ranks.rank :: ranks.world]
-    if todo:
-        crm = load_crm(
-            cfg.crm,
-            ranks.device,
-            ranks.dtype(cfg.dtype),
-            resize=cfg.resize,
-            min_pixels=cfg.min_pixels,
-            max_pixels=cfg.max_pixels,
-            prompt=cfg.prompt,
-        )
-        temperature = float(cfg.samples > 1) if cfg.temperature is None else cfg.temperature
-        answered = ask(
-            crm,
-            samples,
-            todo,
-            {"": (cfg.samples, temperature)},
-            cfg.max_new_tokens,
-            cfg.seed,
-            cfg.batch,
-        )
-        with open(out / f"part-{ranks.rank}.jsonl", "a") as file:
-            for _, sample, _, p in tqdm(
-                answered, total=len(todo), disable=ranks.rank > 0, ncols=100
-            ):
-                file.write(json.dumps(add_masks(p, sample, asm)) + "\n")
+    # one rank looks at what an earlier run left before any rank appends to it
+    found = finished(out) if ranks.is_main else []
+    done = set(ranks.gather([row["index"] for row in found]))
+    left = [i for i in range(len(examples)) if i not in done]
+    own = left[ranks.rank :: ranks.world]
+    if own:
+        crm = load_crm(cfg.crm, ranks.device, ranks.dtype(cfg.dtype), cfg.prompt, cfg.resize)
+        kinds = {"": (cfg.completions, temperature_of(cfg))}
+        answered = ask(crm, examples, own, kinds, cfg.max_new_tokens, cfg.seed, cfg.batch)
+        bar = tqdm(answered, total=len(own), disable=not ranks.is_main, ncols=100)
+        with open(out / f"part-{ranks.rank}.jsonl", "a", encoding="utf-8") as file:
+            for _, example, _, p in bar:
+                file.write(json.dumps(add_masks(p, example, asm)) + "\n")
                 file.flush()
     ranks.wait()
-    rows = add_siblings(in_order(finished(out), len(samples), out))
-    ranks.wait()  # rank 0 removes the parts: not before all have read them
+    rows = in_order(finished(out), len(examples), out)
+    ranks.wait()  # the main rank removes the parts, but not before all have read them
     return rows
+
+
+def temperature_of(cfg: Any) -> float:
+    """Returns --temperature, or its default: 0 for one completion, else 1."""
+    if cfg.temperature is not None:
+        return cfg.temperature
+    return 0.0 if cfg.completions == 1 else 1.0
+
+
+def finished(out: Path) -> list[dict]:
+    """Returns the predictions in an --out folder, of this run and of interrupted ones.
+
+    A line that a kill cut off is removed, so that its question is asked again."""
+    if (out / "predictions.jsonl").exists():
+        return metrics.read_predictions(out)
+    rows = []
+    for path in sorted(out.glob("part-*.jsonl")):
+        text = read_text(path)
+        complete = text[: text.rfind("\n") + 1]
+        if complete != text:
+            write_whole(path, complete)
+        rows += read_jsonl(path)
+    return rows
+
+
+def in_order(rows: list[dict], n: int, out: Path) -> list[dict]:
+    """Returns the rows by index. ValueError unless they are questions 0 to n - 1, each once."""
+    rows = sorted(rows, key=lambda row: row["index"])
+    indexes = [row["index"] for row in rows]
+    if indexes != list(range(n)):
+        missing = len(set(range(n)) - set(indexes))
+        extra = len(indexes) - len(set(indexes))
+        raise ValueError(
+            f"--out {out}: {missing} of {n} questions are missing, {extra} are there twice; remove "
+            "part-*.jsonl in it and run again"
+        )
+    return rows
+
+
+def fingerprint(cfg: Config, examples: Examples) -> str:
+    """Returns a digest of the weights and of the data: other ones under the same path are other
+    questions to another model."""
+    digest = hashlib.blake2b(digest_size=12)
+    for file in sorted(Path(cfg.crm).glob("*.safetensors")):
+        with open(file, "rb") as opened:
+            digest.update(hashlib.file_digest(opened, "blake2b").digest())
+    for row in examples.rows:
+        parts = [row["id"], row["query"], row["bbox"], row["points"]]
+        digest.update(json.dumps(parts, default=str).encode())
+        for source in (row["image"], row["mask"]):
+            if isinstance(source, Path):
+                digest.update(f"{source.name} {source.stat().st_size}".encode())
+    return digest.hexdigest()
+
+
+def claim_folder(cfg: Config, examples: Examples, ranks: Ranks) -> None:
+    """Writes config.json into --out. ValueError where the folder holds something else: files that
+    no evaluation wrote, or an evaluation with other flags, weights or data."""
+    out = Path(cfg.out)
+    problem = ""
+    if ranks.is_main:
+        config = asdict(cfg) | {"fingerprint": fingerprint(cfg, examples)}
+        problem = why_not_ours(out, config)
+        if not problem:
+            out.mkdir(parents=True, exist_ok=True)
+            write_whole(out / "config.json", json.dumps(config, indent=2) + "\n")
+    problems = [text for text in ranks.gather([problem]) if text]
+    if problems:
+        raise ValueError(f"--out {out}: {problems[0]}")
+
+
+def why_not_ours(out: Path, config: dict[str, Any]) -> str:
+    """Returns why an evaluation with this config may not write into a folder; "" if it may."""
+    file = out / "config.json"
+    if not file.exists():
+        for name in ("predictions.jsonl", "summary.json", "table.md", "examples.png"):
+            if (out / name).exists():
+                return f"has a {name} that no evaluation here wrote; give another --out"
+        return ""
+    earlier = parse_object(read_text(file), file)
+    if earlier.get("fingerprint") is None:
+        return "its config.json is not that of an evaluation; give another --out"
+    for name, value in json.loads(json.dumps(config)).items():
+        if earlier.get(name) == value:
+            continue
+        if name == "fingerprint":
+            return "the weights or the data have changed since; give another --out"
+        return "an evaluation with other flags is in there; give another --out"
+    return ""
+
+
+# ---------------------------------------------------------------- examples.png
+
+
+def draw_examples(rows: list[dict], examples: Examples, path: Path) -> None:
+    """Draws different questions from the worst to the best IoU: box, points and mask of the kept
+    completion, the true box and the true mask."""
+
+    def score(row: dict) -> tuple[float, int]:
+        return metrics.iou(row, metrics.shown(row)) or 0.0, row["index"]
+
+    ordered = sorted(rows, key=score)
+    picks = np.unique(np.linspace(0, len(ordered) - 1, EXAMPLES_SHOWN).round().astype(int))
+    pictures = []
+    for pick in picks:
+        p = ordered[pick]
+        pictures.append(picture_of(p, examples[p["index"]]))
+    grid(path, pictures)
+
+
+def picture_of(p: dict, example: Example) -> Picture:
+    """Returns one question's picture, with what the completion said and what is true."""
+    completion = metrics.shown(p)
+    size = example.image.size
+    bbox = completion["bbox"] and clip_to(size, completion["bbox"])
+    points = completion["points"] and clip_to(size, completion["points"])
+    mask = None if p["mask"] is None else metrics.decode_mask(p["mask"])
+    said = completion["problem"]
+    if not said and "bbox" in p["asked"]:
+        said = f"IoU {metrics.iou(p, completion):.2f}"
+    about = [part for part in (p["category"] or p["id"], said) if part]
+    return Picture(
+        image=overlay(example.image, mask, bbox, points),
+        size=size,
+        title=p["query"],
+        caption=", ".join(about),
+        true_box=p["truth"]["bbox"],
+        true_mask=example.mask,
+    )
+
+
+# ---------------------------------------------------------------- the run
 
 
 def main(cfg: Config) -> None:
     with exit_on(ValueError, OSError):
-        if cfg.frame != "pixels" and not cfg.predictions:
-            raise ValueError(
-                f"--frame {cfg.frame} is the frame of a file of --predictions: give that, or no --frame"
-            )
-        if cfg.compare:
-            from extras.compare import compare
-
-            return compare(*cfg.compare, METRICS)
-        if cfg.rescore:
-            return tables.report(read_predictions(cfg.rescore), METRICS, Path(cfg.rescore))
-        ranks, out, start = Ranks.start(), Path(cfg.out), time.perf_counter()
-        load_prompt(cfg.prompt or "reasoning")  # a wrong one is an error before anything is written
-        if cfg.predictions and ranks.world > 1:
-            raise ValueError(
-                "--predictions needs no model: run it in one process, without torchrun"
-            )
-        samples = load_samples(cfg.data, cfg.split, cfg.skip_bad_rows)[: cfg.limit or None]
-        samples.check()
-        asm = None if cfg.asm == "none" else load_asm(cfg.asm, ranks.device)
-        config, settings = out / "config.json", json.dumps(asdict(cfg), indent=2) + "\n"
-        if config.exists() and config.read_text() != settings:
-            raise ValueError(
-                f"--out {out}: an evaluation with other flags is in there; give another --out"
-            )
-        if cfg.oracle:
-            from extras.oracle import oracle
-
-            return oracle(cfg, samples, asm, ranks)
-        rows = cfg.predictions and [
-            add_masks(p, samples[p["index"]], asm) for p in from_file(cfg, samples)
-        ]
-        ranks.wait()  # nobody writes before all have looked
-        if ranks.rank == 0:
-            out.mkdir(parents=True, exist_ok=True)
-            write_whole(config, settings)
-        rows = rows or from_model(cfg, samples, asm, ranks)
-        if ranks.rank == 0:
-            write_whole(out / "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-            for path in out.glob("part-*.jsonl"):
-                path.unlink()
-            tables.report(rows, METRICS, out)
-            from extras.pictures import examples
-
-            examples(rows, samples, out / "examples.png")
-            print0(f"examples {out / 'examples.png'}, {time.perf_counter() - start:.0f} s in all")
-        ranks.stop()
+        if cfg.compare is not None:
+            print_comparison(*cfg.compare)
+        elif cfg.rescore is not None:
+            metrics.report(metrics.read_predictions(cfg.rescore), Path(cfg.rescore))
+        else:
+            evaluate(cfg)
 
 
-def needs(cfg: Config) -> list[str]:
-    """Which embedded defaults a command line may fall back on."""
-    model = cfg.frame == "model" if cfg.predictions else not cfg.oracle
-    return (
-        [] if cfg.rescore or cfg.compare else [name for name in EMBEDDED if name != "crm" or model]
-    )
+def print_comparison(one: str, two: str) -> None:
+    before = metrics.read_predictions(one)
+    after = metrics.read_predictions(two)
+    try:
+        lines = metrics.compare(before, after)
+    except ValueError as error:
+        raise ValueError(f"--compare {one} {two}: {error}") from None
+    interval = "95 % paired bootstrap interval"
+    print(f"{one} -> {two}, {len(before)} questions, percent [{interval}]")
+    print("\n".join(lines))
+
+
+def evaluate(cfg: Config) -> None:
+    """Asks, scores, and writes everything into --out."""
+    start = time.perf_counter()
+    ranks = Ranks.start()
+    use_embedded(cfg, EMBEDDED)
+    load_prompt(cfg.prompt or "reasoning")  # a wrong one is an error before anything is written
+    out = Path(cfg.out)
+    examples = load_samples(cfg.data, cfg.split, cfg.skip_bad_rows)
+    if cfg.limit:
+        examples = examples[: cfg.limit]
+    examples.check()
+    asm = None
+    if cfg.asm != "none":
+        asm = load_asm(cfg.asm, ranks.device)
+    claim_folder(cfg, examples, ranks)
+    rows = from_model(cfg, examples, asm, ranks)
+    if ranks.is_main:
+        write_results(rows, examples, out)
+        for path in out.glob("part-*.jsonl"):
+            path.unlink()
+        seconds = time.perf_counter() - start
+        print0(f"examples {out / 'examples.png'}, {seconds:.0f} s in all")
+    ranks.stop()
+
+
+def write_results(rows: list[dict], examples: Examples, out: Path) -> None:
+    """Writes predictions.jsonl, the tables and examples.png."""
+    write_whole(out / "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    metrics.report(rows, out)
+    draw_examples(rows, examples, out / "examples.png")
 
 
 if __name__ == "__main__":
     with exit_on(BadRow):
-        main(parse_args(Config, __doc__, embedded=needs))
+        main(parse_args(Config, __doc__, moved=MOVED))

@@ -1,83 +1,161 @@
-"""What is measured of completions: scores, and their means over held-out questions.
+"""What is measured of completions: scores of one question, their means and intervals, the tables.
 
-Held-out evaluation and evaluate.py's tables score a completion in one way: `prediction` takes its box and points to
-the image frame as they are, never clipped; a question's score is the mean over its completions. A completion with a
-problem (rewards.parse_answer) is a refusal. What can still be read of it counts; what cannot be read scores 0.
+A question's score is the mean over its completions. A table's number is the mean over questions
+with its 95 % bootstrap interval. Training's held-out evaluation and evaluate.py score alike:
+`prediction` takes a completion's box and points to the image frame as they are, never clipped. A
+completion with a problem (see rewards.parse_answer) is a refusal. What can still be read of it
+counts, as a good box beside malformed points; what cannot be read scores 0.
+
+To add a metric, add a line to METRICS; `evaluate.py --rescore` computes it for old evaluations.
+
+    p           a prediction: one question with its completions, a line of predictions.jsonl
+    completion  one of p["completions"]: text, bbox, points, problem; image frame
 """
 
 import hashlib
-from collections.abc import Iterator
-from functools import partial
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+from scipy.stats import t as student_t
 
-from data import OneBox, clip_to, fill_prompt, to_image
-from rewards import Answer, box_iou, parse_answer, point_dice, total_reward
-from runtime.parallel import Ranks
-from sampling import sample as sample_groups
+from data import ONE_BOX, AnswerFormat, Example, Sizes, to_image
+from rewards import Answer, box_iou, parse_answer, point_dice, point_dice_published
+from runtime.files import write_whole
+
+Metric = tuple[str, Callable[[dict], float | None]]  # title, function of a prediction
+
+# ---------------------------------------------------------------- one question
 
 
 def prediction(
-    sample, index: int, texts: list[str], frame, official: bool = False, answers=OneBox
-) -> dict:
-    """One question with its completions, as JSON can hold it; boxes and points in the image frame. kept: see medoid.
-    names and wording come from the sample's extra: a list of names, and unseen_wording, true or false, else its kind.
-    image: a digest of the pixels, by which extras.several finds the questions about one image. answers: see
-    data.answers_of; of several boxes bbox is the one around them, and regions has each with its points."""
+    example: Example,
+    index: int,
+    texts: Sequence[str],
+    sizes: Sizes,
+    answer_format: AnswerFormat = ONE_BOX,
+) -> dict[str, Any]:
+    """Returns one question with its completions, as JSON can hold it. Image frame.
 
-    def shown(answer: Answer) -> dict:
-        return {
-            key: xy and to_image(xy, frame)
-            for key, xy in (("bbox", answer.bbox), ("points", answer.points))
-        }
-
-    read, truth = [answers.read(text, official) for text in texts], answers.truth(sample)
-    several = "regions" in truth
-    completions = [
-        {
-            "text": text,
-            **shown(answer),
-            "problem": answer.problem,
-            **({"regions": [shown(part) for part in answer.parts]} if several else {}),
-        }
-        for text, answer in zip(texts, read)
-    ]
-    names, unseen, kind = (sample.extra.get(key) for key in ("names", "unseen_wording", "kind"))
+    kept    index of the completion to show, see `medoid`
+    names   what a trace must say to name the target, from the example's extra "names"
+    wording "seen" or "unseen" from its extra "unseen_wording", else its extra "kind"
+    image   a digest of the pixels, which tells the questions about one image
+    """
+    answers = [answer_format.parse(text) for text in texts]
+    completions = []
+    for text, answer in zip(texts, answers):
+        completion = {"text": text, **placed(answer.bbox, answer.points, sizes)}
+        completion["problem"] = answer.problem
+        if answer_format.several:
+            completion["regions"] = [placed(*region, sizes) for region in answer.regions]
+        completions.append(completion)
     return {
-        "id": sample.id,
+        "id": example.id,
         "index": index,
-        "size": sample.image.size,
-        "query": sample.query,
-        "image": hashlib.blake2b(sample.image.tobytes(), digest_size=8).hexdigest(),
-        "supercategory": sample.supercategory,
-        "category": sample.category,
-        "names": [str(name).lower() for name in names] if isinstance(names, list) else [],
-        "wording": ("unseen" if unseen else "seen")
-        if isinstance(unseen, bool)
-        else str(kind or "") or None,
-        "truth": truth,
-        "asked": ["bbox"] if several else ["bbox", "points"],
+        "size": example.image.size,
+        "query": example.query,
+        "image": hashlib.blake2b(example.image.tobytes(), digest_size=8).hexdigest(),
+        "supercategory": example.supercategory,
+        "category": example.category,
+        "names": names_of(example),
+        "wording": wording_of(example),
+        "truth": answer_format.truth(example),
+        "asked": ["bbox"] if answer_format.several else ["bbox", "points"],
         "completions": completions,
-        "kept": medoid(read)[0],
+        "kept": medoid(answers)[0],
     }
 
 
+def placed(bbox: Any, points: Any, sizes: Sizes) -> dict[str, Any]:
+    """Returns a box and points of the model frame in the image frame. None stays None."""
+    return {
+        "bbox": None if bbox is None else to_image(bbox, sizes),
+        "points": None if points is None else to_image(points, sizes),
+    }
+
+
+def names_of(example: Example) -> list[str]:
+    names = example.extra.get("names")
+    if not isinstance(names, list):
+        return []
+    return [str(name).lower() for name in names]
+
+
+def wording_of(example: Example) -> str | None:
+    unseen = example.extra.get("unseen_wording")
+    if isinstance(unseen, bool):
+        return "unseen" if unseen else "seen"
+    kind = str(example.extra.get("kind") or "")
+    return kind or None
+
+
+def medoid(answers: Sequence[Answer]) -> tuple[int | None, float | None]:
+    """Returns the index of the answer to keep, and the mean IoU of its box with the other boxes.
+
+    It is the box that agrees most with the others. Any box beats points alone. The index is None
+    where nothing can be used; there is no agreement of fewer than two boxes."""
+    boxed = [i for i, answer in enumerate(answers) if answer.bbox is not None]
+    if not boxed:
+        for i, answer in enumerate(answers):
+            if answer.points is not None:
+                return i, None
+        return None, None
+    if len(boxed) == 1:
+        return boxed[0], None
+    agreement = {}
+    for i in boxed:
+        others = [box_iou(answers[i].bbox, answers[j].bbox) for j in boxed if j != i]
+        agreement[i] = float(np.mean(others))
+    best = max(boxed, key=agreement.get)
+    return best, agreement[best]
+
+
+def shown(p: dict) -> dict:
+    """Returns the kept completion, or the first one where none can be used."""
+    return p["completions"][p["kept"] or 0]
+
+
+def regions_of(completion: dict) -> list[tuple[Any, Any]]:
+    """Returns (bbox, points) of everything that a completion points to, image frame."""
+    if "regions" in completion:
+        return [(region["bbox"], region["points"]) for region in completion["regions"]]
+    return [(completion["bbox"], completion["points"])]
+
+
+# ---------------------------------------------------------------- scores of a completion
+
+
 def iou(p: dict, completion: dict) -> float | None:
-    """Box IoU; 0 without a readable box, None where no box was asked for."""
+    """Box IoU. 0 without a readable box, None where no box was asked for."""
     if "bbox" not in p["asked"]:
         return None
-    return box_iou(completion["bbox"], p["truth"]["bbox"]) if completion["bbox"] else 0.0
+    if completion["bbox"] is None:
+        return 0.0
+    return box_iou(completion["bbox"], p["truth"]["bbox"])
 
 
-def pdice(p: dict, completion: dict, published: bool = False) -> float | None:
-    """True pDice, or as published 2I/U; 0 without readable points, None where no points were asked for."""
+def pdice(p: dict, completion: dict) -> float | None:
+    """Dice of the points' circles, 2I / (A + A*). 0 without readable points, None where no points
+    were asked for."""
     if "points" not in p["asked"]:
         return None
-    return (
-        point_dice(completion["points"], p["truth"]["points"], published)
-        if completion["points"]
-        else 0.0
-    )
+    if completion["points"] is None:
+        return 0.0
+    return point_dice(completion["points"], p["truth"]["points"])
+
+
+def published_pdice(p: dict, completion: dict) -> float | None:
+    """pDice as the paper's tables have it, 2I / U, in [0, 2]; otherwise as `pdice`."""
+    if "points" not in p["asked"]:
+        return None
+    if completion["points"] is None:
+        return 0.0
+    return point_dice_published(completion["points"], p["truth"]["points"])
 
 
 def parsed(p: dict, completion: dict) -> bool:
@@ -85,158 +163,392 @@ def parsed(p: dict, completion: dict) -> bool:
 
 
 def named(p: dict, completion: dict) -> bool | None:
-    """Whether the trace names the target: one of its names occurs in it. None where the data has no names."""
-    trace = (parse_answer(completion["text"]).think or "").lower()
-    return any(name in trace for name in p["names"]) if p["names"] else None
-
-
-def mean(p: dict, score, where=None) -> float | None:
-    """Mean of score(p, completion) over the completions for which where(p, completion) is true; else None."""
-    values = [score(p, c) for c in p["completions"] if where is None or where(p, c)]
-    return sum(values) / len(values) if values and None not in values else None
-
-
-SEVERAL = {
-    "iou_several": "IoU, of several",
-    "iou_any": "IoU, any sibling",
-    "iou_luck": "IoU, by luck",
-    "soft_f1": "soft F1",
-    "f1_50": "F1, IoU ≥ 0.5",
-    "count_error": "count error",
-}
-
-
-def of_several(key: str, p: dict) -> float | None:
-    """A metric of extras/several.py; None unless several in the image are meant by the words, or a box was asked for
-    each region."""
-    if not p["truth"].get("siblings") and "regions" not in p["truth"]:
+    """Whether the trace names the target: one of its names occurs there as a word. None where the
+    data has no names."""
+    if not p["names"]:
         return None
-    from extras.several import METRICS
+    trace = (parse_answer(completion["text"]).think or "").lower()
+    return any(has_word(trace, name) for name in p["names"])
 
-    return METRICS[key](p)
+
+def has_word(text: str, word: str) -> bool:
+    """Whether a text has a word, or words, between other characters than letters: "ear" is not in
+    "clear"."""
+    at = text.find(word)
+    while at >= 0:
+        before = text[at - 1 : at]
+        after = text[at + len(word) : at + len(word) + 1]
+        plural = after == "s" and not text[at + len(word) + 1 : at + len(word) + 2].isalpha()
+        if not before.isalpha() and (plural or not after.isalpha()):
+            return True
+        at = text.find(word, at + 1)
+    return False
 
 
-QUESTION_METRICS = {  # name: (title, function of a prediction -> float, or None where undefined)
+def mask_dice(mask: np.ndarray, truth: np.ndarray) -> float:
+    """Dice 2|M T| / (|M| + |T|) of two (H, W) bool masks, in [0, 1]; 0 when both are empty."""
+    total = mask.sum() + truth.sum()
+    return float(2 * (mask & truth).sum() / max(1, total))
+
+
+def mean(p: dict, score: Callable, where: Callable | None = None) -> float | None:
+    """Returns the mean of score(p, completion) over the completions for which where(p, completion)
+    is true. None where it is undefined for one of them, or where there is none."""
+    values = [score(p, c) for c in p["completions"] if where is None or where(p, c)]
+    if not values or None in values:
+        return None
+    return sum(values) / len(values)
+
+
+# ---------------------------------------------------------------- the metrics
+
+
+def over_ious(p: dict, function: Callable, at_least: int = 1) -> float | None:
+    """Returns a function of the completions' IoUs. None where no box was asked for, and of fewer
+    than at_least completions."""
+    ious = [iou(p, completion) for completion in p["completions"]]
+    if None in ious or len(ious) < at_least:
+        return None
+    return float(function(ious))
+
+
+def voted_iou(p: dict) -> float | None:
+    """IoU of the kept completion, of two or more."""
+    kept = p["kept"]
+    return over_ious(p, lambda ious: 0 if kept is None else ious[kept], at_least=2)
+
+
+def mask_score(p: dict, given: str) -> float | None:
+    """Dice of the segmenter's mask, drawn from a part of the kept completion. None without it."""
+    if not p.get("dice"):
+        return None
+    return p["dice"][given]
+
+
+HELD_OUT: dict[str, Metric] = {  # what training logs of held-out questions
     "iou": ("IoU", lambda p: mean(p, iou)),
     "pdice": ("pDice", lambda p: mean(p, pdice)),
     "parse_ok": ("parse rate", lambda p: mean(p, parsed)),
     "iou_parsed": ("IoU, parsed", lambda p: mean(p, iou, where=parsed)),
     "named": ("named right", lambda p: mean(p, named)),
     "iou_named": ("IoU, named right", lambda p: mean(p, iou, where=named)),
-    **{key: (title, partial(of_several, key)) for key, title in SEVERAL.items()},
+}
+METRICS: dict[str, Metric] = {  # name: (title, function of a prediction; None where undefined)
+    **HELD_OUT,
+    "iou50": ("IoU ≥ 0.5", lambda p: over_ious(p, lambda ious: np.mean(np.array(ious) >= 0.5))),
+    "pdice_2iu": ("pDice (2I/U)", lambda p: mean(p, published_pdice)),
+    "dice_points": ("Dice, points", lambda p: mask_score(p, "points")),
+    "dice_box": ("Dice, box", lambda p: mask_score(p, "box")),
+    "dice_one": ("Dice, box and 1 point", lambda p: mask_score(p, "one")),
+    "dice_both": ("Dice, box and points", lambda p: mask_score(p, "both")),
+    "refused": ("refusals", lambda p: 1 - mean(p, parsed)),
+    "voted": ("IoU, voted", voted_iou),
+    "best": ("IoU, best of N", lambda p: over_ious(p, max, at_least=2)),
+    "pass": ("pass@N", lambda p: over_ious(p, lambda ious: max(ious) >= 0.5, at_least=2)),
 }
 
 
-def mask_dice(mask: np.ndarray, truth: np.ndarray) -> float:
-    """Dice 2|M T| / (|M| + |T|) of two (H, W) bool masks, in [0, 1]; 0 when both are empty."""
-    return float(2 * (mask & truth).sum() / max(1, mask.sum() + truth.sum()))
+def scores(p: dict, metrics: Mapping[str, Metric] = METRICS) -> dict[str, float | None]:
+    """Returns every metric of a prediction."""
+    return {name: function(p) for name, (_, function) in metrics.items()}
 
 
-def united_mask(asm, pixels: np.ndarray, parts) -> tuple[np.ndarray, list[float]]:
-    """The masks of some boxes and points, united. pixels (H, W, 3) uint8; parts: (bbox, points), image frame, either
-    may be None -> (H, W) bool, and the segmenter's own score of each part that has something. Coordinates are
-    clipped: the segmenter was not trained on boxes that leave their image."""
-    mask, scores = np.zeros(pixels.shape[:2], bool), []
-    for bbox, points in parts:
-        if bbox or points:
-            prompt = ([clip_to(pixels.shape[1::-1], xy)] if xy else None for xy in (bbox, points))
-            masks, (score, *_) = asm.segment(pixels, *prompt)
-            mask |= masks[0]
-            scores.append(float(score))
-    return mask, scores
+# ---------------------------------------------------------------- intervals
 
 
-def medoid(answers: list[Answer]) -> tuple[int | None, float | None]:
-    """(index of the answer to keep, mean IoU of its box with the other boxes).
-    A box beats points alone; None if nothing can be used, and no agreement with fewer than two boxes."""
-    boxed = [i for i, answer in enumerate(answers) if answer.bbox]
-    if not boxed:
-        return next((i for i, answer in enumerate(answers) if answer.points), None), None
-    agreement = {
-        i: np.mean([box_iou(answers[i].bbox, answers[j].bbox) for j in boxed if j != i] or [0])
-        for i in boxed
-    }
-    best = max(boxed, key=agreement.get)
-    return best, float(agreement[best]) if len(boxed) > 1 else None
+@dataclass(frozen=True)
+class Interval:
+    """A mean over questions, its 95 % interval, and what it was computed from."""
+
+    mean: float
+    low: float
+    high: float
+    n: int  # questions
+    images: int  # that the questions are about
 
 
-# ---------------------------------------------------------------- held-out questions
+FEW = 5  # of fewer images an interval says nothing, so a dash is shown
 
 
-def ask(
-    crm,
-    samples,
-    indexes,
-    kinds: dict[str, tuple[int, float]],
-    max_new_tokens: int,
-    seed: int,
-    batch: int = 0,
-    official: bool = False,
-) -> Iterator[tuple]:
-    """Put questions to the CRM -> (kind, sample, group, prediction) for each question and kind.
+def interval(
+    values: Sequence[float | None],
+    images: Sequence[Any] | None = None,
+    draws: int = 2000,
+    seed: int = 0,
+) -> Interval | None:
+    """Returns the mean and its 95 % bootstrap interval over the values that are not None.
 
-    kinds: {name: (completions per question, temperature)}; temperature 0 takes the most likely token. A prompt is
-    encoded once for all kinds. batch: questions encoded at once (0: 64 on CUDA, else 16)."""
-    batch = batch or (64 if crm.device.type == "cuda" else 16)
-    for start in range(0, len(indexes), batch):
-        part = indexes[start : start + batch]
-        chosen = [samples[i] for i in part]
-        prompts = [crm.encode(s.image, fill_prompt(crm.template, s.query)) for s in chosen]
-        for kind, (completions, temperature) in kinds.items():
-            seeds = [(seed, 1, i) for i in part]
-            groups = sample_groups(crm, prompts, completions, max_new_tokens, temperature, seeds)
-            for i, sample, group in zip(part, chosen, groups):
-                yield (
-                    kind,
-                    sample,
-                    group,
-                    prediction(sample, i, group.texts, group.prompt.frame, official, crm.answers),
-                )
+    images: what image each value is about. Several questions about one image are not independent,
+    so images are drawn, each with all of its questions (None: every value has its own). Deviations
+    from the mean are widened by Student's t for the number of images, as the percentiles of a
+    bootstrap are too narrow where there are few. None where there is no value."""
+    if images is None:
+        images = range(len(values))
+    of_image: dict[Any, list[float]] = {}
+    for value, image in zip(values, images, strict=True):
+        if value is not None:
+            of_image.setdefault(image, []).append(float(value))
+    if not of_image:
+        return None
+    sums = np.array([sum(found) for found in of_image.values()])
+    counts = np.array([len(found) for found in of_image.values()])
+    average = sums.sum() / counts.sum()
+    count = len(of_image)
+    if count == 1:
+        return Interval(float(average), float(average), float(average), int(counts.sum()), 1)
+    picks = np.random.default_rng(seed).integers(0, count, (draws, count))
+    means = sums[picks].sum(1) / counts[picks].sum(1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    wider = student_t.ppf(0.975, count - 1) / 1.96 * np.sqrt(count / (count - 1))
+    return Interval(
+        mean=float(average),
+        low=float(average + wider * (low - average)),
+        high=float(average + wider * (high - average)),
+        n=int(counts.sum()),
+        images=count,
+    )
 
 
-def held_out(
-    crm,
-    samples,
-    kinds: dict[str, tuple[int, float]],
-    mode: str,
-    weights: dict,
-    ranks: Ranks,
-    max_new_tokens: int = 512,
-    batch: int = 0,
-    official: bool = False,
-) -> list[dict]:
-    """Every sample's question under every kind (see `ask`) -> one row per kind and sample, in that order: kind, index,
-    id, wording, QUESTION_METRICS, and the mean reward (model frame, without mask_dice)."""
-    from extras.several import add_siblings
+def paired_interval(
+    before: Sequence[float | None],
+    after: Sequence[float | None],
+    images: Sequence[Any] | None = None,
+) -> Interval | None:
+    """Returns `interval` of after - before over the same questions. A question with None on either
+    side is left out."""
+    differences = []
+    for b, a in zip(before, after, strict=True):
+        differences.append(None if b is None or a is None else a - b)
+    return interval(differences, images)
 
-    weights = {name: weight for name, weight in weights.items() if name != "mask_dice"}
-    mine, rows = range(len(samples))[ranks.rank :: ranks.world], []
-    for kind, sample, group, p in ask(
-        crm, samples, mine, kinds, max_new_tokens, 0, batch, official
-    ):
-        terms = crm.answers.reward_terms(group.texts, sample, group.prompt.frame, official)
-        rewards = [total_reward(term, mode, weights) for term in terms]
-        rows.append((list(kinds).index(kind), p, sum(rewards) / len(rewards)))
-    rows = sorted(ranks.gather(rows), key=lambda row: (row[0], row[1]["index"]))
-    add_siblings([p for _, p, _ in rows])
-    return [
-        {
-            "kind": list(kinds)[kind],
-            "index": p["index"],
-            "id": p["id"],
-            "wording": p["wording"],
-            **{key: metric(p) for key, (_, metric) in QUESTION_METRICS.items()},
-            "reward": reward,
-        }
-        for kind, p, reward in rows
+
+def percent(found: Mapping[str, Any] | Interval | None, sign: str = "") -> str:
+    """Returns "37.5 [30.0, 45.0]" of an Interval, or of one as a dict; "–" where there is none."""
+    if not found:
+        return "–"
+    if isinstance(found, Interval):
+        found = asdict(found)
+    average = f"{100 * found['mean']:{sign}.1f}"
+    if found.get("images", found["n"]) < FEW:
+        return f"{average} [–]"
+    low = f"{100 * found['low']:{sign}.1f}"
+    high = f"{100 * found['high']:{sign}.1f}"
+    return f"{average} [{low}, {high}]"
+
+
+# ---------------------------------------------------------------- tables
+
+
+def summarise(rows: Sequence[dict], metrics: Mapping[str, Metric] = METRICS) -> dict[str, Any]:
+    """Returns {"all": {"n", metric: {mean, low, high, n, images} or None, …}, "supercategory":
+    {name: the same}, "category": {…}, "wording": {…}, "refusals": {reason: count}}.
+
+    rows: predictions."""
+    values = [scores(row, metrics) for row in rows]
+
+    def part(chosen: list[int]) -> dict[str, Any]:
+        result: dict[str, Any] = {"n": len(chosen)}
+        images = [rows[i].get("image") or rows[i]["id"] for i in chosen]
+        for name in metrics:
+            found = interval([values[i][name] for i in chosen], images)
+            result[name] = None if found is None else asdict(found)
+        return result
+
+    summary: dict[str, Any] = {"all": part(list(range(len(rows))))}
+    for key in ("supercategory", "category", "wording"):
+        of_name: dict[str, list[int]] = {}
+        for i, row in enumerate(rows):
+            if row[key]:
+                of_name.setdefault(row[key], []).append(i)
+        summary[key] = {name: part(of_name[name]) for name in sorted(of_name)}
+    problems = Counter(c["problem"] for row in rows for c in row["completions"] if c["problem"])
+    summary["refusals"] = dict(problems.most_common())
+    return summary
+
+
+def table(summary: dict[str, Any], metrics: Mapping[str, Metric] = METRICS) -> str:
+    """Returns a summary as Markdown, in percent."""
+    names = [name for name in metrics if summary["all"].get(name)]
+
+    def line(title: str, part: dict[str, Any]) -> str:
+        cells = " | ".join(percent(part[name]) for name in names)
+        return f"| {title} | {part['n']} | {cells} |"
+
+    images = max((summary["all"][name]["images"] for name in names), default=0)
+    titles = " | ".join(metrics[name][0] for name in names)
+    lines = [
+        f"Percent, mean over questions about {images} images [95 % bootstrap interval over images; "
+        f"– for fewer than {FEW}].",
+        "",
+        f"| | n | {titles} |",
+        "|---" * (len(names) + 2) + "|",
+        line("all", summary["all"]),
     ]
+    for key, title in (
+        ("supercategory", "super-category"),
+        ("wording", "wording"),
+        ("category", "category"),
+    ):
+        if summary[key]:
+            lines.append(f"| *by {title}* |" + " |" * (len(names) + 1))
+            lines += [line(name, part) for name, part in summary[key].items()]
+    lines.append("")
+    if summary["refusals"]:
+        lines.append("Refusals:")
+        lines += [f"- {count} × {reason}" for reason, count in summary["refusals"].items()]
+    else:
+        lines.append("Refusals: none.")
+    return "\n".join(lines) + "\n"
 
 
-def held_out_means(rows: list[dict]) -> dict[str, float]:
-    """{"sampled/iou": …} over held_out's rows; a score that no row has is left out."""
-    values = {}
-    for row in rows:
-        for key in (*QUESTION_METRICS, "reward"):
-            if row[key] is not None:
-                values.setdefault(f"{row['kind']}/{key}", []).append(row[key])
-    return {key: sum(scores) / len(scores) for key, scores in values.items()}
+def report(
+    rows: Sequence[dict], folder: Path, metrics: Mapping[str, Metric] = METRICS
+) -> dict[str, Any]:
+    """Writes summary.json and table.md of some predictions into a folder, and prints the table.
+    Returns the summary."""
+    summary = summarise(rows, metrics)
+    text = table(summary, metrics)
+    write_whole(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+    write_whole(folder / "table.md", text)
+    print(text.split("| *by category*")[0].rstrip())
+    print(f"tables {folder / 'table.md'}, numbers {folder / 'summary.json'}")
+    return summary
+
+
+# ---------------------------------------------------------------- two runs on the same questions
+
+
+def compare(
+    before: Sequence[dict], after: Sequence[dict], metrics: Mapping[str, Metric] = METRICS
+) -> list[str]:
+    """Returns lines with the paired differences of two lists of predictions, in percent.
+
+    ValueError where they are not about the same questions with the same truth."""
+    old = {p["id"]: p for p in before}
+    new = {p["id"]: p for p in after}
+    lonely = sorted(old.keys() ^ new.keys())
+    if lonely:
+        raise ValueError(f"{len(lonely)} questions are in only one, the first is {lonely[0]}")
+    for name in old:
+        for key in ("truth", "query", "image"):
+            if _without_mask(old[name].get(key)) != _without_mask(new[name].get(key)):
+                raise ValueError(f"question {name} has another {key} in each: the data differ")
+    images = [old[name].get("image") or name for name in old]
+    lines = []
+    for title, metric in metrics.values():
+        values = [metric(old[name]) for name in old]
+        new_values = [metric(new[name]) for name in old]
+        text = change_text(values, new_values, images, in_percent=True)
+        if text:
+            lines.append(f"  {title:21} {text}")
+    return lines
+
+
+def _without_mask(value: Any) -> Any:
+    """Returns a truth without its mask, which an evaluation with --asm none does not keep; numbers
+    as JSON gives them back."""
+    if isinstance(value, dict):
+        value = {key: part for key, part in value.items() if key not in ("mask", "siblings")}
+    return json.loads(json.dumps(value))
+
+
+def changes(held_out: Sequence[dict], metric_rows: Sequence[dict]) -> str:
+    """Returns what a training run changed on the held-out split, from its first evaluation to its
+    last, and how long it took. The arguments are the rows of held_out.jsonl and metrics.jsonl."""
+    steps = sorted({row["step"] for row in held_out})
+    before = {(row["kind"], row["index"]): row for row in held_out if row["step"] == steps[0]}
+    after = {(row["kind"], row["index"]): row for row in held_out if row["step"] == steps[-1]}
+    both = [key for key in before if key in after]  # --eval-limit may have changed on --resume
+    lines = [
+        f"\nheld-out split, step {steps[0]} -> {steps[-1]}, mean over questions "
+        "[95 % paired bootstrap interval]"
+    ]
+    lines += change_lines([before[key] for key in both], [after[key] for key in both])
+    timed = [row for row in metric_rows if "seconds" in row]
+    seconds = [row["seconds"] for row in timed]
+    memory = max(row["peak_memory_gb"] for row in timed)
+    lines.append(
+        f"{np.median(seconds):.2f} s per step (median), {sum(seconds) / 60:.1f} min for all "
+        f"{len(seconds)}, peak memory {memory:.2f} GB"
+    )
+    return "\n".join(lines)
+
+
+def change_lines(before: Sequence[dict], after: Sequence[dict]) -> list[str]:
+    """Returns one line per kind of completion and score, over all questions. IoU and the share that
+    is named right have lines for wordings seen in training and for unseen ones as well."""
+    lines = []
+    for kind in dict.fromkeys(row["kind"] for row in before):
+        for wording in (None, "seen", "unseen"):
+            pairs = []
+            for old, new in zip(before, after, strict=True):
+                if old["kind"] == kind and wording in (None, old["wording"]):
+                    pairs.append((old, new))
+            title = kind if wording is None else f"{kind}, {wording}"
+            names = [*HELD_OUT, "reward"] if wording is None else ["iou", "named"]
+            images = [old.get("image") or old["id"] for old, _ in pairs]
+            for name in names:
+                values = [old[name] for old, _ in pairs]
+                text = change_text(values, [new[name] for _, new in pairs], images)
+                if text:
+                    lines.append(f"  {title:15} {name:10} {text}")
+    return lines
+
+
+def change_text(
+    before: Sequence[float | None],
+    after: Sequence[float | None],
+    images: Sequence[Any],
+    in_percent: bool = False,
+) -> str:
+    """Returns "0.250 -> 0.300   +0.050 [+0.010, +0.090]" over the questions where both are defined,
+    and "" where there is none."""
+    found = paired_interval(before, after, images)
+    if found is None:
+        return ""
+    defined = [pair for pair in zip(before, after) if None not in pair]
+    old, new = np.mean(defined, axis=0)
+    scale = 100 if in_percent else 1
+    digits = 1 if in_percent else 3
+    text = f"{scale * old:.{digits}f} -> {scale * new:.{digits}f}"
+    text += f"   {scale * found.mean:+.{digits}f}"
+    if found.images < FEW:
+        text += " [–]"
+    else:
+        text += f" [{scale * found.low:+.{digits}f}, {scale * found.high:+.{digits}f}]"
+    if found.n < len(before):
+        text += f"   {found.n} of {len(before)} questions"
+    return text
+
+
+# ---------------------------------------------------------------- predictions.jsonl
+
+
+def read_predictions(folder: str | Path) -> list[dict]:
+    """Returns the predictions of an evaluation. ValueError where there are none."""
+    path = Path(folder) / "predictions.jsonl"
+    if not path.is_file():
+        raise ValueError(
+            f"{folder}: no predictions.jsonl in there; evaluate.py --out {folder} makes it"
+        )
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    if not rows or "completions" not in rows[0]:
+        raise ValueError(f"{path}: empty, or of an older version; run the evaluation again")
+    return rows
+
+
+def encode_mask(mask: np.ndarray) -> dict[str, list[int]]:
+    """(H, W) bool -> COCO's run lengths by column, {"size": [H, W], "counts": [outside, …]}."""
+    flat = mask.flatten(order="F")
+    ends = np.flatnonzero(np.diff(flat)) + 1
+    counts = np.diff([0, *ends, len(flat)]).tolist()
+    if flat[0]:
+        counts = [0, *counts]
+    return {"size": list(mask.shape), "counts": counts}
+
+
+def decode_mask(run_lengths: dict[str, list[int]]) -> np.ndarray:
+    """The inverse of encode_mask."""
+    counts = run_lengths["counts"]
+    is_inside = np.arange(len(counts)) % 2 == 1
+    return np.repeat(is_inside, counts).reshape(run_lengths["size"], order="F")

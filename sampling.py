@@ -1,18 +1,22 @@
-"""Sampling: G completions of each prompt, one token per step, with the log-probability of every token.
+"""Sampling: G completions of each prompt, one token per step, with the log-probability of every
+token.
 
     group, = sample(crm, [prompt], G=8, max_new_tokens=128, temperature=1.0, seed=0)
 
-Each prompt and its image go through the model once; its keys and values are stored once, and all G rows attend to
-them in one product. A decoding step is written out over the model's own modules, on tensors that stay in place: on a
-GPU it is recorded as a CUDA graph and replayed, without Python between its several hundred kernels. Rows that have
-ended leave the batch. What is sampled is softmax(logits / temperature) and nothing else; a checkpoint's own
+Each prompt and its image go through the model once. Its keys and values are stored once, and all G
+rows attend to them in one product. A decoding step is written out over the model's own modules, on
+tensors that stay in place: on a GPU it is recorded as a CUDA graph and replayed, without Python
+between its several hundred kernels. A row that has ended is computed along with the others until
+all have ended, and nothing of that is kept.
+
+What is sampled is softmax(logits / temperature) and nothing else. A checkpoint's own
 generation_config (Qwen's has a temperature of 1e-6) is never used.
 
-Read next: scoring.py computes the same log-probabilities, differentiably.
+Shapes: P prompts, G completions each, N = P * G rows laid out (p g), L longest prompt, T completion
+tokens that the caches have room for, V vocabulary, D hidden, k key heads, r query heads per key
+head, d head size.
 
-Shapes: P prompts, G completions each, N = P*G rows laid out (p g), L longest prompt, T completion tokens that the
-caches have room for, V vocabulary, D hidden, k key heads, r query heads per key head, d head size. After rows have
-left, n of N remain, P counts the prompts that still have rows, and G is the most rows of one.
+This is the last file of the reading path. infer.py and evaluate.py use what it returns.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,15 +30,8 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_
 from crm import CRM, Group, Prompt
 
 ROOM = {"cpu": 16, "cuda": 128}  # tokens by which the caches of the completions grow
-CHECK_EVERY = {
-    "cpu": 1,
-    "cuda": 8,
-}  # steps between two looks at which rows have ended: each look waits
-LEAVE = {
-    "cpu": 0.1,
-    "cuda": 0.25,
-}  # rows leave once this part of them has ended: each time is a copy
-HOST_CACHE_BYTES = 4 * 2**30  # keys and values of the prompts sampled at once, on a CPU
+CHECK_EVERY = {"cpu": 1, "cuda": 8}  # steps between two looks at what has ended: a GPU waits there
+HOST_CACHE_BYTES = 4 * 2**30  # keys and values of the prompts that are sampled at once on a CPU
 
 
 @torch.no_grad()
@@ -47,116 +44,149 @@ def sample(
     seed: int | Sequence[tuple[int, ...]] = 0,
     graphs: bool = True,
 ) -> list[Group]:
-    """G completions of each prompt; temperature 0 takes the most likely token.
+    """Returns G completions of each prompt. Temperature 0 takes the most likely token.
 
-    seed: one number, or one tuple of numbers per prompt. Row g of a prompt draws from a stream of its own, so a
-    completion depends neither on the other rows nor on how many prompts are sampled at once.
-    graphs: on a GPU, replay the step as a CUDA graph. FloatingPointError where logits are not finite."""
+    seed    one number, or one tuple of numbers per prompt. Row g of a prompt draws from a random
+            stream of its own, so a completion depends neither on the other rows nor on how many
+            prompts are sampled at once
+    graphs  on a GPU, replay the decoding step as a CUDA graph
+    FloatingPointError where logits are not finite."""
     crm.model.eval()
-    seeds = [(seed, i) for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
-    at_once, groups = prompts_at_once(crm, prompts, G, max_new_tokens), []
+    seeds = seed
+    if isinstance(seed, int):
+        seeds = [(seed, i) for i in range(len(prompts))]
+    at_once = prompts_at_once(crm, prompts, G, max_new_tokens)
+    groups = []
     for start in range(0, len(prompts), at_once):
-        chunk = slice(start, start + at_once)
-        uniform = [
-            np.random.default_rng([*s, g]).random(max_new_tokens)
-            for s in seeds[chunk]
-            for g in range(G)
-        ]
-        batch = Batch(
-            crm,
-            prompts[chunk],
-            G,
-            np.stack(uniform),
-            temperature,
-            graphs and crm.device.type == "cuda",
-        )
-        for t in range(1, max_new_tokens):
-            if t % CHECK_EVERY[crm.device.type] == 0:
-                if batch.done.all():
-                    break
-                batch.drop_finished()
-            batch.advance(t)
-        groups += batch.groups(prompts[chunk], crm.tokenizer)
+        chunk = prompts[start : start + at_once]
+        uniform = random_streams(seeds[start : start + at_once], G, max_new_tokens)
+        groups += sample_chunk(crm, chunk, G, uniform, temperature, graphs)
     return groups
 
 
+def sample_chunk(
+    crm: CRM,
+    prompts: Sequence[Prompt],
+    G: int,
+    uniform: np.ndarray,
+    temperature: float,
+    graphs: bool,
+) -> list[Group]:
+    """Returns the groups of some prompts, whose caches fit into memory together."""
+    batch = Batch(crm, prompts, G, uniform, temperature)
+    batch.graphs = graphs and crm.device.type == "cuda"
+    batch.begin()
+    max_new_tokens = uniform.shape[1]
+    for t in range(1, max_new_tokens):
+        is_time_to_look = t % CHECK_EVERY[crm.device.type] == 0
+        if is_time_to_look and batch.done.all():
+            break
+        batch.advance(t)
+    return batch.groups()
+
+
+def random_streams(seeds: Sequence[tuple[int, ...]], G: int, max_new_tokens: int) -> np.ndarray:
+    """Returns numbers in [0, 1) from which each row draws its tokens, (N, max_new_tokens)."""
+    rows = []
+    for seed in seeds:
+        for g in range(G):
+            rows.append(np.random.default_rng([*seed, g]).random(max_new_tokens))
+    return np.stack(rows)
+
+
 def prompts_at_once(crm: CRM, prompts: Sequence[Prompt], G: int, max_new_tokens: int) -> int:
-    """How many prompts' caches fit into half of the free memory, if every completion were of full length."""
-    c, longest = crm.model.config.text_config, max((len(p.ids) for p in prompts), default=0)
-    width = c.num_key_value_heads * c.hidden_size // c.num_attention_heads
-    per_token = 2 * c.num_hidden_layers * width * crm.model.dtype.itemsize
-    free = (
-        torch.cuda.mem_get_info(crm.device)[0] // 2
-        if crm.device.type == "cuda"
-        else HOST_CACHE_BYTES
-    )
-    return max(1, int(free // (per_token * (longest + G * max_new_tokens))))
+    """Returns how many prompts' caches fit into half of the free memory if every completion has its
+    full length."""
+    config = crm.model.config.text_config
+    head_size = config.hidden_size // config.num_attention_heads
+    width = config.num_key_value_heads * head_size
+    bytes_per_token = 2 * config.num_hidden_layers * width * crm.model.dtype.itemsize
+    longest = max((len(prompt.ids) for prompt in prompts), default=0)
+    room = HOST_CACHE_BYTES
+    if crm.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(crm.device)
+        # what PyTorch has taken from the driver and does not use is free as well
+        free += torch.cuda.memory_reserved(crm.device) - torch.cuda.memory_allocated(crm.device)
+        room = free // 2
+    return max(1, int(room // (bytes_per_token * (longest + G * max_new_tokens))))
 
 
-# ---------------------------------------------------------------- one decoding step
+# ---------------------------------------------------------------- drawing a token
 
 
-def draw(logits: torch.Tensor, uniform: torch.Tensor, temperature: float):
-    """One token per row, by inverting the distribution function, and its log-probability.
+def draw(
+    logits: torch.Tensor, uniform: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns one token per row, by inverting the distribution function, and its log-probability.
 
     logits (n, V) float32, already divided by the temperature; uniform (n,) float64 in [0, 1)
-    -> tokens (n,), logp (n,). Temperature 0 takes the most likely token. A token of probability 0 is never
-    drawn. Logits that are not finite give a log-probability of nan."""
+    -> tokens (n,), logp (n,). Temperature 0 takes the most likely token. A token of probability 0
+    is never drawn. Logits that are not finite give a log-probability of nan."""
     logp = logits.log_softmax(-1)
     if temperature == 0:
         token = logp.argmax(-1)
     else:
         cdf = logp.exp().cumsum(-1, dtype=torch.float64)
-        token = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True)[:, 0]
+        target = (uniform * cdf[:, -1])[:, None]
+        token = torch.searchsorted(cdf, target, right=True)[:, 0]
         token = token.clamp(max=logits.shape[1] - 1)
     return token, logp.gather(1, token[:, None])[:, 0]
 
 
+# ---------------------------------------------------------------- attention to cached keys
+
+
 def scores_float32(q: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """q k^T in float32: (…, a, d), (…, b, d) -> (…, a, b). Qwen2.5's key biases make attention scores so large
-    that bfloat16 rounds them by whole units; the fused kernels of scoring.py keep float32, too."""
+    """q k^T in float32: (…, a, d), (…, b, d) -> (…, a, b).
+
+    Qwen2.5's key biases make attention scores so large that bfloat16 rounds them by whole units.
+    The fused kernels that scoring.py uses keep float32 as well."""
     if q.is_cuda and q.dtype != torch.float32:
-        product = torch.bmm(q.flatten(0, -3), keys.flatten(0, -3).mT, out_dtype=torch.float32)
+        left = q.flatten(0, -3)
+        right = keys.flatten(0, -3).mT
+        product = torch.bmm(left, right, out_dtype=torch.float32)
         return product.unflatten(0, q.shape[:-2])
     return q.float() @ keys.float().mT
 
 
-def attend_to(q, keys, values, bias, scale: float):
-    """Attention to some of the keys, and the logsumexp of the scores, by which it is joined with that to the rest.
-    q (…, a, d), keys and values (…, s, d), bias broadcastable to (…, a, s) -> (…, a, d), (…, a, 1), float32"""
+def attend_to(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention to some of the keys, and the logsumexp of its scores, by which `attend` joins it
+    with attention to the rest.
+
+    q (…, a, d), keys and values (…, s, d), bias broadcastable to (…, a, s)
+    -> (…, a, d), (…, a, 1), both float32"""
     scores = torch.add(bias, scores_float32(q, keys), alpha=scale)
     weights = scores.softmax(-1)
-    lse = (
-        scores.amax(-1, keepdim=True) - weights.amax(-1, keepdim=True).log()
-    )  # a weight is exp(score - lse)
+    # A weight is exp(score - logsumexp), so the largest score less the log of the largest weight is
+    # the logsumexp. torch.logsumexp would compute all those exponentials a second time.
+    lse = scores.amax(-1, keepdim=True) - weights.amax(-1, keepdim=True).log()
     return (weights.to(q.dtype) @ values).float(), lse
 
 
 class LayerCache:
-    """One layer's keys and values: of the prompts (k, P, L, d), of the completions so far (k, n, T, d)."""
+    """One layer's keys and values: of the prompts (k, P, L, d), of the completions (k, N, T, d)."""
 
-    def __init__(self, prompt_keys, prompt_values, n: int, room: int):
+    def __init__(self, prompt_keys: torch.Tensor, prompt_values: torch.Tensor, N: int, room: int):
         k, _, _, d = prompt_keys.shape
-        self.prompt_keys, self.prompt_values = prompt_keys, prompt_values
-        self.own_keys, self.own_values = (prompt_keys.new_zeros(k, n, room, d) for _ in range(2))
+        self.prompt_keys = prompt_keys
+        self.prompt_values = prompt_values
+        self.own_keys = prompt_keys.new_zeros(k, N, room, d)
+        self.own_values = prompt_keys.new_zeros(k, N, room, d)
 
     def grow(self, room: int) -> None:
-        self.own_keys, self.own_values = (
-            pad(x, (0, 0, 0, room)) for x in (self.own_keys, self.own_values)
-        )
+        self.own_keys = pad(self.own_keys, (0, 0, 0, room))
+        self.own_values = pad(self.own_values, (0, 0, 0, room))
 
-    def keep(self, prompts, rows) -> None:
-        """Keep some of the P prompts and some of the n rows."""
-        self.prompt_keys, self.prompt_values = (
-            x[:, prompts] for x in (self.prompt_keys, self.prompt_values)
-        )
-        self.own_keys, self.own_values = (x[:, rows] for x in (self.own_keys, self.own_values))
+
+# ---------------------------------------------------------------- the rows of some prompts
 
 
 class Batch:
-    """The state of N = P*G rows while their completions are written.
+    """N = P * G rows while their completions are written.
 
-    uniform: (N, max_new_tokens) float64 in [0, 1), what each row draws its tokens with."""
+    uniform: (N, max_new_tokens) float64 in [0, 1), from which each row draws its tokens."""
 
     def __init__(
         self,
@@ -165,176 +195,205 @@ class Batch:
         G: int,
         uniform: np.ndarray,
         temperature: float,
-        graphs,
     ):
-        self.crm, self.temperature, self.graphs = crm, temperature, graphs
-        device, (N, limit) = crm.device, uniform.shape
-        # what is written, for all N rows
+        self.crm = crm
+        self.prompts = prompts
+        self.G = G
+        self.temperature = temperature
+        device = crm.device
+        N, max_new_tokens = uniform.shape
+
+        # what is written
         self.uniform = torch.from_numpy(uniform).to(device)
-        self.tokens = torch.full((N, limit), int(crm.end[-1]), device=device)
-        self.logp = torch.zeros(N, limit, device=device)
+        self.tokens = torch.full((N, max_new_tokens), int(crm.end[-1]), device=device)
+        self.logp = torch.zeros(N, max_new_tokens, device=device)
         self.lengths = torch.zeros(N, dtype=torch.long, device=device)
         self.done = torch.zeros(N, dtype=torch.bool, device=device)
-        # the n rows that are still in the batch
+
+        # where the rows are
         self.t = torch.zeros(1, dtype=torch.long, device=device)  # completion tokens in the caches
-        self.rows = torch.arange(N, device=device)  # (n,) which of the N, ascending
-        self.place(self.rows // G)
+        self.token = self.tokens[:, 0].clone()  # (N,) the newest of each row
+        after_prompt = torch.stack([prompt.positions.max() + 1 for prompt in prompts])
+        self.position = repeat(after_prompt, "p -> (p g)", g=G)  # of each row's first token
+
+        # what they attend to: 0 where a key may be seen, -inf where not
+        lengths = torch.tensor([len(prompt.ids) for prompt in prompts], device=device)
+        L = int(lengths.max())
+        is_padding = torch.arange(L, device=device) >= lengths[:, None, None]  # (P, 1, L)
+        zeros = torch.zeros(is_padding.shape, device=device)
+        self.prompt_bias = zeros.masked_fill(is_padding, -torch.inf)
         self.room = ROOM[device.type]
-        hidden, caches = prefill(crm, prompts)
-        lengths = torch.tensor([len(p.ids) for p in prompts], device=device)
-        self.position = torch.stack([p.positions.max() + 1 for p in prompts])[
-            self.prompt_of
-        ]  # (n,)
-        self.caches = [LayerCache(keys, values, N, self.room) for keys, values in caches]
-        padding = torch.arange(caches[0][0].shape[2], device=device) >= lengths[:, None, None]
-        self.padding = torch.zeros(padding.shape, device=device).masked_fill(
-            padding, -torch.inf
-        )  # (P, 1, L)
-        self.future = torch.full((self.room,), -torch.inf, device=device)  # (T,)
-        self.write(repeat(hidden, "p d -> (p g) d", g=G))
+        self.own_bias = torch.full((self.room,), -torch.inf, device=device)  # (T,)
+        self.caches: list[LayerCache] = []
+
+        # the decoding step as a CUDA graph
+        self.graphs = False
+        self.replay: Callable[[], None] | None = None
+        self.has_run = False  # since the caches have their present shape
+
+    def begin(self) -> None:
+        """Reads the prompts and draws the first token of every row."""
+        hidden, caches = prefill(self.crm, self.prompts)
+        N = len(self.token)
+        for keys, values in caches:
+            self.caches.append(LayerCache(keys, values, N, self.room))
+        self.write(repeat(hidden, "p d -> (p g) d", g=self.G))
 
     def advance(self, t: int) -> None:
-        """Token t of every row. The first step of a shape runs as it is written, which readies libraries; with
-        graphs the second is recorded, and from then on replayed."""
-        if t > self.caches[0].own_keys.shape[2]:
-            self.replay, self.warm = None, False  # first, as in drop_finished
+        """Writes token t of every row.
+
+        The first step of a shape runs as it is written, which makes libraries ready. With graphs
+        the second one is recorded, and replayed from then on."""
+        if t > len(self.own_bias):
+            # a graph keeps the memory of the old caches: it goes before they are copied
+            self.replay = None
+            self.has_run = False
             for cache in self.caches:
                 cache.grow(self.room)
-            self.future = pad(self.future, (0, self.room), value=-torch.inf)
-        if self.graphs and self.warm and self.replay is None:
+            self.own_bias = pad(self.own_bias, (0, self.room), value=-torch.inf)
+        if self.graphs and self.has_run and self.replay is None:
             self.replay = record(self.step)
-        (self.replay or self.step)()
-        self.warm = True
+        if self.replay is not None:
+            self.replay()
+        else:
+            self.step()
+        self.has_run = True
 
     def step(self) -> None:
-        """The newest token of every row goes through the model, and the next one is drawn. All that changes
-        from step to step is in tensors that stay in place."""
+        """The newest token of every row goes through the model, and the next one is drawn.
+
+        All that changes from step to step is in tensors that stay in place, so that a CUDA graph
+        can replay it."""
         model = self.crm.model.model.language_model
-        self.future.index_fill_(0, self.t, 0.0)
-        x = model.embed_tokens(self.token)  # (n, D)
-        cos, sin = (
-            c[0] for c in model.rotary_emb(x, (self.position + self.t).expand(3, 1, -1))
-        )  # (n, d)
+        self.own_bias.index_fill_(0, self.t, 0.0)  # the newest token is there to be seen
+        x = model.embed_tokens(self.token)  # (N, D)
+        positions = (self.position + self.t).expand(3, 1, -1)
+        cos, sin = model.rotary_emb(x, positions)
+        rotation = cos[0], sin[0]  # (N, d) each
         for layer, cache in zip(model.layers, self.caches):
-            attention, h, d = layer.self_attn, layer.input_layernorm(x), cache.own_keys.shape[3]
-            q, key, value = (
-                projection(h).unflatten(-1, (-1, d))
-                for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
-            )  # (n, heads, d)
-            q, key = apply_rotary_pos_emb(q, key, cos, sin)
-            for own, new in ((cache.own_keys, key), (cache.own_values, value)):
-                own.index_copy_(2, self.t, rearrange(new, "n k d -> k n 1 d"))
-            q = rearrange(q, "n (k r) d -> k n r d", k=key.shape[1])
-            x = x + attention.o_proj(
-                rearrange(self.attend(q, cache, attention.scaling), "k n r d -> n (k r d)")
-            )
+            x = x + self.attention(layer.self_attn, layer.input_layernorm(x), rotation, cache)
             x = x + layer.mlp(layer.post_attention_layernorm(x))
         self.t += 1
         self.write(model.norm(x))
 
+    def attention(
+        self,
+        module: torch.nn.Module,
+        h: torch.Tensor,
+        rotation: tuple[torch.Tensor, torch.Tensor],
+        cache: LayerCache,
+    ) -> torch.Tensor:
+        """One layer's attention of the newest token of every row, whose key and value it stores.
+        h (N, D) -> (N, D)."""
+        d = cache.own_keys.shape[3]
+        q = module.q_proj(h).unflatten(-1, (-1, d))  # (N, heads, d)
+        key = module.k_proj(h).unflatten(-1, (-1, d))
+        value = module.v_proj(h).unflatten(-1, (-1, d))
+        q, key = apply_rotary_pos_emb(q, key, *rotation)
+        cache.own_keys.index_copy_(2, self.t, rearrange(key, "n k d -> k n 1 d"))
+        cache.own_values.index_copy_(2, self.t, rearrange(value, "n k d -> k n 1 d"))
+        q = rearrange(q, "n (k r) d -> k n r d", k=key.shape[1])
+        out = self.attend(q, cache, module.scaling)
+        return module.o_proj(rearrange(out, "k n r d -> n (k r d)"))
+
     def attend(self, q: torch.Tensor, cache: LayerCache, scale: float) -> torch.Tensor:
-        """The newest token of every row attends to its prompt, in one product with the prompt's other rows, and to its
-        own completion, whose share of their joint softmax is sigmoid(own_lse - prompt_lse). q (k, n, r, d) -> same."""
-        P, r = cache.prompt_keys.shape[1], q.shape[2]
-        by_prompt = rearrange(q.index_select(1, self.row_of), "k (p g) r d -> k p (g r) d", p=P)
-        prompt, prompt_lse = (
-            rearrange(x, "k p (g r) d -> k (p g) r d", r=r).index_select(1, self.slots)
-            for x in attend_to(
-                by_prompt, cache.prompt_keys, cache.prompt_values, self.padding, scale
-            )
+        """The newest token of every row attends to its prompt, in one product with the prompt's
+        other rows, and to its own completion. Their shares of the joint softmax follow from the two
+        logsumexps. q (k, N, r, d) -> (k, N, r, d)."""
+        by_prompt = rearrange(q, "k (p g) r d -> k p (g r) d", g=self.G)
+        prompt, prompt_lse = attend_to(
+            by_prompt, cache.prompt_keys, cache.prompt_values, self.prompt_bias, scale
         )
-        own, own_lse = attend_to(q, cache.own_keys, cache.own_values, self.future, scale)
-        return prompt.lerp(own, torch.sigmoid(own_lse - prompt_lse)).to(q.dtype)
+        prompt = rearrange(prompt, "k p (g r) d -> k (p g) r d", g=self.G)
+        prompt_lse = rearrange(prompt_lse, "k p (g r) 1 -> k (p g) r 1", g=self.G)
+        own, own_lse = attend_to(q, cache.own_keys, cache.own_values, self.own_bias, scale)
+        share_of_own = torch.sigmoid(own_lse - prompt_lse)
+        return prompt.lerp(own, share_of_own).to(q.dtype)
 
     def write(self, hidden: torch.Tensor) -> None:
-        """Draw token t of every row in the batch; write it down unless the row has ended. hidden (n, D)."""
-        at = self.rows, self.t
-        token, logp = draw(
-            self.crm.logits(hidden, self.temperature), self.uniform[at], self.temperature
-        )
-        ended = self.done[self.rows]
-        self.tokens[at] = torch.where(ended, self.tokens[at], token)
-        self.logp[at] = torch.where(ended, 0.0, logp)
-        self.lengths[self.rows] += ~ended
-        self.done[self.rows] = ended | torch.isin(token, self.crm.end)
+        """Draws token t of every row, and writes it down where the row has not ended.
+        hidden (N, D)."""
+        logits = self.crm.logits(hidden, self.temperature)
+        uniform = self.uniform.index_select(1, self.t)[:, 0]
+        token, logp = draw(logits, uniform, self.temperature)
+        column = self.tokens.index_select(1, self.t)[:, 0]
+        token = torch.where(self.done, column, token)  # after its end a row is padded
+        logp = torch.where(self.done, 0.0, logp)
+        self.tokens.index_copy_(1, self.t, token[:, None])
+        self.logp.index_copy_(1, self.t, logp[:, None])
+        self.lengths += ~self.done
+        self.done |= torch.isin(token, self.crm.end)
         self.token.copy_(token)
 
-    def drop_finished(self) -> None:
-        """Take finished rows out of the batch once they are LEAVE of it, and prompts that have none left."""
-        stay = (~self.done[self.rows]).nonzero()[:, 0]
-        if len(stay) > (1 - LEAVE[stay.device.type]) * len(self.rows):
-            return
-        prompts, prompt_of = self.prompt_of[stay].unique(return_inverse=True)
-        self.rows, self.position, self.padding = (
-            self.rows[stay],
-            self.position[stay],
-            self.padding[prompts],
-        )
-        self.place(prompt_of)  # first, as it frees the memory of the step's CUDA graph
-        for cache in self.caches:
-            cache.keep(prompts, stay)
-
-    def place(self, prompt_of: torch.Tensor) -> None:
-        """prompt_of (n,) ascending: the prompt of each row. Rows attend to their prompt in a (P, G) rectangle of slots,
-        G the most rows that a prompt has. An empty slot repeats the row before it, and nobody looks at it."""
-        self.prompt_of, count = prompt_of, prompt_of.bincount()
-        filled = (torch.arange(int(count.max()), device=count.device) < count[:, None]).flatten()
-        self.slots = filled.nonzero()[:, 0]  # (n,) the slot of each row
-        self.row_of = filled.cumsum(0) - 1  # (P*G,) the row in each slot
-        self.token = self.tokens[self.rows, self.t]  # (n,) the newest of each
-        self.replay, self.warm = (
-            None,
-            False,
-        )  # the step's CUDA graph; whether its shape has run once
-
-    def groups(self, prompts: Sequence[Prompt], tokenizer) -> list[Group]:
-        """What was written, one Group per prompt."""
-        lengths, done = self.lengths.cpu(), self.done.cpu()
-        split = (
-            rearrange(x, "(p g) ... -> p g ...", p=len(prompts))
-            for x in (self.tokens, self.logp, lengths, done)
-        )
+    def groups(self) -> list[Group]:
+        """Returns what was written, one Group per prompt. FloatingPointError where a
+        log-probability is not finite."""
+        lengths = rearrange(self.lengths.cpu(), "(p g) -> p g", g=self.G)
+        done = rearrange(self.done.cpu(), "(p g) -> p g", g=self.G)
+        tokens = rearrange(self.tokens, "(p g) t -> p g t", g=self.G)
+        logp = rearrange(self.logp, "(p g) t -> p g t", g=self.G)
         groups = []
-        for prompt, tokens, logp, lengths, done in zip(prompts, *split):
-            width = int(lengths.max())
-            tokens, logp = tokens[:, :width].clone(), logp[:, :width].clone()
-            if not logp.isfinite().all():
-                said = tokenizer.decode(prompt.ids, skip_special_tokens=True)[:200]
-                raise FloatingPointError(
-                    f"logits are not finite, the weights or the image are broken: {said!r}"
-                )
-            # without the token that ends it; a special token anywhere else stays visible, and costs the format
-            texts = [
-                tokenizer.decode(row[: n - ended])
-                for row, n, ended in zip(tokens, lengths, done.long())
-            ]
-            groups.append(Group(prompt, tokens, lengths, logp, done, texts))
+        for p, prompt in enumerate(self.prompts):
+            longest = int(lengths[p].max())
+            group = Group(
+                prompt=prompt,
+                tokens=tokens[p, :, :longest].clone(),
+                lengths=lengths[p],
+                logp=logp[p, :, :longest].clone(),
+                finished=done[p],
+                texts=[],
+            )
+            group.texts = decoded(group, self.crm.tokenizer)
+            groups.append(group)
         return groups
 
 
-def prefill(crm: CRM, prompts: Sequence[Prompt]):
-    """Each prompt once through the model -> the hidden state of its last token (P, D), and of every layer the
-    keys and values (k, P, L, d), padded on the right."""
-    hidden, layers = [], [([], []) for _ in crm.model.model.language_model.layers]
+def decoded(group: Group, tokenizer) -> list[str]:
+    """Returns the texts of a group, without the token that ends each.
+
+    A special token anywhere else stays visible, and costs the format. FloatingPointError where a
+    log-probability is not finite."""
+    if not group.logp.isfinite().all():
+        question = tokenizer.decode(group.prompt.ids, skip_special_tokens=True)[:200]
+        raise FloatingPointError(
+            f"logits are not finite, the weights or the image are broken: {question!r}"
+        )
+    texts = []
+    for row, length, finished in zip(group.tokens, group.lengths, group.finished):
+        end = int(length) - int(finished)
+        texts.append(tokenizer.decode(row[:end]))
+    return texts
+
+
+def prefill(
+    crm: CRM, prompts: Sequence[Prompt]
+) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Reads each prompt once.
+
+    Returns the hidden state of its last token, (P, D), and the keys and values of every layer,
+    (k, P, L, d) each, padded on the right."""
+    model = crm.model.model.language_model
+    L = max(len(prompt.ids) for prompt in prompts)
+    hidden = []
+    keys: list[list[torch.Tensor]] = [[] for _ in model.layers]
+    values: list[list[torch.Tensor]] = [[] for _ in model.layers]
     for prompt, features in zip(prompts, crm.image_features(prompts)):
         x, positions = crm.embed(prompt, features)
-        out = crm.model.model.language_model(
-            inputs_embeds=x[None], position_ids=positions[:, None], use_cache=True
-        )
+        out = model(inputs_embeds=x[None], position_ids=positions[:, None], use_cache=True)
         hidden.append(out.last_hidden_state[0, -1])
-        for layer, cache in zip(layers, out.past_key_values.layers):
-            for side, kept in zip(layer, (cache.keys, cache.values)):
-                side.append(kept[0])  # (k, l, d)
-    L = max(len(p.ids) for p in prompts)
-    padded = [
-        tuple(torch.stack([pad(x, (0, 0, 0, L - x.shape[1])) for x in side], 1) for side in layer)
-        for layer in layers
-    ]
-    return torch.stack(hidden), padded
+        padding = (0, 0, 0, L - len(x))
+        for i, cache in enumerate(out.past_key_values.layers):
+            keys[i].append(pad(cache.keys[0], padding))  # (k, L, d)
+            values[i].append(pad(cache.values[0], padding))
+    caches = []
+    for of_layer, values_of_layer in zip(keys, values):
+        caches.append((torch.stack(of_layer, 1), torch.stack(values_of_layer, 1)))
+    return torch.stack(hidden), caches
 
 
 def record(step: Callable[[], None]) -> Callable[[], None]:
-    """step as a CUDA graph: replaying it runs the same kernels on the same memory. Recording runs nothing."""
+    """Returns the step as a CUDA graph. Replaying it runs the same kernels on the same memory.
+    Recording runs nothing."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()

@@ -1,28 +1,31 @@
-"""Scoring: the log-probabilities of given completions, differentiable, one prompt's group in one sequence.
+"""Scoring: log-probabilities of given completions, differentiable, one prompt's group in one
+sequence.
 
-    logp(crm, group, rows=range(8))             # (g, T)
-    for pack in make_packs(groups, 8192):       # some rows of some groups at a time, to bound the memory
+    logp(crm, group, rows=range(8))                    # (g, T)
+    for pack in make_packs(groups, 8192):              # to bound the memory
         for logp, entropy in score(crm, pack): ...
 
-A packed sequence is [prompt | completion 1 | … | completion g], group after group, so a prompt and its image
-are computed once for all of its completions. Who attends to whom:
+A packed sequence is [prompt | completion 1 | … | completion g], one group after the other, so a
+prompt and its image are computed once for all of its completions. Who attends to whom:
 
     a prompt's token       to its prompt so far                      causal
     a completion's token   to its prompt and its completion so far   causal_lower_right(T, L + T)
 
-The completions of one prompt are one call of the attention kernel: their keys are [prompt | own tokens] without
-padding in between, so the causal mask, aligned at the lower right, is all it takes. Everything else in a
-transformer acts on each token by itself. Only the positions that predict a completion's token go through the
-vocabulary projection and log_softmax, in float32, in chunks. Nothing of shape (N, T, V) ever exists.
+The completions of one prompt are one call of the attention kernel. Their keys are [prompt | own
+tokens] with no padding in between, so a causal mask that is aligned at the lower right is all it
+takes. Everything else in a transformer acts on each token by itself. Only the positions that
+predict a completion's token go through the vocabulary projection and log_softmax, in float32, in
+chunks. Nothing of shape (N, T, V) ever exists.
 
-Read next: train_grpo.py.
+Read next: sampling.py, which draws completions with the same log-probabilities.
 
-Shapes: g completions, T tokens in the longest, n tokens in all of them, L prompt tokens, S tokens in the packed
-sequence, h query heads, k key heads, d head size, V vocabulary, D hidden.
+Shapes: g completions, T tokens in the longest, n tokens in all of them, L prompt tokens, S tokens
+in the packed sequence, h query heads, k key heads, d head size, V vocabulary, D hidden.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.nn.attention.bias import causal_lower_right
@@ -36,9 +39,25 @@ from transformers.masking_utils import sdpa_mask
 from crm import CRM, Group, Prompt
 
 LOGITS_KEPT = 2**26  # float32 logits kept for the backward pass: 256 MB
-LOGITS_CHUNK = {"cpu": 2**21, "cuda": 2**26}  # computed at once: on a CPU, what its cache holds
+LOGITS_AT_ONCE = {"cpu": 2**21, "cuda": 2**26}  # on a CPU, what its cache holds
 
-Pack = list[tuple[Group, list[int]]]  # some rows of some groups
+
+@dataclass
+class Pack:
+    """Some rows of some groups, which are scored in one sequence."""
+
+    groups: list[Group] = field(default_factory=list)
+    rows: list[list[int]] = field(default_factory=list)  # of each group
+    tokens: int = 0  # of prompts and completions together
+
+    def add(self, group: Group, row: int) -> None:
+        """Adds a completion, and its prompt where that is new here."""
+        if not self.groups or self.groups[-1] is not group:
+            self.groups.append(group)
+            self.rows.append([])
+            self.tokens += len(group.prompt.ids)
+        self.rows[-1].append(row)
+        self.tokens += int(group.lengths[row])
 
 
 # ---------------------------------------------------------------- attention in a packed sequence
@@ -49,71 +68,76 @@ class Span:
     """Where one prompt and its completions lie in a packed sequence."""
 
     prompt: slice
-    tokens: (
-        torch.Tensor | None
-    )  # (g, T) index of each completion token; past a length: of the last one
-    real: (
-        torch.Tensor | None
-    )  # (n,) index of the real tokens in tokens.flatten(), in sequence order
+    tokens: torch.Tensor | None  # (g, T) index of each token; past a length, of the last one
+    written: torch.Tensor | None  # (n,) index into tokens.flatten() of all but that padding
 
 
 def lay_out(
-    prompt_lengths: Sequence[int], completion_lengths: Sequence[Sequence[int]], device
+    prompt_lengths: Sequence[int],
+    completion_lengths: Sequence[Sequence[int]],
+    device: str | torch.device,
 ) -> list[Span]:
-    spans, end = [], 0
-    for L, lengths in zip(prompt_lengths, completion_lengths):
-        prompt, end = slice(end, end + L), end + L
-        if not len(lengths):
+    """Returns the Span of each prompt. completion_lengths: those of the prompt's completions."""
+    spans = []
+    end = 0
+    for L, lengths_of_one in zip(prompt_lengths, completion_lengths):
+        prompt = slice(end, end + L)
+        end += L
+        if len(lengths_of_one) == 0:
             spans.append(Span(prompt, None, None))
             continue
-        lengths = torch.as_tensor(lengths)
-        starts = end + lengths.cumsum(0) - lengths
+        lengths = torch.as_tensor(lengths_of_one)
+        starts = end + lengths.cumsum(0) - lengths  # (g,)
         j = torch.arange(int(lengths.max()))  # (T,)
         tokens = starts[:, None] + torch.minimum(j, lengths[:, None] - 1)  # (g, T)
-        real = (j < lengths[:, None]).flatten().nonzero()[:, 0]
-        spans.append(Span(prompt, tokens.to(device), real.to(device)))
+        written = (j < lengths[:, None]).flatten().nonzero()[:, 0]
+        spans.append(Span(prompt, tokens.to(device), written.to(device)))
         end += int(lengths.sum())
     return spans
 
 
-def packed_attention(module, q, k, v, attention_mask, scaling=None, **options):
-    """What transformers calls in every layer: q (1, h, S, d), k, v (1, k, S, d), already rotated
-    -> (1, S, h, d). attention_mask is our list of Spans; anything else is ordinary attention."""
+def packed_attention(
+    module: torch.nn.Module,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """What transformers calls in every layer: q (1, h, S, d), k and v (1, k, S, d), already rotated
+    -> (1, S, h, d). attention_mask is our list of Spans; with any other, attention is ordinary."""
     if not isinstance(attention_mask, list):
         return sdpa_attention_forward(module, q, k, v, attention_mask, scaling=scaling, **options)
     out = []
     for span in attention_mask:
-        q_prompt, k_prompt, v_prompt = (x[:, :, span.prompt] for x in (q, k, v))
-        prompt = sdpa(q_prompt, k_prompt, v_prompt, is_causal=True, scale=scaling, enable_gqa=True)
+        prompt_q = q[:, :, span.prompt]
+        prompt_k = k[:, :, span.prompt]
+        prompt_v = v[:, :, span.prompt]
+        prompt = sdpa(prompt_q, prompt_k, prompt_v, is_causal=True, scale=scaling, enable_gqa=True)
         out.append(prompt[0].transpose(0, 1))  # (L, h, d)
-        if span.tokens is not None:
-            own_q, own_k, own_v = (pick_rows(x, span.tokens) for x in (q, k, v))  # (g, heads, T, d)
-            (g, T), L = span.tokens.shape, k_prompt.shape[2]
-            keys, values = (
-                torch.cat([x.expand(g, -1, -1, -1), own], dim=2)  # (g, k, L + T, d)
-                for x, own in ((k_prompt, own_k), (v_prompt, own_v))
-            )
-            own = sdpa(
-                own_q,
-                keys,
-                values,
-                attn_mask=causal_lower_right(T, L + T),
-                scale=scaling,
-                enable_gqa=True,
-            )  # (g, h, T, d)
-            out.append(own.transpose(1, 2).flatten(0, 1).index_select(0, span.real))
+        if span.tokens is None:
+            continue
+        g, T = span.tokens.shape
+        L = prompt_k.shape[2]
+        own_q = pick_rows(q, span.tokens)  # (g, h, T, d)
+        own_k = pick_rows(k, span.tokens)  # (g, k, T, d)
+        own_v = pick_rows(v, span.tokens)
+        keys = torch.cat([prompt_k.expand(g, -1, -1, -1), own_k], dim=2)  # (g, k, L + T, d)
+        values = torch.cat([prompt_v.expand(g, -1, -1, -1), own_v], dim=2)
+        mask = causal_lower_right(T, L + T)
+        own = sdpa(own_q, keys, values, attn_mask=mask, scale=scaling, enable_gqa=True)
+        by_token = own.transpose(1, 2).flatten(0, 1)  # (g * T, h, d)
+        out.append(by_token.index_select(0, span.written))
     return torch.cat(out)[None], None
 
 
 def pick_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """(1, heads, S, d), index (g, T) -> (g, heads, T, d); index_select's backward is twice as fast as x[index]'s."""
-    return (
-        x[0]
-        .transpose(0, 1)
-        .index_select(0, index.flatten())
-        .unflatten(0, index.shape)
-        .transpose(1, 2)
-    )
+    """x (1, heads, S, d), index (g, T) -> (g, heads, T, d).
+
+    The backward pass of index_select is twice as fast as that of x[index]."""
+    picked = x[0].transpose(0, 1).index_select(0, index.flatten())  # (g * T, heads, d)
+    return picked.unflatten(0, index.shape).transpose(1, 2)
 
 
 AttentionInterface.register("packed", packed_attention)
@@ -122,133 +146,183 @@ AttentionMaskInterface.register("packed", sdpa_mask)
 
 def packed_forward(
     crm: CRM, prompts: Sequence[Prompt], completions: Sequence[Sequence[torch.Tensor]]
-):
-    """[prompt | its completions], prompt after prompt, through the language model -> hidden states (S, D)."""
+) -> torch.Tensor:
+    """[prompt | its completions], prompt after prompt, through the language model
+    -> hidden states (S, D)."""
     model = crm.model.model.language_model
-    model.set_attn_implementation("packed")  # every attention layer calls packed_attention above
-    parts = [crm.embed(*each) for each in zip(prompts, crm.image_features(prompts), completions)]
-    x, positions = torch.cat([x for x, _ in parts]), torch.cat([p for _, p in parts], dim=1)
-    spans = lay_out(
-        [len(p.ids) for p in prompts], [[len(c) for c in own] for own in completions], x.device
+    model.set_attn_implementation("packed")  # every layer calls packed_attention above
+    embedded = []
+    positions = []
+    for prompt, features, own in zip(prompts, crm.image_features(prompts), completions):
+        x, where = crm.embed(prompt, features, own)
+        embedded.append(x)
+        positions.append(where)
+    x = torch.cat(embedded)
+    prompt_lengths = [len(prompt.ids) for prompt in prompts]
+    completion_lengths = [[len(tokens) for tokens in own] for own in completions]
+    spans = lay_out(prompt_lengths, completion_lengths, x.device)
+    output = model(
+        inputs_embeds=x[None],
+        attention_mask=dict.fromkeys(model.config.layer_types, spans),
+        position_ids=torch.cat(positions, dim=1)[:, None],
+        use_cache=False,
     )
-    mask = dict.fromkeys(model.config.layer_types, spans)
-    return model(
-        inputs_embeds=x[None], attention_mask=mask, position_ids=positions[:, None], use_cache=False
-    ).last_hidden_state[0]
+    return output.last_hidden_state[0]
 
 
 # ---------------------------------------------------------------- log-probabilities
 
 
-def score(crm: CRM, pack: Pack, temperature: float = 1.0, entropy_gradient: bool = False):
-    """[(logp (g, T), entropy (g, T))] of a pack's completions, zero past each length; differentiable.
-    entropy: that of the whole distribution, sum of -p log p; without gradient unless asked for."""
+def score(
+    crm: CRM, pack: Pack, temperature: float = 1.0, entropy_gradient: bool = False
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Returns (logp (g, T), entropy (g, T)) of each group in a pack; zero past each length.
+
+    Log-probabilities are differentiable. The entropy is that of the next token's distribution, the
+    sum of -p log p over the vocabulary; it has a gradient only where that is asked for."""
     return crm.run(_score, crm, pack, temperature, entropy_gradient)
 
 
-def _score(crm, pack, temperature, entropy_gradient):
-    crm.model.train(
-        crm.checkpointing and torch.is_grad_enabled()
-    )  # transformers checkpoints in train mode only
-    completions, predictors, masks, start = [], [], [], 0
-    for group, rows in pack:
-        lengths, L = group.lengths[list(rows)], len(group.prompt.ids)
-        completions.append([group.tokens[row, :n] for row, n in zip(rows, lengths.tolist())])
+def _score(
+    crm: CRM, pack: Pack, temperature: float, entropy_gradient: bool
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    # transformers recomputes activations in train mode only
+    crm.model.train(crm.checkpointing and torch.is_grad_enabled())
+    completions = []
+    predictors = []
+    masks = []
+    start = 0
+    for group, rows in zip(pack.groups, pack.rows):
+        L = len(group.prompt.ids)
+        lengths = group.lengths[rows]
+        n = int(lengths.sum())
+        own = [group.tokens[row, :length] for row, length in zip(rows, lengths.tolist())]
+        completions.append(own)
         mask = torch.arange(group.tokens.shape[1]) < lengths[:, None]  # (g, T)
-        j, n = mask.nonzero()[:, 1], int(lengths.sum())  # each token's place in its completion
-        # the token before predicts the next; a completion's first is predicted by the prompt's last
-        before = start + L - 1 + torch.where(j == 0, 0, torch.arange(n))
-        predictors.append(before.to(crm.device))
         masks.append(mask.to(crm.device))
+        predictors.append((start + predictors_of(L, mask)).to(crm.device))
         start += L + n
-    hidden = packed_forward(crm, [group.prompt for group, _ in pack], completions)
+    prompts = [group.prompt for group in pack.groups]
+    hidden = packed_forward(crm, prompts, completions)
     targets = torch.cat([tokens for own in completions for tokens in own])
     logp, entropy = token_logp(
         crm, hidden[torch.cat(predictors)], targets, temperature, entropy_gradient
     )
-    sizes = [len(x) for x in predictors]
-    return [
-        tuple(torch.zeros(mask.shape, device=crm.device).masked_scatter(mask, x) for x in pair)
-        for mask, *pair in zip(masks, logp.split(sizes), entropy.split(sizes))
-    ]
+    sizes = [len(places) for places in predictors]
+    scored = []
+    for mask, own_logp, own_entropy in zip(masks, logp.split(sizes), entropy.split(sizes)):
+        zeros = torch.zeros(mask.shape, device=crm.device)
+        scored.append(
+            (zeros.masked_scatter(mask, own_logp), zeros.masked_scatter(mask, own_entropy))
+        )
+    return scored
 
 
-def token_logp(crm: CRM, hidden, targets, temperature: float, entropy_gradient: bool = False):
-    """hidden (n, D), targets (n,) -> log-probability of each target and entropy of its distribution, (n,) each.
-    In chunks, which are recomputed in the backward pass where n x V float32 logits are too many to keep."""
+def predictors_of(L: int, mask: torch.Tensor) -> torch.Tensor:
+    """Returns where in [prompt | completion 1 | …] the token before each completion token is, (n,).
 
-    def chunk(h, target):
+    mask (g, T) is true for each written token. The token before predicts the next one:
+
+        index       0 …  L-1    L     L+1    L+2    L+3
+        token       prompt      a1    a2     b1     b2        completions a and b
+        predictor               L-1   L      L-1    L+2
+
+    A completion's first token is predicted by the prompt's last one."""
+    place_in_completion = mask.nonzero()[:, 1]
+    index = torch.arange(len(place_in_completion))  # of each token, after the prompt
+    one_before = L + index - 1
+    return torch.where(place_in_completion == 0, L - 1, one_before)
+
+
+def token_logp(
+    crm: CRM,
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    temperature: float,
+    entropy_gradient: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """hidden (n, D), targets (n,) -> log-probability of each target and entropy of its
+    distribution, (n,) each.
+
+    Computed in chunks. Where n * V float32 logits are too many to keep for the backward pass, each
+    chunk is computed again there."""
+
+    def chunk(h: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         logp = crm.logits(h, temperature).log_softmax(-1)  # (c, V) float32
         with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
             entropy = -torch.einsum("nv,nv->n", logp.exp(), logp)
         return logp.gather(1, target[:, None])[:, 0], entropy
 
     V = crm.model.config.text_config.vocab_size
-    size = max(1, LOGITS_CHUNK[crm.device.type] // V)
+    size = max(1, LOGITS_AT_ONCE[crm.device.type] // V)
     recompute = torch.is_grad_enabled() and len(hidden) * V > LOGITS_KEPT
-    parts = [
-        checkpoint(chunk, *part, use_reentrant=False) if recompute else chunk(*part)
-        for part in zip(hidden.split(size), targets.split(size))
-    ]
-    logp, entropy = zip(*parts)
+    logp = []
+    entropy = []
+    for h, target in zip(hidden.split(size), targets.split(size)):
+        if recompute:
+            part = checkpoint(chunk, h, target, use_reentrant=False)
+        else:
+            part = chunk(h, target)
+        logp.append(part[0])
+        entropy.append(part[1])
     return torch.cat(logp), torch.cat(entropy)
 
 
 def logp(crm: CRM, group: Group, rows: Sequence[int], temperature: float = 1.0) -> torch.Tensor:
-    """Log-probabilities of the tokens of some rows of a group, (g, T): see `score`."""
-    return score(crm, [(group, list(rows))], temperature)[0][0]
+    """Returns log-probabilities of the tokens of some rows of a group, (g, T): see `score`."""
+    return score(crm, Pack([group], [list(rows)]), temperature)[0][0]
 
 
 @torch.no_grad()
 def all_logp(
-    crm: CRM, groups: Sequence[Group], pack_tokens: int, temperature: float
+    crm: CRM, groups: Sequence[Group], most_tokens: int, temperature: float
 ) -> list[torch.Tensor]:
-    """Log-probabilities of all completions of some groups, (G, T) each, without gradient."""
-    out = {id(group): torch.zeros_like(group.logp) for group in groups}
-    for pack in make_packs(groups, pack_tokens):
-        for (group, rows), (logp, _) in zip(pack, score(crm, pack, temperature)):
-            out[id(group)][rows] = logp
-    return list(out.values())
+    """Returns log-probabilities of all completions of each group, (G, T), without gradient."""
+    found = [torch.zeros_like(group.logp) for group in groups]
+    number = {id(group): i for i, group in enumerate(groups)}  # tensors have no equality to find by
+    for pack in make_packs(groups, most_tokens):
+        for group, rows, (logp, _) in zip(pack.groups, pack.rows, score(crm, pack, temperature)):
+            found[number[id(group)]][rows] = logp
+    return found
 
 
 # ---------------------------------------------------------------- groups and packs
 
 
 def group_of(crm: CRM, prompt: Prompt, texts: Sequence[str]) -> Group:
-    """Given completions as a group, each of them ended: for supervised training, and to score others' texts."""
-    rows = [
-        torch.tensor(
-            crm.tokenizer(text, split_special_tokens=True).input_ids + [int(crm.end[0])],
-            device=crm.device,
-        )
-        for text in texts
-    ]
+    """Returns given completions as a group, each of them ended: for supervised training, and to
+    score what somebody else wrote."""
+    rows = []
+    for text in texts:
+        ids = crm.tokenizer(text, split_special_tokens=True).input_ids
+        rows.append(torch.tensor([*ids, int(crm.end[0])], device=crm.device))
     tokens = pad_sequence(rows, batch_first=True, padding_value=int(crm.end[-1]))
     lengths = torch.tensor([len(row) for row in rows])
     return Group(
-        prompt,
-        tokens,
-        lengths,
-        torch.zeros(tokens.shape, device=crm.device),
-        lengths > 0,
-        list(texts),
+        prompt=prompt,
+        tokens=tokens,
+        lengths=lengths,
+        logp=torch.zeros(tokens.shape, device=crm.device),
+        finished=lengths > 0,
+        texts=list(texts),
     )
 
 
 def make_packs(groups: Sequence[Group], most_tokens: int) -> list[Pack]:
-    """All rows of some groups, in packs of at most `most_tokens` tokens. A group that does not fit into what is left
-    begins a new pack; one that fits into none is cut, and its prompt repeated. A completion is never cut."""
-    packs, used = [], most_tokens
+    """Returns all rows of some groups in packs of at most `most_tokens` tokens.
+
+    A group that does not fit into what is left of a pack begins a new one. A group that fits into
+    none is cut, and its prompt repeated. A completion is never cut."""
+    packs: list[Pack] = []
     for group in groups:
-        prompt, lengths = len(group.prompt.ids), group.lengths.tolist()
-        begin = used + prompt + sum(lengths) > most_tokens
-        for row, length in enumerate(lengths):
-            if begin or used + length > most_tokens:
-                packs.append([])
-                used, begin = 0, False
-            if not packs[-1] or packs[-1][-1][0] is not group:
-                packs[-1].append((group, []))
-                used += prompt
-            packs[-1][-1][1].append(row)
-            used += length
+        size = len(group.prompt.ids) + int(group.lengths.sum())
+        if not packs or packs[-1].tokens + size > most_tokens:
+            packs.append(Pack())
+        for row, length in enumerate(group.lengths.tolist()):
+            pack = packs[-1]
+            is_full = pack.tokens + length > most_tokens
+            if is_full and pack.tokens > 0:
+                pack = Pack()
+                packs.append(pack)
+            pack.add(group, row)
     return packs

@@ -222,7 +222,7 @@ def is_first_process() -> bool:
 
 
 def show_every_character() -> None:
-    """Makes the terminal show what it has no sign for (≥ in ASCII) as an escape, not as an error."""
+    """Makes the terminal show a sign that it lacks (≥ in ASCII) as an escape, not as an error."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -1,19 +1,25 @@
-"""A Qwen2.5-VL as a folder and in memory: model, tokenizer, image processor, what a checkpoint of ours remembers."""
+"""A vision-language model as a folder and in memory: model, tokenizer, image processor, settings.
+
+The folder is what `from_pretrained` and any server loads. `settings.json` beside it is ours: how a
+checkpoint's images were resized, and its prompt.
+"""
 
 import json
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.utils import cached_file
 
-from data import PROMPTS
 from runtime.files import parse_object, read_text
 
-UNLOADABLE = (
+LOADING_ERRORS = (  # what from_pretrained raises on a broken folder, found by trying many
     OSError,
     ValueError,
     LookupError,
@@ -22,110 +28,147 @@ UNLOADABLE = (
     RuntimeError,
     safetensors.SafetensorError,
     StrictDataclassError,
-)  # what from_pretrained raises on a broken folder, found by fuzzing
-FEW_ROWS, LARGE = 64, 2**20  # rows of a product and weights of a layer, see FewRowsLinear
-FRAME_TYPES = {"resize": str, "min_pixels": int, "max_pixels": int, "prompt": str}
-FRAME_FILE = "frame.json"  # how a checkpoint's images were resized, and its prompt
+)
+SETTINGS_FILES = ("settings.json", "frame.json")  # the second is the name of older checkpoints
+SETTINGS_TYPES = {"resize": str, "min_pixels": int, "max_pixels": int, "prompt": str}
+# files of a checkpoint that neither model nor tokenizer nor image processor writes
+SIDE_FILES = ("chat_template.json", "chat_template.jinja", "video_preprocessor_config.json")
 
 
-class FewRowsLinear(torch.nn.Linear):
-    """A linear layer of which a CPU takes a few rows as W x^T: in float32 that reads large weights up to four times as
-    fast as x W^T, depending on the machine (bench/README.md). Whatever decodes token by token has few rows."""
+def read_pretrained(
+    path: str | Path, dtype: torch.dtype, device: str | torch.device = "cpu"
+) -> tuple[torch.nn.Module, Any, Any]:
+    """Returns (model, tokenizer, image processor) of a folder or a hub name.
 
-    def forward(self, x):
-        if x.dtype != torch.float32 or x.shape[:-1].numel() > FEW_ROWS:
-            return super().forward(x)
-        out = (self.weight @ x.mT).mT
-        return out if self.bias is None else out + self.bias
+    ValueError, one line, says what is missing or torn, or that this is no Qwen2.5-VL."""
+    _check_folder(path)
+    kind = _load(AutoConfig, path).model_type
+    if kind != "qwen2_5_vl":
+        raise ValueError(f"--crm {path}: its config.json says {kind!r}, not 'qwen2_5_vl'")
+    model = _load(Qwen2_5_VLForConditionalGeneration, path, dtype=dtype, attn_implementation="sdpa")
+    return model.to(device), _load(AutoTokenizer, path), _load(Qwen2VLImageProcessorPil, path)
 
 
-def read_pretrained(path: str | Path, dtype, device="cpu"):
-    """(model, tokenizer, image processor) of a folder or a hub name. ValueError, one line, names what is missing,
-    torn, or no Qwen2.5-VL. On a CPU large linear layers become FewRowsLinear."""
+def _check_folder(path: str | Path) -> None:
+    """ValueError for a path that is no checkpoint, before anything looks for it on the hub."""
     folder = Path(path)
-    if checkpoints := sorted(folder.glob("step_*[0-9]")):
+    checkpoints = sorted(folder.glob("step_*[0-9]"))
+    if checkpoints:
         raise ValueError(
-            f"--crm {path}: is the folder of a run; give a checkpoint in it, such as {checkpoints[-1]}"
+            f"--crm {path}: is the folder of a run; give a checkpoint in it, such as "
+            f"{checkpoints[-1]}"
         )
-    of_hub = (
-        not str(path).startswith((".", "/", "~"))
-        and str(path).count("/") <= 1
-        and not folder.exists()
-    )
-    beside = (
-        of_hub and folder.parent != Path() and folder.parent.exists()
-    )  # runs/nope is meant as a folder
-    if (beside or not of_hub) and not (folder / "config.json").is_file():
-        why = f", nor looked for on the hub, as there is a folder {folder.parent}" if beside else ""
-        raise ValueError(f"--crm {path}: no folder with a config.json there{why}")
+    if not (folder / "config.json").is_file():
+        looks_like_a_path = str(path).startswith((".", "/", "~")) or str(path).count("/") > 1
+        if folder.exists() or looks_like_a_path:
+            raise ValueError(f"--crm {path}: no folder with a config.json there")
+        if folder.parent != Path() and folder.parent.exists():  # runs/nope is meant as a folder
+            raise ValueError(
+                f"--crm {path}: no folder with a config.json there, nor looked for on the hub, as "
+                f"there is a folder {folder.parent}"
+            )
     for file in folder.glob("*.json"):
         try:
             json.loads(read_text(file))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"--crm {file}: not JSON ({error})") from None
 
-    def load(kind, **settings):
-        try:
-            return kind.from_pretrained(path, **settings)
-        except UNLOADABLE as error:
-            problem = (
-                f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
-            )
-            raise ValueError(f"--crm {path}: cannot be loaded ({problem})") from None
 
-    if (kind := load(AutoConfig).model_type) != "qwen2_5_vl":
-        raise ValueError(f"--crm {path}: its config.json says {kind!r}, not 'qwen2_5_vl'")
-    model = load(Qwen2_5_VLForConditionalGeneration, dtype=dtype, attn_implementation="sdpa")
-    if torch.device(device).type == "cpu":
-        for module in model.modules():
-            if type(module) is torch.nn.Linear and module.weight.numel() >= LARGE:
-                module.__class__ = FewRowsLinear
-    return model.to(device), load(AutoTokenizer), load(Qwen2VLImageProcessorPil)
+def _load(kind: Any, path: str | Path, **options: Any) -> Any:
+    """Returns kind.from_pretrained(path). ValueError, one line, for whatever it raises."""
+    try:
+        return kind.from_pretrained(path, **options)
+    except LOADING_ERRORS as error:
+        lines = str(error).strip().splitlines() or ["no message"]
+        problem = f"{type(error).__name__}: {lines[0]}"
+        raise ValueError(f"--crm {path}: cannot be loaded ({problem})") from None
 
 
-def remembered_frame(path: str | Path) -> dict:
-    """The resize, min_pixels, max_pixels and prompt that a checkpoint was trained with; {} where it does not say.
-    ValueError where its frame.json says something else."""
-    file = Path(path) / FRAME_FILE
-    saved = parse_object(read_text(file), file) if file.is_file() else {}
-    for key, value in saved.items():
-        known = type(value) is FRAME_TYPES.get(key)
-        if not known or (key == "prompt" and value not in PROMPTS and "{query}" not in value):
-            raise ValueError(
-                f"{file}: {key}: {value!r} is not what save writes there; mend or remove the file"
-            )
-    return saved
+def file_of(path: str | Path, name: str) -> Path | None:
+    """Returns a file of a checkpoint, which may be a folder or a hub name; None without one."""
+    if Path(path).exists():
+        file = Path(path) / name
+        return file if file.is_file() else None
+    try:
+        found = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+    except (OSError, ValueError):
+        return None
+    return Path(found) if found else None
+
+
+def read_side_files(path: str | Path) -> dict[str, bytes]:
+    """Returns {name: content} of the SIDE_FILES that a checkpoint has."""
+    found = {}
+    for name in SIDE_FILES:
+        file = file_of(path, name)
+        if file is not None:
+            found[name] = file.read_bytes()
+    return found
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """Returns the resize, min_pixels, max_pixels and prompt that a checkpoint was trained with.
+
+    {} where it does not say. ValueError where its settings.json says something else."""
+    for name in SETTINGS_FILES:
+        file = file_of(path, name)
+        if file is not None:
+            settings = parse_object(read_text(file), file)
+            for key, value in settings.items():
+                if type(value) is not SETTINGS_TYPES.get(key):
+                    raise ValueError(
+                        f"{file}: {key}: {value!r} is not what save writes there; correct or "
+                        "remove the file"
+                    )
+            return settings
+    return {}
 
 
 def write_pretrained(
-    path: str | Path, model, tokenizer, image_processor, lora, frame: dict
+    path: str | Path,
+    model: torch.nn.Module,
+    tokenizer: Any,
+    image_processor: Any,
+    settings: Mapping[str, Any],
+    lora: Any = None,
+    side_files: Mapping[str, bytes] | None = None,
 ) -> None:
-    """The folder that read_pretrained reads. lora: the PEFT model around the model, or None; its matrices are merged
-    into the weights, and kept beside them in adapter/. frame: for remembered_frame."""
+    """Writes the folder that `read_pretrained` and `read_settings` read.
+
+    lora: the PEFT model around the model, or None. Its matrices are merged into the weights, and
+    kept beside them, exact, in adapter/."""
+    folder = Path(path)
+    model.generation_config.do_sample = True  # save_pretrained rejects a temperature without it
+    model.save_pretrained(folder, state_dict=merged_weights(model))
+    if lora is not None:
+        lora.save_pretrained(folder / "adapter")
+    tokenizer.save_pretrained(folder)
+    image_processor.save_pretrained(folder)
+    for name, content in (side_files or {}).items():
+        if not (folder / name).exists():
+            (folder / name).write_bytes(content)
+    (folder / SETTINGS_FILES[0]).write_text(json.dumps(dict(settings)) + "\n", encoding="utf-8")
+
+
+def merged_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Returns {name: weight} as without LoRA, its matrices added to the weights they belong to."""
     weights = {}
-    for name, p in model.named_parameters(remove_duplicate=False):
+    for name, parameter in model.named_parameters(remove_duplicate=False):
         if "lora_" not in name:
-            weights[name.replace(".base_layer", "")] = p.detach()
+            weights[name.replace(".base_layer", "")] = parameter.detach()
     for name, layer in model.named_modules():
-        if hasattr(layer, "get_delta_weight"):  # a linear layer with LoRA matrices
-            weight, delta = (
-                layer.base_layer.weight.detach(),
-                layer.get_delta_weight("default").detach(),
-            )
-            weights[f"{name}.weight"] = (weight.float() + delta.float()).to(weight.dtype).cpu()
-    model.generation_config.do_sample = True  # save_pretrained refuses a temperature without it
-    model.save_pretrained(path, state_dict=weights)
-    if lora:
-        lora.save_pretrained(Path(path) / "adapter")
-    tokenizer.save_pretrained(path)
-    image_processor.save_pretrained(path)
-    (Path(path) / FRAME_FILE).write_text(json.dumps(frame) + "\n")
+        if hasattr(layer, "get_delta_weight"):  # PEFT's linear layer with LoRA matrices
+            weight = layer.base_layer.weight.detach()
+            delta = layer.get_delta_weight("default").detach()
+            merged = weight.float() + delta.float()
+            weights[f"{name}.weight"] = merged.to(weight.dtype).cpu()
+    return weights
 
 
 @contextmanager
-def on_device(model, device):
-    """Inside, a model whose home is host memory is on the device. Without effect where there is none (None)."""
-    tensors = [*model.parameters(), *model.buffers()] if model else []
+def on_device(model: torch.nn.Module | None, device: torch.device) -> Iterator[None]:
+    """Inside, a model whose home is host memory is on the device. None: there is no such model."""
+    tensors = [*model.parameters(), *model.buffers()] if model is not None else []
     homes = [tensor.data for tensor in tensors]
     try:
         for tensor, home in zip(tensors, homes):
