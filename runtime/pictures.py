@@ -189,7 +189,7 @@ def _draw_in_grid(axis: Any, picture: Picture) -> None:
 def contact_sheet(
     shown: Sequence[tuple[Image.Image, str]], side: int = 224, text_height: int = 58
 ) -> Image.Image:
-    """Returns pictures as tiles of a sheet, each with its text below it. side: of a tile, pixels."""
+    """Returns pictures as tiles of a sheet, each with its text below. side: of a tile, in pixels."""
     columns = 6
     rows = math.ceil(len(shown) / columns)
     height = side + text_height
