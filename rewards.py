@@ -1,42 +1,34 @@
-"""From a completion and the truth to a reward: read the answer, score it term by term, add the terms up.
+"""From a completion and the truth to a reward: read the answer, score its terms, add them up.
 
     terms = reward_terms(text, gt_box, gt_points)      # every term, each in [0, 1]
-    reward = total_reward(terms, "soft")               # the weighted sum of the mode's terms
+    reward = total_reward(terms, "soft")               # the sum of the mode's terms
 
-To add a term, add one line to a dict in `_box_terms`, `_point_terms` or `reward_terms`; `--weights name=0.5` uses it,
-and MODES puts it into a mode. The caller adds what needs more than these: terms["mask_dice"] = smooth_log(dice).
-To change the answer format, change `write_answer` and `parse_answer`; prompts and SFT targets follow.
-Boxes (x1, y1, x2, y2) and points (x, y) are pixels of one common frame, the model frame in training.
+To add a term, add one line to a dict in `box_terms`, `point_terms` or `reward_terms`. The flag
+`--coefficients name=0.5` uses it at once, and an entry in MODES makes it a part of a mode.
+The caller adds terms that need the segmenter's mask. Their names are in PIXEL_TERMS.
+To change the answer format, change `write_answer` and `parse_answer`. Prompts and SFT targets
+follow them.
 
-Formulas: MedReasoner, arXiv 2508.08177; there B and A are the predicted box and its area, P the points, B*, A*, G the
-true ones. `official=True` reproduces its released code, which differs so:
- 1. pDice is a true Dice, 2I/(A+A*), at most 1. Released: 2I/U, at most 2, so twice the Jaccard index.
- 2. box_scale falls to 0.1 at its clip. Released: normalised as if clipped at 2, so never below 0.291.
- 3. All of `base` works. Released: IoU and L1 are always 0, the answer is any first {...}, in double quotes.
- 4. A box needs x1 < x2 and y1 < y2. Released: inverted boxes pass.
- 5. The answer is looked for after </think>. Released: anywhere, so a draft in the thoughts counts.
- 6. Nothing is rounded. Released: box and point terms have four decimals, and unions are 1e-5 px² too big.
- 7. base_points tests the points as written. Released: cuts them to whole pixels before the inside test.
- 8. A ```json fence around the object is taken off. Released: it makes the answer no JSON.
- 9. Given `frame`, lengths (10 px, 100 px, "+1") scale by sqrt(width * height) / 840. Released: an 840 x 840 canvas.
-10. Given `frame`, points as far apart as the true ones are far enough. Released: more than 10 px.
+Boxes (x1, y1, x2, y2) and points (x, y) are pixels of one common frame. In training that is the
+model frame. The formulas are MedReasoner's (arXiv 2508.08177). In the docstrings B is the predicted
+box, A its area, P1 and P2 are the predicted points. B*, A*, G1 and G2 are the true ones.
+The code that the paper released differs in ten places. extras/official_rewards.py lists them and
+reproduces its numbers.
+
+Read next: data.py, where questions, prompts and coordinate frames come from.
 """
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from itertools import combinations, permutations
 
 Point = tuple[float, float]
-Points = tuple[Point, ...]  # KEY_POINTS of them; their order never matters
+Points = tuple[Point, Point]  # their order never matters
 Box = tuple[float, float, float, float]
 Terms = dict[str, float]  # name: value
 
-KEY_POINTS = (
-    2  # per answer, at least 2: prompts, SFT targets, parser, ground truth and rewards follow
-)
-KEYS = ("bbox", *(f"points_{k}" for k in range(1, KEY_POINTS + 1)))  # of the answer's JSON object
+KEYS = ("bbox", "points_1", "points_2")  # of the answer's JSON object
 MODES = {
     "soft": ("think_format", "answer_format", "box_iou", "point_dice"),
     "hard": (
@@ -53,7 +45,8 @@ MODES = {
     "iou": ("think_format", "answer_format", "box_iou"),
     "pdice": ("think_format", "answer_format", "point_dice"),
 }
-ANSWER_FORMAT = {  # everything that can be wrong with an answer, and the answer_format it still earns
+PIXEL_TERMS = ("mask_dice",)  # smooth_log of a mask's Dice: the caller adds it, as it needs the ASM
+ANSWER_FORMAT_SCORES = {  # everything that can be wrong with an answer, and what it still earns
     "no answer block": 0.0,
     "answer is not a JSON object": 0.2,
     "a key is missing": 0.4,
@@ -62,300 +55,501 @@ ANSWER_FORMAT = {  # everything that can be wrong with an answer, and the answer
     "points malformed": 0.6,
     "": 1.0,
 }
+CANVAS = 840  # side of the square images of the paper's data: lengths in pixels are meant for it
 EPS = 1e-5  # keeps empty boxes and coinciding points out of denominators and logarithms
+
+
+# ---------------------------------------------------------------- the answer, written and read
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What could be read of a completion: bad output is a value, never an error. Box and points fail separately."""
+    """What could be read from a completion. Bad output is a value here, never an error."""
 
     think: str | None  # "" if the block is empty, None if there is none
-    bbox: Box | None
+    bbox: Box | None  # box and points fail separately
     points: Points | None
-    problem: str  # "" or one short reason, a key of ANSWER_FORMAT
-    parts: tuple[
-        "Answer", ...
-    ] = ()  # where several boxes were asked for (extras/boxes.py): each with its points
+    problem: str  # "" or one short reason, a key of ANSWER_FORMAT_SCORES
+
+    @property
+    def regions(self) -> tuple[tuple[Box | None, Points | None], ...]:
+        """The (bbox, points) of each region that the segmenter draws."""
+        return ((self.bbox, self.points),)
 
 
-def write_answer(bbox, points) -> str:
-    """The answer block that `parse_answer` reads, of numbers or, as a prompt's example, of their names."""
-    lists = [", ".join(map(str, values)) for values in (bbox, *points)]
-    fields = ", ".join(f'"{key}": [{values}]' for key, values in zip(KEYS, lists, strict=True))
-    return f"<answer>{{{fields}}}</answer>"
+def write_answer(bbox: Box | tuple[str, ...], points: Points | tuple[tuple[str, ...], ...]) -> str:
+    """The answer block that `parse_answer` reads.
+
+    It is made of numbers or, as the example in a prompt, of their names ("x1", "y1", …).
+    ValueError unless there are two points."""
+    fields = []
+    for key, values in zip(KEYS, (bbox, *points), strict=True):
+        numbers = ", ".join(str(value) for value in values)
+        fields.append(f'"{key}": [{numbers}]')
+    return "<answer>{" + ", ".join(fields) + "}</answer>"
 
 
-def parse_answer(text: str, official: bool = False) -> Answer:
-    """Read <think>…</think> <answer>{"bbox": [4], "points_1": [2], "points_2": [2]}</answer> in linear time;
-    single quotes and a ```json fence do, too. official: as released, see 4, 5 and 8 above."""
-    think, body, fields = answer_fields(text, official)
-    return (
-        Answer(think, None, None, "no answer block")
-        if body is None
-        else _read_fields(think, fields, official)
-    )
+def parse_answer(text: str) -> Answer:
+    """Read <think>…</think> <answer>{"bbox": [4], "points_1": [2], "points_2": [2]}</answer>.
+
+    Single quotes and a ```json fence around the object are also accepted. No text raises an error,
+    and the time is linear in its length."""
+    think, body, fields = answer_fields(text)
+    if body is None:
+        return Answer(think, None, None, "no answer block")
+    if fields is None:
+        return Answer(think, None, None, "answer is not a JSON object")
+    box = read_box(fields)
+    points = read_points(fields)
+    return Answer(think, box, points, problem_of(fields, box, points))
 
 
-def answer_fields(text: str, official: bool = False) -> tuple[str | None, str | None, dict | None]:
-    """(inside the think block, inside the answer block, the JSON object there), None where there is none."""
-    _, think, rest = _split(text, "<think>", "</think>")
-    _, inside, _ = _split(text if official else rest, "<answer>", "</answer>")
-    if inside is None:
+def answer_fields(text: str) -> tuple[str | None, str | None, dict | None]:
+    """What is inside the think block, inside the answer block, and the JSON object there.
+
+    Each is None where there is none. The answer is looked for after </think>, so that a draft of an
+    answer in the thoughts does not count."""
+    _, think, rest = split_block(text, "<think>", "</think>")
+    _, body, _ = split_block(rest, "<answer>", "</answer>")
+    if body is None:
         return think, None, None
-    body = (
-        inside
-        if official
-        else inside.strip().removeprefix("```json").removeprefix("```").removesuffix("```")
-    )
-    fields = _load_object(body) or _load_object(body.replace("'", '"'))  # the released prompt has '
-    return think, inside, fields
+    unfenced = body.strip().removeprefix("```json").removeprefix("```").removesuffix("```")
+    return think, body, load_object(unfenced)
 
 
-def _split(text: str, opening: str, closing: str) -> tuple[str, str | None, str]:
-    """(before, inside, after) the first opening…closing, or (text, None, text) if there is no such block."""
+def split_block(text: str, opening: str, closing: str) -> tuple[str, str | None, str]:
+    """The text before, inside and after the first block. Without a block: (text, None, text)."""
     before, opened, rest = text.partition(opening)
     inside, closed, after = rest.partition(closing)
-    return (before, inside, after) if opened and closed else (text, None, text)
+    if not opened or not closed:
+        return text, None, text
+    return before, inside, after
 
 
-def _load_object(body: str) -> dict | None:
+def load_object(body: str) -> dict | None:
+    """The object in a text, with double quotes or, as in the released prompt, single ones."""
+    fields = load_json_object(body)
+    if fields is None:
+        fields = load_json_object(body.replace("'", '"'))
+    return fields
+
+
+def load_json_object(body: str) -> dict | None:
+    """The JSON object in a text, or None. Each of its numbers is a float."""
     try:
-        value = json.loads(
-            body, parse_int=float
-        )  # int() refuses 10,000 digits, float() makes them inf
+        # int() raises an error for 5,000 digits; float() makes them inf
+        value = json.loads(body, parse_int=float)
     except (json.JSONDecodeError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 
 
-def _read_fields(think: str | None, fields: dict | None, official: bool) -> Answer:
-    if fields is None:
-        return Answer(think, None, None, "answer is not a JSON object")
-    box = _finite_list(fields.get("bbox"), 4)
-    if box and not official and not (box[0] < box[2] and box[1] < box[3]):
-        box = None
-    points = tuple(_finite_list(fields.get(key), 2) for key in KEYS[1:])
-    points = None if None in points else points
-    malformed = " and ".join(
-        name for name, value in (("box", box), ("points", points)) if value is None
-    )
-    problem = (
-        "a key is missing"
-        if not fields.keys() >= set(KEYS)
-        else malformed and f"{malformed} malformed"
-    )
-    return Answer(think, box, points, problem)
+def read_box(fields: dict) -> Box | None:
+    """The box in an answer's object: four finite numbers, x1 < x2 and y1 < y2. Otherwise None."""
+    box = read_numbers(fields, "bbox", 4)
+    if box is None:
+        return None
+    x1, y1, x2, y2 = box
+    return box if x1 < x2 and y1 < y2 else None
 
 
-def _finite_list(value: object, count: int) -> tuple[float, ...] | None:
-    """A list of `count` finite numbers as a tuple; None for NaN, Infinity, 1e999, true, text, nesting."""
-    is_list = isinstance(value, list) and len(value) == count
-    return (
-        tuple(value)
-        if is_list and all(isinstance(v, float) and math.isfinite(v) for v in value)
-        else None
-    )
+def read_points(fields: dict) -> Points | None:
+    """The key points in an answer's object: two finite numbers each. Otherwise None."""
+    points = tuple(read_numbers(fields, key, 2) for key in KEYS[1:])
+    return None if None in points else points
+
+
+def read_numbers(fields: dict, key: str, count: int) -> tuple[float, ...] | None:
+    """The list of `count` finite numbers under a key, as a tuple. Otherwise None.
+
+    NaN, Infinity, 1e999, true, text and nested lists are no finite numbers."""
+    values = fields.get(key)
+    if not isinstance(values, list) or len(values) != count:
+        return None
+    for value in values:
+        # every JSON number was read as a float, and true is no float
+        if not isinstance(value, float) or not math.isfinite(value):
+            return None
+    return tuple(values)
+
+
+def problem_of(fields: dict, box: Box | None, points: Points | None) -> str:
+    """What is wrong with an answer's object, given what could be read from it; "" if nothing is."""
+    if any(key not in fields for key in KEYS):
+        return "a key is missing"
+    if box is None and points is None:
+        return "box and points malformed"
+    if box is None:
+        return "box malformed"
+    if points is None:
+        return "points malformed"
+    return ""
+
+
+# ---------------------------------------------------------------- the terms
+
+
+def reward_terms(
+    text: str, gt_box: Box, gt_points: Points, size: tuple[int, int] | None = None
+) -> Terms:
+    """Every term of one completion, each in [0, 1]. What could not be read earns 0, and only that.
+
+    size: (width, height) of the image in the frame of the coordinates. The paper's lengths (10 px,
+    100 px, "+1") are meant for a canvas of 840 x 840, and with a size they are scaled to the image.
+    Points as far apart as the true ones are far enough then. Without a size nothing is scaled."""
+    answer = parse_answer(text)
+
+    # Without a box its terms are 0, and the true box stands in to give their names.
+    box = answer.bbox or gt_box
+    of_box = gated(box_terms(box, gt_box), box_gates(box, gt_box, gt_points))
+    if answer.bbox is None:
+        of_box = dict.fromkeys(of_box, 0.0)
+
+    points = answer.points or gt_points
+    gates = point_gates(points, gt_box, gt_points, size)
+    of_points = gated(point_terms(points, gt_box, gt_points), gates)
+    if answer.points is None:
+        of_points = dict.fromkeys(of_points, 0.0)
+
+    return {
+        "think_format": think_format(answer.think),
+        "answer_format": ANSWER_FORMAT_SCORES[answer.problem],
+        **of_box,
+        **of_points,
+        **base_terms(text, answer, gt_box, gt_points, size),
+    }
+
+
+def think_format(think: str | None) -> float:
+    """0 without a think block, 0.2 for a blank one, otherwise 1."""
+    if think is None:
+        return 0.0
+    if not think.strip():
+        return 0.2
+    return 1.0
+
+
+def box_terms(box: Box, gt_box: Box) -> Terms:
+    """The terms of a box, before the gates."""
+    offset = mean_l1(box, gt_box) / box_diagonal(gt_box)
+    scale = scale_error(box, gt_box)
+    return {
+        "box_iou": smooth_log(box_iou(box, gt_box)),
+        "box_align": smooth_exp(min(offset, 2.0), k=3, c=1, v_max=2),
+        "box_scale": smooth_exp(min(scale, 1.0), k=3, c=0.5, v_max=1),
+    }
+
+
+def box_gates(box: Box, gt_box: Box, gt_points: Points) -> tuple[float, float]:
+    """V1, halved for each true point outside B, and V2, halved unless A*/2 < A < 2A*."""
+    area = math.prod(box_size(box))
+    gt_area = math.prod(box_size(gt_box))
+    v1 = 0.5 ** count_outside(gt_points, box)
+    v2 = 1.0 if 0.5 * gt_area < area < 2 * gt_area else 0.5
+    return v1, v2
+
+
+def point_terms(points: Points, gt_box: Box, gt_points: Points) -> Terms:
+    """The terms of the key points, before the gates."""
+    offset = matched_error(points, gt_points, mean_l1) / box_diagonal(gt_box)
+    cosine = line_cosine(points, gt_points)
+    return {
+        "point_dice": smooth_log(point_dice(points, gt_points, pad=EPS)),
+        "point_align": smooth_exp(min(offset, 2.0), k=3, c=1, v_max=2),
+        "point_angle": smooth_log(cosine),
+    }
+
+
+def point_gates(
+    points: Points, gt_box: Box, gt_points: Points, size: tuple[int, int] | None
+) -> tuple[float, float]:
+    """V1, halved for each predicted point outside B*, and V2, halved unless they are far apart.
+
+    Far apart is more than 10 px: the answer has two points, not one point twice."""
+    v1 = 0.5 ** count_outside(points, gt_box)
+    apart = math.dist(*points)
+    far_apart = apart > 10 * canvas_pixel(size)
+    if size is not None and apart >= math.dist(*gt_points):
+        far_apart = True
+    v2 = 1.0 if far_apart else 0.5
+    return v1, v2
+
+
+def gated(terms: Terms, gates: tuple[float, float]) -> Terms:
+    """R' = R (0.7 + 0.3 (V1 + V2) / 2) of every term, kept in [0, 1]."""
+    v1, v2 = gates
+    found = {}
+    for name, r in terms.items():
+        value = 0.7 * r + 0.3 * r * (v1 + v2) / 2
+        found[name] = min(1.0, max(0.0, value))
+    return found
+
+
+def base_terms(
+    text: str, answer: Answer, gt_box: Box, gt_points: Points, size: tuple[int, int] | None
+) -> Terms:
+    """Seg-Zero's five binary terms (arXiv 2503.06520), which the paper compares with."""
+    pixel = canvas_pixel(size)
+    box = answer.bbox
+    points = answer.points
+    overlaps = False
+    edges_are_near = False
+    points_are_near = False
+    if box is not None:
+        # here x2 and y2 are the last pixels inside: from 0 to 9 are ten pixels
+        overlaps = box_iou(widened(box, pixel), widened(gt_box, pixel)) > 0.5
+        edges_are_near = mean_l1(box, gt_box) < 10 * pixel
+    if box is not None and points is not None and count_outside(points, box) == 0:
+        points_are_near = matched_error(points, gt_points, math.dist) < 100 * pixel
+    return {
+        "base_think": float(is_think_then_answer(text)),
+        "base_answer": float(answer.problem == ""),
+        "base_iou": float(overlaps),
+        "base_box_l1": float(edges_are_near),
+        "base_points": float(points_are_near),
+    }
+
+
+def is_think_then_answer(text: str) -> bool:
+    """Whether a completion is a think block and then an answer block, and nothing else."""
+    before, think, rest = split_block(text, "<think>", "</think>")
+    between, body, after = split_block(rest, "<answer>", "</answer>")
+    if think is None or body is None:
+        return False
+    outside = before + between + after
+    return not outside.strip()
+
+
+def widened(box: Box, pixel: float) -> Box:
+    """A box with its right and lower edges one pixel further out."""
+    x1, y1, x2, y2 = box
+    return x1, y1, x2 + pixel, y2 + pixel
+
+
+# ---------------------------------------------------------------- the reward
+
+
+def total_reward(terms: Terms, mode: str, coefficients: Terms | None = None) -> float:
+    """The sum of a mode's terms.
+
+    A coefficient multiplies its term, and adds the term if the mode lacks it.
+    ValueError for an unknown mode or term, and for a coefficient that is not finite."""
+    factors = mode_coefficients(mode, coefficients, known=terms)
+    return sum(factor * terms[name] for name, factor in factors.items())
+
+
+def reward_formula(mode: str, coefficients: Terms | None = None) -> tuple[str, float]:
+    """What is summed, and the most that it can be.
+
+    For example ("think_format + answer_format + 3 box_iou + point_dice", 6.0).
+    ValueError as in total_reward."""
+    factors = mode_coefficients(mode, coefficients, known=term_names())
+    summands = []
+    for name, factor in factors.items():
+        if factor == 1:
+            summands.append(name)
+        elif factor != 0:
+            summands.append(f"{factor:g} {name}")
+    text = " + ".join(summands).replace("+ -", "- ")
+    maximum = sum(max(0.0, factor) for factor in factors.values())
+    return text or "0", float(maximum)
+
+
+def mode_coefficients(mode: str, coefficients: Terms | None, known: Collection[str]) -> Terms:
+    """The coefficient of every term that is summed. It is 1 where none is given.
+
+    known: the names of all terms that exist.
+    ValueError for an unknown mode or term, and for a coefficient that is not finite."""
+    if mode not in MODES:
+        raise ValueError(f"unknown reward mode {mode!r}; known: {', '.join(MODES)}")
+    factors = dict.fromkeys(MODES[mode], 1.0)
+    factors.update(coefficients or {})
+    unknown = sorted(name for name in factors if name not in known)
+    if unknown:
+        raise ValueError(f"unknown reward term {', '.join(unknown)}; known: {', '.join(known)}")
+    for name, factor in factors.items():
+        if not math.isfinite(factor):
+            raise ValueError(f"reward term {name}: its coefficient {factor} is not a finite number")
+    return factors
+
+
+def term_names() -> tuple[str, ...]:
+    """The names of all terms. Even an empty completion has all of them but PIXEL_TERMS."""
+    terms = reward_terms("", gt_box=(0, 0, 1, 1), gt_points=((0, 0), (1, 1)))
+    return (*terms, *PIXEL_TERMS)
+
+
+def parse_coefficients(text: str) -> Terms:
+    """The flag --coefficients: "box_iou=2,mask_dice=1" gives {"box_iou": 2.0, "mask_dice": 1.0}.
+
+    ValueError for what is not term=number, for an unknown term and for an infinite number."""
+    coefficients = {}
+    for item in text.split(","):
+        if not item:
+            continue
+        name, _, number = item.partition("=")
+        try:
+            coefficients[name.strip()] = float(number)
+        except ValueError:
+            raise ValueError(
+                f"--coefficients {text}: give term=number, separated by commas"
+            ) from None
+    try:
+        mode_coefficients("soft", coefficients, known=term_names())
+    except ValueError as error:
+        raise ValueError(f"--coefficients {text}: {error}") from None
+    return coefficients
+
+
+# ---------------------------------------------------------------- smoothing and geometry
 
 
 def smooth_log(v: float, k: float = 3) -> float:
-    """S_log = 0.9 ln(kv + 1) / ln(k + 1) + 0.1, from S(0) = 0.1, as an attempt beats no answer, to S(1) = 1 exactly."""
+    """S_log = 0.9 ln(kv + 1) / ln(k + 1) + 0.1, rising from S(0) = 0.1 to S(1) = 1 exactly.
+
+    It starts above 0, as an attempt beats no answer."""
     return 0.9 * (math.log(k * v + 1) / math.log(k + 1)) + 0.1
 
 
 def smooth_exp(v: float, k: float, c: float, v_max: float) -> float:
-    """S_exp = 0.9 (σ(v) - σ(v_max)) / (σ(0) - σ(v_max)) + 0.1 with σ(t) = 1 / (1 + e^{k(t - c)}), falling."""
-    start, here, end = (
-        1 / (1 + math.exp(k * (t - c))) for t in (0, v, v_max)
-    )  # σ(0), σ(v), σ(v_max)
-    return 0.9 * ((here - end) / (start - end)) + 0.1
+    """S_exp = 0.9 (σ(v) - σ(v_max)) / (σ(0) - σ(v_max)) + 0.1, falling from 1 to S(v_max) = 0.1.
+
+    Here σ(t) = 1 / (1 + e^{k(t - c)})."""
+    at_zero = 1 / (1 + math.exp(k * (0 - c)))
+    at_v = 1 / (1 + math.exp(k * (v - c)))
+    at_end = 1 / (1 + math.exp(k * (v_max - c)))
+    return 0.9 * ((at_v - at_end) / (at_zero - at_end)) + 0.1
+
+
+def box_size(box: Box) -> tuple[float, float]:
+    """Width and height of a box."""
+    x1, y1, x2, y2 = box
+    return x2 - x1, y2 - y1
+
+
+def box_diagonal(box: Box) -> float:
+    """The length of a box's diagonal, at least EPS, as it is divided by."""
+    width, height = box_size(box)
+    return max(math.hypot(width, height), EPS)
 
 
 def box_iou(a: Box, b: Box) -> float:
-    """Intersection over union I / U, in [0, 1]; an area is (x2 - x1)(y2 - y1), without any "+1"."""
+    """Intersection over union I / U, in [0, 1]. An area is (x2 - x1)(y2 - y1), without any "+1"."""
     overlap_x = max(0.0, min(a[2], b[2]) - max(a[0], b[0]))
     overlap_y = max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
     intersection = overlap_x * overlap_y
-    union = math.prod(_size(a)) + math.prod(_size(b)) - intersection
-    return min(1.0, intersection / max(union, EPS)) if intersection else 0.0
-
-
-def point_dice(p: Points, g: Points, official: bool = False, pad: float = 0.0) -> float:
-    """Dice 2I / (A + A*), in [0, 1], of the circles that have the two points farthest apart as diameters;
-    official: 2I / U, in [0, 2]. `pad` (px) widens both radii: coinciding points have a circle, too."""
-    p, g = _pairs(p)[-1], _pairs(g)[-1]
-    r, s = math.dist(*p) / 2 + pad, math.dist(*g) / 2 + pad
-    d = math.dist(
-        *(((a[0] + b[0]) / 2, (a[1] + b[1]) / 2) for a, b in (p, g))
-    )  # between the centres
-    area_p, area_g = math.pi * r * r, math.pi * s * s
-    intersection = min(area_p, area_g)
-    if d >= r + s or not intersection:
+    if intersection == 0:
         return 0.0
-    if d > abs(
-        r - s
-    ):  # a lens: a sector of either circle, less the kite of the centres and the two crossings
-        kite = (
-            math.sqrt((r + s - d) * (d + (r - s)) * (d - (r - s)) * (d + r + s)) / 2
-        )  # its area, by Heron
-        alpha, beta = (
-            math.atan2(2 * kite, d * d + r * r - s * s),
-            math.atan2(2 * kite, d * d + s * s - r * r),
-        )
-        intersection = max(0.0, min(intersection, r * r * alpha + s * s * beta - kite))
-    return (
-        2 * intersection / (area_p + area_g - intersection + EPS if official else area_p + area_g)
-    )
+    union = math.prod(box_size(a)) + math.prod(box_size(b)) - intersection
+    return min(1.0, intersection / max(union, EPS))
 
 
-def _size(box: Box) -> tuple[float, float]:
-    return box[2] - box[0], box[3] - box[1]
+def point_dice(p: Points, g: Points, pad: float = 0.0) -> float:
+    """pDice: Dice 2I / (A + A*), in [0, 1], of the circles that have P1P2 and G1G2 as diameters.
+
+    `pad` widens both radii by as many pixels, so that points that coincide also have a circle."""
+    area_p, area_g, intersection = circle_areas(p, g, pad)
+    if intersection == 0:
+        return 0.0
+    return 2 * intersection / (area_p + area_g)
 
 
-def _count_outside(points: Points, box: Box) -> int:
-    return sum(not (box[0] <= x <= box[2] and box[1] <= y <= box[3]) for x, y in points)
+def point_dice_published(p: Points, g: Points, pad: float = 0.0) -> float:
+    """pDice as in the paper's tables: 2I / U, in [0, 2], twice the circles' Jaccard index."""
+    area_p, area_g, intersection = circle_areas(p, g, pad)
+    if intersection == 0:
+        return 0.0
+    return 2 * intersection / (area_p + area_g - intersection + EPS)
 
 
-def _pairs(points: Points) -> list[tuple[Point, Point]]:
-    """Every two of the points, from the closest pair to the farthest."""
-    return sorted(combinations(points, 2), key=lambda pair: math.dist(*pair))
+def circle_areas(p: Points, g: Points, pad: float) -> tuple[float, float, float]:
+    """The areas of the circles of two pairs of points, and the area that both circles share."""
+    centre_p, radius_p = circle(p)
+    centre_g, radius_g = circle(g)
+    r = radius_p + pad
+    s = radius_g + pad
+    d = math.dist(centre_p, centre_g)
+    return disc_area(r), disc_area(s), lens_area(r, s, d)
 
 
-def _mean_l1(a: Box | Point, b: Box | Point) -> float:
+def circle(points: Points) -> tuple[Point, float]:
+    """Centre and radius of the circle that has the line between two points as its diameter."""
+    (x1, y1), (x2, y2) = points
+    centre = ((x1 + x2) / 2, (y1 + y2) / 2)
+    return centre, math.dist(*points) / 2
+
+
+def disc_area(radius: float) -> float:
+    """The area inside a circle."""
+    return math.pi * radius * radius
+
+
+def lens_area(r: float, s: float, d: float) -> float:
+    """The area that two circles of the radii r and s share whose centres are d apart."""
+    smaller_disc = min(disc_area(r), disc_area(s))
+    if d >= r + s:  # they are apart
+        return 0.0
+    if d <= abs(r - s):  # one lies inside the other
+        return smaller_disc
+    # The circles cross in two points. The lens is a sector of either circle, less the kite of the
+    # two centres and the two crossings. The kite is twice a triangle of the sides r, s, d (Heron).
+    kite = math.sqrt((r + s - d) * (d + (r - s)) * (d - (r - s)) * (d + r + s)) / 2
+    half_angle_r = math.atan2(2 * kite, d * d + r * r - s * s)
+    half_angle_s = math.atan2(2 * kite, d * d + s * s - r * r)
+    lens = r * r * half_angle_r + s * s * half_angle_s - kite
+    return max(0.0, min(smaller_disc, lens))
+
+
+def line_cosine(p: Points, g: Points) -> float:
+    """|cos| of the angle between the lines P1P2 and G1G2.
+
+    Points that coincide have no direction, and the result is 0."""
+    if p[0] == p[1] or g[0] == g[1]:
+        return 0.0
+    return abs(math.cos(direction(p) - direction(g)))
+
+
+def direction(points: Points) -> float:
+    """The angle of the line from the first point to the second, in radians."""
+    (x1, y1), (x2, y2) = points
+    return math.atan2(y2 - y1, x2 - x1)
+
+
+def count_outside(points: Points, box: Box) -> int:
+    """How many of the points lie outside a box. The edges belong to the box."""
+    x1, y1, x2, y2 = box
+    inside = [x1 <= x <= x2 and y1 <= y <= y2 for x, y in points]
+    return inside.count(False)
+
+
+def mean_l1(a: Box | Point, b: Box | Point) -> float:
+    """The mean absolute difference of the coordinates of two boxes or of two points."""
     return sum(abs(p - q) for p, q in zip(a, b)) / len(a)
 
 
-def _matched_error(p: Points, g: Points, distance: Callable[[Point, Point], float]) -> float:
-    """Mean distance of the points from their true ones, in the best of all pairings."""
-    return min(sum(map(distance, order, g)) for order in permutations(p)) / len(p)
+def matched_error(p: Points, g: Points, distance: Callable[[Point, Point], float]) -> float:
+    """The mean distance of the points from their true ones, in the better of the two pairings."""
+    straight = distance(p[0], g[0]) + distance(p[1], g[1])
+    crossed = distance(p[1], g[0]) + distance(p[0], g[1])
+    return min(straight, crossed) / 2
 
 
-def reward_terms(
-    text: str,
-    gt_box: Box,
-    gt_points: Points,
-    official: bool = False,
-    frame: tuple[int, int] | None = None,
-) -> Terms:
-    """Every term of one completion, each in [0, 1]; what could not be read earns 0, and only that.
-    frame: (width, height) of the frame of the coordinates, see 9 and 10 above; None: the 840 canvas."""
-    answer, frame = parse_answer(text, official), None if official else frame
-    pixel = math.sqrt(math.prod(frame)) / 840 if frame else 1.0  # one pixel of the canvas, in ours
-    enough = math.dist(*_pairs(gt_points)[0]) if frame else math.inf
-    box_terms = _box_terms(answer.bbox or gt_box, gt_box, gt_points, official)
-    point_terms = _point_terms(
-        answer.points or gt_points, gt_box, gt_points, official, pixel, enough
-    )
-    return {
-        "think_format": 0.0 if answer.think is None else 1.0 if answer.think.strip() else 0.2,
-        "answer_format": ANSWER_FORMAT[answer.problem],
-        **(box_terms if answer.bbox else dict.fromkeys(box_terms, 0.0)),
-        **(point_terms if answer.points else dict.fromkeys(point_terms, 0.0)),
-        **_base_terms(text, answer, gt_box, gt_points, official, pixel),
-    }
+def scale_error(box: Box, gt_box: Box) -> float:
+    """sqrt(ln(A/A*)² + ln(r/r*)²), where r = w/h: how far a box is from the true area and shape.
+
+    With a = ln(w/w*) and b = ln(h/h*), ln(A/A*) is a + b and ln(r/r*) is a - b, so the root is
+    sqrt(2) sqrt(a² + b²). Written so, no product of sides can overflow."""
+    width, height = box_size(box)
+    gt_width, gt_height = box_size(gt_box)
+    a = math.log(max(width, EPS)) - math.log(max(gt_width, EPS))
+    b = math.log(max(height, EPS)) - math.log(max(gt_height, EPS))
+    return math.sqrt(2) * math.hypot(a, b)
 
 
-def _box_terms(box: Box, gt_box: Box, gt_points: Points, official: bool) -> Terms:
-    (w, h), (gt_w, gt_h) = _size(box), _size(gt_box)
-    offset = _mean_l1(box, gt_box) / max(
-        math.hypot(gt_w, gt_h), EPS
-    )  # d = mean |edge - edge*| / diag*
-    # d = sqrt(ln(A/A*)² + ln(r/r*)²) with r = w/h is sqrt(2) sqrt(a² + b²) with a = ln(w/w*) and b = ln(h/h*)
-    a, b = (
-        math.log(max(side, EPS)) - math.log(max(true, EPS)) for side, true in ((w, gt_w), (h, gt_h))
-    )
-    scale = math.sqrt(2) * math.hypot(a, b)
-    v1 = 0.5 ** _count_outside(gt_points, box)  # the true points are in B
-    v2 = 1.0 if 0.5 * gt_w * gt_h < w * h < 2 * gt_w * gt_h else 0.5  # A*/2 < A < 2A*
-    return _gated(
-        {
-            "box_iou": smooth_log(box_iou(box, gt_box)),
-            "box_align": smooth_exp(min(offset, 2.0), k=3, c=1, v_max=2),
-            "box_scale": smooth_exp(min(scale, 1.0), k=3, c=0.5, v_max=2 if official else 1),
-        },
-        v1,
-        v2,
-        official,
-    )
+def canvas_pixel(size: tuple[int, int] | None) -> float:
+    """The length that one pixel of the 840 x 840 canvas has in an image of this (width, height).
 
-
-def _point_terms(
-    points: Points, gt_box: Box, gt_points: Points, official: bool, pixel: float, enough: float
-) -> Terms:
-    offset = _matched_error(points, gt_points, _mean_l1) / max(math.hypot(*_size(gt_box)), EPS)
-    # |cos| of the angle between the lines P1P2 and G1G2; points that coincide have no direction
-    (ux, uy), (vx, vy) = (
-        (b[0] - a[0], b[1] - a[1]) for a, b in (_pairs(points)[-1], _pairs(gt_points)[-1])
-    )
-    directed = (ux or uy) and (vx or vy)
-    cosine = abs(math.cos(math.atan2(uy, ux) - math.atan2(vy, vx))) if directed else 0.0
-    v1 = 0.5 ** _count_outside(points, gt_box)  # P1 and P2 are in B*
-    apart = math.dist(*_pairs(points)[0])
-    v2 = 1.0 if apart > 10 * pixel or apart >= enough else 0.5  # two points, not one said twice
-    return _gated(
-        {
-            "point_dice": smooth_log(point_dice(points, gt_points, official, pad=EPS)),
-            "point_align": smooth_exp(min(offset, 2.0), k=3, c=1, v_max=2),
-            "point_angle": smooth_log(cosine),
-        },
-        v1,
-        v2,
-        official,
-    )
-
-
-def _gated(terms: Terms, v1: float, v2: float, official: bool) -> Terms:
-    """R' = R (0.7 + 0.3 (V1 + V2)/2), in [0, 1] (multiplied out: released 0.1 · 0.8125 rounds down to 0.0812)."""
-    gated = {
-        name: min(1.0, max(0.0, 0.7 * r + 0.3 * r * (v1 + v2) / 2)) for name, r in terms.items()
-    }
-    return {name: round(r, 4) for name, r in gated.items()} if official else gated
-
-
-def _base_terms(
-    text: str, answer: Answer, gt_box: Box, gt_points: Points, official: bool, pixel: float
-) -> Terms:
-    """Seg-Zero's five binary terms (arXiv 2503.06520), which the paper compares with."""
-    before, think, rest = _split(text, "<think>", "</think>")
-    between, body, after = _split(rest, "<answer>", "</answer>")
-    nothing_else = think is not None and body is not None and not (before + between + after).strip()
-    if official:
-        answer = _read_fields(
-            think, _load_object("{" + (_split(text, "{", "}")[1] or "") + "}"), official
-        )
-    box, points, iou, l1, near = answer.bbox, answer.points, False, False, False
-    if box and not official:
-        wide, gt_wide = (
-            (*b[:2], b[2] + pixel, b[3] + pixel) for b in (box, gt_box)
-        )  # 0..9: ten pixels
-        iou, l1 = box_iou(wide, gt_wide) > 0.5, _mean_l1(box, gt_box) < 10 * pixel
-    if box and points and _matched_error(points, gt_points, math.dist) < 100 * pixel:
-        near = not _count_outside(
-            [(int(x), int(y)) for x, y in points] if official else points, box
-        )
-    return dict(zip(MODES["base"], map(float, (nothing_else, answer.problem == "", iou, l1, near))))
-
-
-def total_reward(terms: Terms, mode: str, weights: Terms | None = None) -> float:
-    """The sum of a mode's terms. A weight multiplies its term, and switches it on if the mode lacks it.
-    ValueError for an unknown mode or term, and for a weight that is not finite."""
-    if mode not in MODES:
-        raise ValueError(f"unknown reward mode {mode!r}; known: {', '.join(MODES)}")
-    factors = dict.fromkeys(MODES[mode], 1.0) | (weights or {})
-    if wrong := sorted(
-        name for name, w in factors.items() if name not in terms or not math.isfinite(w)
-    ):
-        raise ValueError(
-            f"reward term {', '.join(wrong)}: not known or no finite weight; known: {', '.join(terms)}"
-        )
-    return sum(factor * terms[name] for name, factor in factors.items())
-
-
-def reward_formula(mode: str, weights: Terms | None = None) -> tuple[str, float]:
-    """What is summed and the most it can be: ("think_format + answer_format + 3 box_iou + point_dice", 6.0).
-    ValueError as in total_reward."""
-    total_reward(
-        reward_terms("", (0, 0, 1, 1), ((0, 0),) * KEY_POINTS) | {"mask_dice": 0.0}, mode, weights
-    )
-    used = {name: w for name, w in (dict.fromkeys(MODES[mode], 1.0) | (weights or {})).items() if w}
-    text = " + ".join(name if w == 1 else f"{w:g} {name}" for name, w in used.items())
-    return text.replace("+ -", "- ") or "0", float(sum(max(0.0, w) for w in used.values()))
+    It is 1 without a size: the image is the canvas."""
+    if size is None:
+        return 1.0
+    return math.sqrt(math.prod(size)) / CANVAS
