@@ -287,8 +287,9 @@ TOP_ENTROPY = Patch(
             """\
         bound = -math.inf
         if cfg.top_entropy < 1:
-            groups = zip(pack.groups, pack.rows, scored)
-            written = [h[group.token_weights[rows] > 0] for group, rows, (_, h) in groups]
+            written = []
+            for group, rows, (_, h) in zip(pack.groups, pack.rows, scored):
+                written += [h[i, :n] for i, n in enumerate(group.lengths[rows].tolist())]
             bound = torch.cat(written).quantile(1 - cfg.top_entropy)
 """,
         ),
