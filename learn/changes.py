@@ -139,7 +139,7 @@ RLOO = Patch(
     why="A baseline that does not contain the completion itself leaves the gradient unbiased.",
     equation="A_i = r_i - 1 / (G - 1) sum_{j != i} r_j",
     use="--norm loo --minibatches 1 --dual-clip 0",
-    paper="arXiv 2402.14740, section 2.2",
+    paper="arXiv 2402.14740",
 )
 
 MAXRL = Patch(
@@ -196,7 +196,7 @@ def gdpo_advantages(terms: torch.Tensor, coefficients: Sequence[float]) -> torch
 """,
         ),
     ),
-    why="A term that varies little, as IoU does once the format is right, is not drowned.",
+    why="Every term moves the policy, also one that varies little beside the others.",
     equation=(
         "S_i = sum_k c_k (r_ki - mean(r_k)) / std(r_k)          over the group\n"
         "A_i = (S_i - mean(S)) / (std(S) + eps)                 over the step"
@@ -310,7 +310,7 @@ TOP_ENTROPY = Patch(
     ),
     equation="L = - sum_t w_t [H_t >= quantile_{1 - share}(H)] min(rho A, clip(rho) A)",
     use="--top-entropy 0.2 --kl-coef 0",
-    paper="arXiv 2506.01939, section 5",
+    paper="arXiv 2506.01939",
 )
 
 
@@ -350,7 +350,7 @@ CISPO = Patch(
     why="A rare token that has risen beyond the bound keeps its gradient instead of losing it.",
     equation="L = - sum_t w_t sg(clip(rho, 1 - c, 1 + c')) A log pi(t)       sg: no gradient",
     use="--cispo --agg token --clip-low 1 --clip-high 4 --kl-coef 0",
-    paper="arXiv 2506.13585, equations 4 and 5",
+    paper="arXiv 2506.13585",
 )
 
 SAPO = Patch(
@@ -445,7 +445,7 @@ KL_ABS = Patch(
 """,
         ),
     ),
-    why="It shows where estimators are: this one pulls equally hard at any distance.",
+    why="It shows where the estimators are. This one pulls equally hard at any distance.",
     equation="K = |log(pi_ref/pi)|",
     use="--kl abs",
 )
@@ -721,7 +721,7 @@ def page() -> str:
 
 def section(patch: Patch) -> str:
     """Returns the part of CHANGES.md that shows a patch."""
-    parts = [f"\n### {patch.title}\n", patch.why]
+    parts = [f"\n### {patch.title}", patch.why]
     if patch.paper:
         parts.append(f"Source: {patch.paper}.")
     if patch.equation:
