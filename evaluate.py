@@ -37,6 +37,7 @@ from runtime.cli import exit_on, flag, parse_args, print0, use_embedded
 from runtime.files import parse_object, read_jsonl, read_text, write_whole
 from runtime.parallel import Ranks
 from runtime.pictures import Picture, grid
+from runtime.pretrained import file_of
 from runtime.run import Run
 from sampling import sample
 
@@ -288,29 +289,46 @@ def in_order(rows: list[dict], n: int, out: Path) -> list[dict]:
     return rows
 
 
-def fingerprint(cfg: Config, examples: Examples) -> str:
-    """Returns a digest of the weights and of the data: other ones under the same path are other
-    questions to another model."""
+def checkpoint_files(crm: str) -> list[Path]:
+    """Returns the files of a checkpoint, a folder or a hub name: weights, tokenizer, settings."""
+    config = file_of(crm, "config.json")
+    if config is None:
+        return []
+    return [file for file in sorted(config.parent.iterdir()) if file.is_file()]
+
+
+def fingerprint(files: Sequence[Path], examples: Examples) -> str:
+    """Returns a digest of files and of the data: other weights, questions, images or masks under
+    the same path are another evaluation."""
     digest = hashlib.blake2b(digest_size=12)
-    for file in sorted(Path(cfg.crm).glob("*.safetensors")):
-        with open(file, "rb") as opened:
-            digest.update(hashlib.file_digest(opened, "blake2b").digest())
+    for file in files:
+        add_file(digest, file)
     for row in examples.rows:
         parts = [row["id"], row["query"], row["bbox"], row["points"]]
         digest.update(json.dumps(parts, default=str).encode())
         for source in (row["image"], row["mask"]):
             if isinstance(source, Path):
-                digest.update(f"{source.name} {source.stat().st_size}".encode())
+                add_file(digest, source)
+            elif callable(source):  # of a parquet file or a scan
+                digest.update(source() or b"")
+            elif source is not None:
+                digest.update(source)
     return digest.hexdigest()
 
 
-def claim_folder(cfg: Config, examples: Examples, ranks: Ranks) -> None:
+def add_file(digest: Any, file: Path) -> None:
+    """Adds a file's content to a digest of hashlib."""
+    with open(file, "rb") as opened:
+        digest.update(hashlib.file_digest(opened, "blake2b").digest())
+
+
+def claim_folder(out: Path, config: dict[str, Any], ranks: Ranks) -> None:
     """Writes config.json into --out. ValueError where the folder holds something else: files that
-    no evaluation wrote, or an evaluation with other flags, weights or data."""
-    out = Path(cfg.out)
+    no evaluation wrote, or an evaluation with other flags, weights or data.
+
+    config: the flags and a "fingerprint"; only that of the main rank counts."""
     problem = ""
     if ranks.is_main:
-        config = asdict(cfg) | {"fingerprint": fingerprint(cfg, examples)}
         problem = why_not_ours(out, config)
         if not problem:
             out.mkdir(parents=True, exist_ok=True)
@@ -419,7 +437,10 @@ def evaluate(cfg: Config) -> None:
     asm = None
     if cfg.asm != "none":
         asm = load_asm(cfg.asm, ranks.device)
-    claim_folder(cfg, examples, ranks)
+    config = asdict(cfg)
+    if ranks.is_main:
+        config["fingerprint"] = fingerprint(checkpoint_files(cfg.crm), examples)
+    claim_folder(out, config, ranks)
     rows = from_model(cfg, examples, asm, ranks)
     if ranks.is_main:
         write_results(rows, examples, out)
