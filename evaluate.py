@@ -31,7 +31,7 @@ from tqdm import tqdm
 import metrics
 from asm import ASM, load_asm, overlay, segment_regions
 from crm import CRM, Group, load_crm
-from data import EMBEDDED, BadRow, Example, Examples, clip_to, load_prompt, load_samples
+from data import EMBEDDED, BadRow, Example, Examples, clip_to, load_samples
 from rewards import PIXEL_TERMS, total_reward
 from runtime.cli import exit_on, flag, parse_args, print0, use_embedded
 from runtime.files import parse_object, read_jsonl, read_text, write_whole
@@ -226,7 +226,9 @@ def add_masks(p: dict, example: Example, asm: ASM | None) -> dict:
 # ---------------------------------------------------------------- predictions of a CRM
 
 
-def from_model(cfg: Config, examples: Examples, asm: ASM | None, ranks: Ranks) -> list[dict]:
+def from_model(
+    cfg: Config, crm: CRM, examples: Examples, asm: ASM | None, ranks: Ranks
+) -> list[dict]:
     """Returns the CRM's predictions, one for each example, in order.
 
     Each rank appends its own to a file in --out, so that an interruption loses one batch at most.
@@ -238,7 +240,6 @@ def from_model(cfg: Config, examples: Examples, asm: ASM | None, ranks: Ranks) -
     left = [i for i in range(len(examples)) if i not in done]
     own = left[ranks.rank :: ranks.world]
     if own:
-        crm = load_crm(cfg.crm, ranks.device, ranks.dtype(cfg.dtype), cfg.prompt, cfg.resize)
         kinds = {"": (cfg.completions, temperature_of(cfg))}
         answered = ask(crm, examples, own, kinds, cfg.max_new_tokens, cfg.seed, cfg.batch)
         bar = tqdm(answered, total=len(own), disable=not ranks.is_main, ncols=100)
@@ -428,7 +429,6 @@ def evaluate(cfg: Config) -> None:
     start = time.perf_counter()
     ranks = Ranks.start()
     use_embedded(cfg, EMBEDDED)
-    load_prompt(cfg.prompt or "reasoning")  # a wrong one is an error before anything is written
     out = Path(cfg.out)
     examples = load_samples(cfg.data, cfg.split, cfg.skip_bad_rows)
     if cfg.limit:
@@ -437,11 +437,13 @@ def evaluate(cfg: Config) -> None:
     asm = None
     if cfg.asm != "none":
         asm = load_asm(cfg.asm, ranks.device)
+    # before anything is written: a checkpoint that does not load must not claim the folder
+    crm = load_crm(cfg.crm, ranks.device, ranks.dtype(cfg.dtype), cfg.prompt, cfg.resize)
     config = asdict(cfg)
     if ranks.is_main:
         config["fingerprint"] = fingerprint(checkpoint_files(cfg.crm), examples)
     claim_folder(out, config, ranks)
-    rows = from_model(cfg, examples, asm, ranks)
+    rows = from_model(cfg, crm, examples, asm, ranks)
     if ranks.is_main:
         write_results(rows, examples, out)
         for path in out.glob("part-*.jsonl"):
