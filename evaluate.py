@@ -324,16 +324,22 @@ def add_file(digest: Any, file: Path) -> None:
 
 
 def claim_folder(out: Path, config: dict[str, Any], ranks: Ranks) -> None:
-    """Writes config.json into --out. ValueError where the folder holds something else: files that
-    no evaluation wrote, or an evaluation with other flags, weights or data.
+    """Writes config.json into --out. Arguments and errors as in `check_folder`."""
+    check_folder(out, config, ranks)
+    if ranks.is_main:
+        out.mkdir(parents=True, exist_ok=True)
+        write_whole(out / "config.json", json.dumps(config, indent=2) + "\n")
+    ranks.wait()
+
+
+def check_folder(out: Path, config: dict[str, Any], ranks: Ranks) -> None:
+    """ValueError where --out holds something else: files that no evaluation wrote, or an evaluation
+    with other flags, weights or data.
 
     config: the flags and a "fingerprint"; only that of the main rank counts."""
     problem = ""
     if ranks.is_main:
         problem = why_not_ours(out, config)
-        if not problem:
-            out.mkdir(parents=True, exist_ok=True)
-            write_whole(out / "config.json", json.dumps(config, indent=2) + "\n")
     problems = [text for text in ranks.gather([problem]) if text]
     if problems:
         raise ValueError(f"--out {out}: {problems[0]}")
