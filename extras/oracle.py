@@ -1,7 +1,7 @@
 """Whose fault is a poor mask: the segmenter's, the prompt's, or the CRM's that wrote it?
 
     python -m extras.oracle --out eval/oracle             # true prompts to masks, without a CRM
-    python -m extras.oracle eval/demo --out eval/whose    # and the predictions that are in eval/demo
+    python -m extras.oracle eval/demo --out eval/whose    # and the predictions in eval/demo
 
 Each example is prompted with the truth in every geometry of `true_prompts`. D*(g) is the Dice of
 the mask from geometry g. D is the Dice from the box and two points that the CRM wrote:

@@ -27,7 +27,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -45,7 +44,7 @@ from data import (
     to_image,
 )
 from evaluate import add_masks, claim_folder, fingerprint, write_results
-from metrics import FEW, paired_interval, prediction, shown
+from metrics import FEW, paired_interval, prediction
 from rewards import Box, box_iou, parse_answer
 from runtime.cli import Parser, exit_on, print0, show_every_character, use_embedded
 from runtime.files import parse_object, read_text
