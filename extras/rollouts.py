@@ -24,13 +24,13 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from runtime.stats import spread
 
 from data import clip_to, load_splits
 from metrics import iou
 from rewards import MODES, parse_coefficients, reward_formula
 from runtime.cli import ROOT, Parser, exit_on, show_every_character
 from runtime.files import parse_object, read_jsonl, read_text, write_whole
+from runtime.stats import spread
 
 PAGE = Path(__file__).with_suffix(".html")
 SIDE = {"test": 640, "train": 400}  # pixels of the longer side of a picture
