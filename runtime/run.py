@@ -64,14 +64,11 @@ MAY_CHANGE = {
     "checkpointing",
     "pack_tokens",
     "micro_batch",
-    "cuda_graphs",
     "eval_every",
-    "eval_answers",
     "eval_limit",
     "save_every",
     "keep",
     "track",
-    "rollouts_every",
 }
 
 # A step without a finite gradient moves nothing, and the next may be fine. After so many in a row
