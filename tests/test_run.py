@@ -583,7 +583,7 @@ def test_rank_0_decides_whether_there_is_a_checkpoint(cfg, monkeypatch):
     monkeypatch.setattr(checkpoint, "checkpoints", lambda folder: {})
     second = Run(replace(cfg, resume="auto"), ranks)
     assert second.checkpoint == run.folder / "step_000004"
-    ranks.answers = [{"metrics": [{"step": 1, "entropy": 5.0}]}]
+    ranks.answers = [None, [{"step": 1, "entropy": 5.0}]]
     assert second.begin(an_optimizer(), 12) == 4
     assert second.first_values["entropy"] == 5.0
 
@@ -708,6 +708,14 @@ def test_weights_that_have_diverged_are_not_saved_and_cost_no_good_ones(
     assert said.count("\n") == 1
     assert "step 6: logits are not finite; these weights are not saved" in said
     assert "step_000004 is as it was" in said
+
+
+def test_weights_that_are_broken_before_the_first_step_are_bad_input(cfg):
+    with (
+        pytest.raises(BadRow, match="logits are not finite"),
+        begun(cfg).checkpoint_on_bad_row(0, StubCRM(), an_optimizer()),
+    ):
+        raise FloatingPointError("logits are not finite")
 
 
 # ---------------------------------------------------------------- a signal
