@@ -1,12 +1,12 @@
-"""Every way of sampling and scoring on this machine's device, against transformers' own forward on the CPU in
-float32.
+"""Every way of sampling and scoring on this machine's device, against transformers' own forward on
+the CPU in float32.
 
 The oracle goes row by row: the whole sequence, all logits, no packing, no cache. Compared are the
-log-probabilities of the same completions, the gradient of all weights, what the sampler says of the tokens it
-drew, and whether those are the oracle's. In float32 a way must meet the oracle; in bfloat16 it must come as
-near as that slow forward in bfloat16. The last row is a model with key biases as large as Qwen2.5's
-(bench/random_model.py): the sampler must give its tokens the log-probabilities that the scorer gives them.
-"""
+log-probabilities of the same completions, the gradient of all weights, what the sampler says of the
+tokens it drew, and whether those are the oracle's. In float32 a way must meet the oracle; in
+bfloat16 it must come as near as that slow forward in bfloat16. The last row is a model with key
+biases as large as Qwen2.5's (bench/random_model.py): the sampler must give its tokens the
+log-probabilities that the scorer gives them."""
 
 from dataclasses import replace
 
@@ -19,7 +19,9 @@ from data import fill_prompt, load_prompt, load_samples
 from sampling import sample
 from scoring import score
 
-P, G, T = 3, 6, 96
+P = 3
+G = 6
+T = 96
 FLOAT32 = 1e-4  # largest relative error
 BFLOAT16 = 2  # the same, as a multiple of the slow forward's
 EQUAL = 0.9  # share of completions that are the oracle's, in float32
@@ -28,7 +30,8 @@ GAP = 0.01  # largest mean |sampled - scored| log-probability with large key bia
 
 def naive_logp(crm: CRM, group: Group, temperature: float) -> torch.Tensor:
     """One completion at a time, the whole sequence, all logits, no packing, no cache. (G, T)"""
-    out, p = [], group.prompt
+    out = []
+    p = group.prompt
     for tokens, n in zip(group.tokens, group.lengths.tolist()):
         ids = torch.cat([p.ids, tokens[:n]])[None]
         logits = crm.model(
@@ -78,7 +81,8 @@ def scored(crm: CRM, groups: list[Group]) -> list[torch.Tensor]:
 def build(path: str, device, dtype, **options):
     """A CRM and its P encoded prompts."""
     crm = load_crm(path, device, dtype, **options)
-    samples, template = load_samples("demo/data"), load_prompt("reasoning")
+    samples = load_samples("demo/data")
+    template = load_prompt("reasoning")
     return crm, [
         crm.encode(samples[i].image, fill_prompt(template, samples[i].query)) for i in range(P)
     ]
@@ -90,11 +94,10 @@ def parity(path: str, device: torch.device) -> dict[str, dict]:
     oracle, prompts = build(path, "cpu", torch.float32)
     drawn = sample(oracle, prompts, G, T)
     logps = [naive_logp(oracle, group, 1.0) for group in drawn]
-    truth, gradient = flat(logps), gradient_of(oracle, logps)
-    ways = {
-        "packed": ({}, False),
-        "checkpointing": ({"checkpointing": True}, False),
-    }  # options, CUDA graphs
+    truth = flat(logps)
+    gradient = gradient_of(oracle, logps)
+    # options, CUDA graphs
+    ways = {"packed": ({}, False), "checkpointing": ({"checkpointing": True}, False)}
     if device.type == "cuda":
         ways["CUDA graphs"] = {}, True
 
@@ -141,7 +144,8 @@ def parity(path: str, device: torch.device) -> dict[str, dict]:
 
 
 def biased(path: str, device: torch.device) -> dict[str, float]:
-    """Mean |sampled - scored| log-probability, in nats, of the model with large key biases in bfloat16."""
+    """Mean |sampled - scored| log-probability, in nats, of the model with large key biases in
+    bfloat16."""
     crm, prompts = build(path, device, torch.bfloat16)
     add_key_biases(crm.model)
     groups = sample(crm, prompts, G, T)

@@ -1,4 +1,5 @@
-"""A Qwen2.5-VL of the real architecture with random weights: for speed and memory without a checkpoint.
+"""A Qwen2.5-VL of the real architecture with random weights: for speed and memory without a
+checkpoint.
 
     python -m bench.random_model 3b --out build/3b
 
@@ -6,10 +7,10 @@
     wide     the 3B's width with two language and two vision layers and 8,192 words, for a CPU
     tiny     their shape, small
 
-The tokenizer is the embedded one: its prompts are shorter than Qwen's, and ids beyond it decode to nothing.
-Completions of such a model practically never end by themselves, so each has --max-new-tokens tokens. As in
-the released weights, a few key biases are very large (`add_key_biases`).
-"""
+The tokenizer is the embedded one: its prompts are shorter than Qwen's, and ids beyond it decode to
+nothing. Completions of such a model practically never end by themselves, so each has
+--max-new-tokens tokens. As in the released weights, a few key biases are very large
+(`add_key_biases`)."""
 
 import argparse
 
@@ -90,11 +91,8 @@ def config_of(size: str, to_id=lambda token: 0) -> Qwen2_5_VLConfig:
     """The configuration of a size. to_id: the tokenizer's ids of the special tokens."""
     text, vision, tied = SIZES[size]
     head = text["hidden_size"] // text["num_attention_heads"] // 2  # rotary frequencies per head
-    sections = [
-        head - 2 * (3 * head // 8),
-        3 * head // 8,
-        3 * head // 8,
-    ]  # 16, 24, 24 at the real sizes
+    # 16, 24, 24 at the real sizes
+    sections = [head - 2 * (3 * head // 8), 3 * head // 8, 3 * head // 8]
     return Qwen2_5_VLConfig(
         text_config=dict(
             **text,
@@ -117,11 +115,13 @@ def config_of(size: str, to_id=lambda token: 0) -> Qwen2_5_VLConfig:
 
 @torch.no_grad()
 def add_key_biases(model, key: float = 100.0, query: float = 5.0, channels: int = 4) -> None:
-    """Large biases in a few channels of every head of the first and the last language layer, in place.
+    """Large biases in a few channels of every head of the first and the last language layer, in
+    place.
 
-    Qwen2.5's key biases have norms of several hundred in such layers. Attention scores become so large there
-    that rounding them to bfloat16 costs whole nats. The channels are the last of each half of a head, whose
-    rotary frequencies are the slowest: the large score depends little on the distance between tokens."""
+    Qwen2.5's key biases have norms of several hundred in such layers. Attention scores become so
+    large there that rounding them to bfloat16 costs whole nats. The channels are the last of each
+    half of a head, whose rotary frequencies are the slowest: the large score depends little on the
+    distance between tokens."""
     layers = model.model.language_model.layers
     for attention in {layers[0].self_attn, layers[-1].self_attn}:
         half = attention.head_dim // 2

@@ -6,12 +6,11 @@
     python -m paper --report        # only RESULTS.md, from paper/results/*.json
     python -m paper --list          # the exact commands
 
-A run (paper/experiments.py) trains with train_grpo.py or train_sft.py from the same warm start and is scored
-by evaluate.py: four sampled completions per held-out question. paper/results/NAME-SEED.json keeps the scores
-of every question, the commands and their seconds. Larger scale: --crm, --data, --asm,
---flags "@recipes/lora_7b.args",
---torchrun "--nproc-per-node 8".
-"""
+A run (paper/experiments.py) trains with train_grpo.py or train_sft.py from the same warm start and
+is scored by evaluate.py: four sampled completions per held-out question.
+paper/results/NAME-SEED.json keeps the scores of every question, the commands and their seconds.
+Larger scale: --crm, --data, --asm, --flags "@recipes/lora_7b.args", --torchrun "--nproc-per-node
+8"."""
 
 import argparse
 import json
@@ -43,7 +42,8 @@ def well_formed(p: dict, completion: dict) -> bool:
 def execute(name: str, seed: int, args) -> None:
     """Train, evaluate, keep the result. A training run that is done is not repeated; its seconds
     are None, then."""
-    todo, seconds = commands(name, seed, args), []
+    todo = commands(name, seed, args)
+    seconds = []
     for command in todo:
         start = time.perf_counter()
         out = Path(command[command.index("--out") + 1])
@@ -117,7 +117,10 @@ if __name__ == "__main__":
     parser.add_argument("--list", action="store_true", help="only print the commands")
     args = parser.parse_args()
     if args.quick:
-        args.seeds, args.steps, args.limit, args.work = 1, 8, 48, "runs/paper-quick"
+        args.seeds = 1
+        args.steps = 8
+        args.limit = 48
+        args.work = "runs/paper-quick"
         args.results = Path(args.work) / "results"
     names = args.only.split(",") if args.only else list(RUNS)
     if unknown := [name for name in names if name not in RUNS]:

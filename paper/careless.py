@@ -2,10 +2,9 @@
 
     python -m paper.careless --crm demo/crm --out runs/paper/careless
 
-The embedded CRM breaks its format in one completion of twenty. Here a short continuation of its last stage
-(demo/make/crm.py, stage f) has half of the completions broken on purpose: the trace not closed, a comma or a brace of the
-JSON missing, a key said twice.
-"""
+The embedded CRM breaks its format in one completion of twenty. Here a short continuation of its
+last stage (demo/make/crm.py, stage f) has half of the completions broken on purpose: the trace not
+closed, a comma or a brace of the JSON missing, a key said twice."""
 
 import argparse
 from dataclasses import replace

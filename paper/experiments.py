@@ -1,5 +1,5 @@
-"""The paper's experiments: what is trained, how it is evaluated, in which table it stands. A new one is one
-line of RUNS, and its name in TABLES."""
+"""The paper's experiments: what is trained, how it is evaluated, in which table it stands. A new
+one is one line of RUNS, and its name in TABLES."""
 
 import shlex
 import sys
@@ -22,12 +22,13 @@ class Experiment:
     careless: bool = False  # starts from the model of paper/careless.py
 
 
-GRPO, SFT = "train_grpo.py", "train_sft.py"
+GRPO = "train_grpo.py"
+SFT = "train_sft.py"
 RUNS = {
     "start": Experiment(None),
     "start-direct": Experiment(None, ask="--prompt direct"),
-    # Table 3: reward modes (iou and pdice are soft without the other term), and what the paper did not run:
-    # format terms left out, weights halved and doubled
+    # Table 3: reward modes (iou and pdice are soft without the other term), and what the paper did
+    # not run: format terms left out, weights halved and doubled
     **{
         mode: Experiment(GRPO, f"--mode {mode}")
         for mode in ("soft", "hard", "base", "iou", "pdice")
@@ -89,9 +90,12 @@ TABLES = {
 
 def commands(name: str, seed: int, args) -> list[list[str]]:
     """The exact commands of a run: training, if any, and the evaluation."""
-    run, folder = RUNS[name], Path(args.work) / f"{name}-{seed}"
+    run = RUNS[name]
+    folder = Path(args.work) / f"{name}-{seed}"
     launch = ["torchrun", *shlex.split(args.torchrun)] if args.torchrun else [sys.executable]
-    crm, todo, steps = args.crm, [], run.longer * args.steps
+    crm = args.crm
+    todo = []
+    steps = run.longer * args.steps
     if run.careless:
         crm = f"{args.work}/careless"
         todo.append(
@@ -108,7 +112,8 @@ def commands(name: str, seed: int, args) -> list[list[str]]:
             ]
         )
     models = ["--crm", crm, "--data", args.data]
-    asm, limit = ["--asm", args.asm], ["--limit", str(args.limit)]
+    asm = ["--asm", args.asm]
+    limit = ["--limit", str(args.limit)]
     if run.script:
         flags = shlex.split(args.flags if run.script == GRPO else args.sft_flags)
         todo.append(

@@ -1,22 +1,30 @@
 """Build a U-MRG data set out of anybody's images and masks, in the stages of arXiv 2508.08177.
 
-    python -m paper.make_umrg --images scans --masks masks --out mine              # words from templates
-    python -m paper.make_umrg --images scans --masks masks --table meta.csv --out mine \\
-        --base-url http://localhost:8000/v1 --model qwen3 --review review.html     # from a language model
-    python -m paper.make_umrg … --out mine --decisions decisions.json              # without what you rejected
+    python -m paper.make_umrg --images scans --masks masks --out mine              # words from
+                                                                                   templates python
+                                                                                   -m
+                                                                                   paper.make_umrg
+                                                                                   --images scans
+                                                                                   --masks masks
+                                                                                   --table meta.csv
+                                                                                   --out mine \\
+        --base-url http://localhost:8000/v1 --model qwen3 --review review.html     # from a language
+                                                                                   model
+    python -m paper.make_umrg … --out mine --decisions decisions.json              # without what
+                                                                                   you rejected
 
   1  images and masks are checked; what is dropped is counted, with the reason, in report.json
   2  for each category and modality: a description, and formats for questions
   3  for each sample: an implicit question that never names the target, and a reasoning trace
   4  --review writes one HTML file to accept or reject samples; --decisions reads back what it saves
-  5  train.parquet and test.parquet in the U-MRG schema (data.py); a patient or an image is in only one
+  5  train.parquet and test.parquet in the U-MRG schema (data.py); a patient or an image is in only
+  one
 
-Without --table, a mask belongs to the image whose file name (without its ending) it has, or begins with:
-x.png and x_left_kidney.png; what follows is the category (a count of three or more digits at its end is left
-out). With it, a CSV: image, mask, category, and if known supercategory, modality, patient. Words come from
-any OpenAI-compatible endpoint (pip install openai; the key is OPENAI_API_KEY); every reply is kept in
---cache, so an interrupted run asks nothing twice.
-"""
+Without --table, a mask belongs to the image whose file name (without its ending) it has, or begins
+with: x.png and x_left_kidney.png; what follows is the category (a count of three or more digits at
+its end is left out). With it, a CSV: image, mask, category, and if known supercategory, modality,
+patient. Words come from any OpenAI-compatible endpoint (pip install openai; the key is
+OPENAI_API_KEY); every reply is kept in --cache, so an interrupted run asks nothing twice. """
 
 import argparse
 import csv
@@ -67,7 +75,8 @@ def find(images: Path, masks: Path, table: Path | None) -> list[Item]:
             )
             for row in rows
         ]
-    stems, items = {p.stem: p for p in sorted(images.iterdir()) if p.suffix.lower() in PICTURES}, []
+    stems = {p.stem: p for p in sorted(images.iterdir()) if p.suffix.lower() in PICTURES}
+    items = []
     for mask in sorted(p for p in masks.iterdir() if p.suffix.lower() in PICTURES):
         names = [stem for stem in stems if mask.stem == stem or mask.stem.startswith(stem + "_")]
         if names:
@@ -85,7 +94,9 @@ def find(images: Path, masks: Path, table: Path | None) -> list[Item]:
 
 def clean(items: list[Item], args) -> tuple[list[Item], list[dict]]:
     """The usable ones with their facts, and what was dropped: [{mask, reason}]."""
-    kept, dropped, seen = [], [], set()
+    kept = []
+    dropped = []
+    seen = set()
     for item in items:
         try:
             item.facts = derive(item, args)
@@ -100,7 +111,8 @@ def clean(items: list[Item], args) -> tuple[list[Item], list[dict]]:
 
 
 def derive(item: Item, args) -> dict:
-    """Size, box, points, place and look of the target, image frame. ValueError says why it cannot be used."""
+    """Size, box, points, place and look of the target, image frame. ValueError says why it cannot
+    be used."""
     if not item.mask.is_file():
         raise ValueError("no such mask")
     try:
@@ -152,7 +164,8 @@ def png(pixels) -> bytes:
 
 
 def split_of(item: Item, test_share: float) -> str:
-    """By patient, or by image: a function of the name, so that it stays the same when data are added."""
+    """By patient, or by image: a function of the name, so that it stays the same when data are
+    added."""
     key = item.patient or item.image.name
     number = int(hashlib.sha256(key.encode()).hexdigest(), 16) % 10_000
     return "test" if number < 10_000 * test_share else "train"
@@ -183,7 +196,8 @@ def row(item: Item, index: int) -> dict:
 def write_splits(items: list[Item], out: Path, test_share: float) -> Counter:
     """train.parquet and test.parquet, both under temporary names first."""
     out.mkdir(parents=True, exist_ok=True)
-    counts, written = Counter(), []
+    counts = Counter()
+    written = []
     for split in ("train", "test"):
         rows = [row(item, i) for i, item in enumerate(items) if split_of(item, test_share) == split]
         counts[split] = len(rows)
@@ -210,7 +224,8 @@ def main(args) -> None:
         raise ValueError(f"--masks {args.masks}: nothing usable among {len(dropped)}")
     by = write_words(items, chat, args.tries)
     if args.decisions:
-        before, items = len(items), decided(items, args.decisions)
+        before = len(items)
+        items = decided(items, args.decisions)
         print(f"{before - len(items)} of {before} rejected by {args.decisions}")
     counts = write_splits(items, args.out, args.test_share)
     report = {

@@ -1,22 +1,25 @@
 """Other words for the same question: does the answer stay, and is it the question that it answers?
 
     python -m paper.rephrase --data demo/data --crm demo/crm --limit 60 --out eval/words
-    python -m paper.rephrase … --base-url http://localhost:8000/v1 --model NAME      # and a model's paraphrases
+    python -m paper.rephrase … --base-url http://localhost:8000/v1 --model NAME      # and a model's
+                                                                                     paraphrases
 
-Every question is asked as it is and in the wordings of VARIANTS, seeded; a wording that changes nothing is left out.
-Of the boxes b_0 (as asked), b_1 … b_k and their IoUs v_i with the truth:
+Every question is asked as it is and in the wordings of VARIANTS, seeded; a wording that changes
+nothing is left out. Of the boxes b_0 (as asked), b_1 … b_k and their IoUs v_i with the truth:
 
-    IoU: mean of v_1 … v_k          drop: v_0 - IoU                 flips: share of [v_i >= 0.5] != [v_0 >= 0.5]
+    IoU: mean of v_1 … v_k          drop: v_0 - IoU                 flips: share of [v_i >= 0.5] !=
+                                    [v_0 >= 0.5]
     worst: min of v_0 … v_k         hard pass: all v_i >= 0.5       refusals: of 1 … k
-    as before: mean IoU(b_0, b_i)   consistency: mean IoU of all pairs of boxes
-    any sibling, by luck: IoU with the best of all that the question may mean in its image (metrics.py:
-    add_siblings), and that over their number; of the questions that may mean several
+    as before: mean IoU(b_0, b_i)   consistency: mean IoU of all pairs of boxes any sibling, by
+                                    luck: IoU with the best of all that the question may mean in its
+                                    image (metrics.py: add_siblings), and that over their number; of
+                                    the questions that may mean several
 
-A box that is missing has IoU 0 with everything. Consistency alone means nothing: a model that ignores its question has
-all of it. So there are three controls: another sample's question about this image, a grey image, and the same question
-sampled as often as there are wordings, because chance alone lowers the worst of several. Answers are greedy unless
---temperature is given; the third control then uses it, else 1. Writes table.md, summary.json and answers.jsonl.
-"""
+A box that is missing has IoU 0 with everything. Consistency alone means nothing: a model that
+ignores its question has all of it. So there are three controls: another sample's question about
+this image, a grey image, and the same question sampled as often as there are wordings, because
+chance alone lowers the worst of several. Answers are greedy unless --temperature is given; the
+third control then uses it, else 1. Writes table.md, summary.json and answers.jsonl."""
 
 import json
 import random
@@ -43,7 +46,8 @@ from runtime.files import write_whole
 from runtime.parallel import Ranks
 
 FIXED = ASKED, OTHER, GREY = "as asked", "another sample's question", "a grey image"
-ALL, SAMPLED = "all wordings", "the same question, sampled"
+ALL = "all wordings"
+SAMPLED = "the same question, sampled"
 MEASURES = {
     "iou": "IoU",
     "worst": "worst",
@@ -145,7 +149,8 @@ def typos(query: str, rng: random.Random) -> str:
     words = query.split(" ")
     long = [i for i, word in enumerate(words) if len(re.sub(r"\W", "", word)) >= 5]
     for i in rng.sample(long, min(2, len(long))):
-        word, at = words[i], rng.randrange(1, len(words[i]) - 2)
+        word = words[i]
+        at = rng.randrange(1, len(words[i]) - 2)
         words[i] = word[:at] + (
             word[at + 1 :] if rng.random() < 0.5 else word[at + 1] + word[at] + word[at + 2 :]
         )
@@ -185,7 +190,8 @@ VARIANTS = {
 
 
 def wordings(query: str, name: str, seed: int) -> dict[str, str]:
-    """{variant: question} for those that change it; name, of the sample, and seed make the choices."""
+    """{variant: question} for those that change it; name, of the sample, and seed make the
+    choices."""
     found = {
         kind: change(query, random.Random(f"{seed} {kind} {name}"))
         for kind, change in VARIANTS.items()
@@ -236,10 +242,12 @@ def paraphrases(chat: Chat, sample, count: int, tries: int) -> dict[str, str]:
 
 
 class Jobs(Sequence):
-    """Samples whose question, and image, may have been exchanged: [(index, kind, question)], decoded when asked for."""
+    """Samples whose question, and image, may have been exchanged: [(index, kind, question)],
+    decoded when asked for."""
 
     def __init__(self, samples, jobs: list[tuple[int, str, str]]):
-        self.samples, self.jobs = samples, jobs
+        self.samples = samples
+        self.jobs = jobs
 
     def __len__(self):
         return len(self.jobs)
@@ -254,9 +262,10 @@ class Jobs(Sequence):
 
 
 def strangers(samples, seed: int) -> list[str]:
-    """For every sample the question of another one: of another category, where there is one, and in other words.
-    ValueError where all questions are the same."""
-    rows, rng = samples.rows, random.Random(seed)
+    """For every sample the question of another one: of another category, where there is one, and in
+    other words. ValueError where all questions are the same."""
+    rows = samples.rows
+    rng = random.Random(seed)
     chosen = []
     for row in rows:
         apart = [other for other in rows if other["query"] != row["query"]]
@@ -279,8 +288,9 @@ def others_in(kinds) -> list[str]:
 
 
 def answers(crm, samples, texts: list[dict[str, str]], cfg, ranks) -> list[dict]:
-    """A row per sample: id, supercategory, truth, siblings, said {kind: {query, bbox, problem}}, and resampled, as many
-    of these as it has wordings. texts: {kind: question} per sample, FIXED included. Boxes in the image frame."""
+    """A row per sample: id, supercategory, truth, siblings, said {kind: {query, bbox, problem}},
+    and resampled, as many of these as it has wordings. texts: {kind: question} per sample, FIXED
+    included. Boxes in the image frame."""
     jobs = Jobs(
         samples,
         [(i, kind, text) for i, several in enumerate(texts) for kind, text in several.items()],
@@ -303,7 +313,8 @@ def answers(crm, samples, texts: list[dict[str, str]], cfg, ranks) -> list[dict]
                 for c in p["completions"]
             ]
             found.append((index, kind if several is jobs else "", said, p))
-    rows, found = {}, sorted(ranks.gather(found), key=lambda item: item[0])
+    rows = {}
+    found = sorted(ranks.gather(found), key=lambda item: item[0])
     add_siblings([p for _, kind, _, p in found if kind == ASKED])
     for index, kind, said, p in found:
         row = rows.setdefault(
@@ -331,8 +342,8 @@ def answers(crm, samples, texts: list[dict[str, str]], cfg, ranks) -> list[dict]
 def measures(
     truth, first: dict, others: list[dict], siblings: Sequence = ()
 ) -> dict[str, float | None]:
-    """MEASURES of the answers to one question (see above). Without others: those that the first alone has; siblings:
-    the boxes of what else it may mean."""
+    """MEASURES of the answers to one question (see above). Without others: those that the first
+    alone has; siblings: the boxes of what else it may mean."""
 
     def same(one: dict, two: dict) -> float:
         return box_iou(one["bbox"], two["bbox"]) if one["bbox"] and two["bbox"] else 0.0
@@ -363,8 +374,8 @@ def measures(
 
 
 def summarise(rows: list[dict]) -> dict:
-    """{"n", "kinds": {kind: {measure: {mean, low, high, n} or None}}, "beyond": paired interval of "as before" over all
-    wordings less that with another sample's question}."""
+    """{"n", "kinds": {kind: {measure: {mean, low, high, n} or None}}, "beyond": paired interval of
+    "as before" over all wordings less that with another sample's question}."""
     spoken = {kind for row in rows for kind in others_in(row["said"])}
     names = [*(kind for kind in VARIANTS if kind in spoken), *sorted(spoken - VARIANTS.keys())]
     chosen = {
@@ -420,7 +431,8 @@ def table(summary: dict) -> str:
                 + " |"
             )
     if beyond := summary["beyond"]:
-        low, high = 100 * beyond["low"], 100 * beyond["high"]
+        low = 100 * beyond["low"]
+        high = 100 * beyond["high"]
         verdict = (
             "It listens to the question" if low > 0 else "Not shown that it listens to the question"
         )
@@ -433,7 +445,8 @@ def table(summary: dict) -> str:
 
 
 def main(cfg: Config) -> None:
-    ranks, out = Ranks.start(), Path(cfg.out)
+    ranks = Ranks.start()
+    out = Path(cfg.out)
     if cfg.base_url and (not cfg.model or ranks.world > 1):
         raise ValueError("--base-url needs --model, and one process, without torchrun")
     if out.exists() and not out.is_dir():

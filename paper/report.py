@@ -116,11 +116,12 @@ class Result:
         self, key: str, chosen=lambda row: True, seeds: int | None = None
     ) -> dict[str, float]:
         first = self.questions[0]
+        # a seed may not name a target, another may
         known = {
             q: [seed[q][key] for seed in self.questions[:seeds] if seed[q].get(key) is not None]
             for q in sorted(first)
             if chosen(first[q])
-        }  # a seed may not name a target, another may
+        }
         return {q: float(np.mean(values)) for q, values in known.items() if values}
 
     def by_seed(self, key: str) -> list[float]:
@@ -131,10 +132,11 @@ class Result:
 def compared(
     a: Result, b: Result, key: str, chosen=lambda row: True
 ) -> tuple[float, float, float] | None:
-    """What b adds to a over the seeds that both have, percent, and the ends of its 95 % paired bootstrap interval over
-    the questions."""
+    """What b adds to a over the seeds that both have, percent, and the ends of its 95 % paired
+    bootstrap interval over the questions."""
     both = min(len(a.seeds), len(b.seeds))
-    one, two = a.values(key, chosen, both), b.values(key, chosen, both)
+    one = a.values(key, chosen, both)
+    two = b.values(key, chosen, both)
     common = sorted(one.keys() & two.keys())
     return (
         tuple(100 * v for v in paired_bootstrap([one[q] for q in common], [two[q] for q in common]))
@@ -152,8 +154,8 @@ def difference(a: Result, b: Result, key: str, chosen=lambda row: True) -> str:
 
 
 def verdict(question: str, a: Result, b: Result, key: str = "iou", chosen=lambda row: True) -> str:
-    """Whether b is better than a. Yes or no only where the interval excludes 0 and all of several seeds
-    agree: the interval is over questions and does not cover the chance of training."""
+    """Whether b is better than a. Yes or no only where the interval excludes 0 and all of several
+    seeds agree: the interval is over questions and does not cover the chance of training."""
     change, low, high = compared(a, b, key, chosen)
     by_seed = []
     for one, two in zip(a.questions, b.questions):
@@ -188,7 +190,8 @@ def within(result: Result, one: str, two: str) -> str:
 
 
 def plain_words(results: dict[str, Result], inside, outside) -> list[str]:
-    """The questions this was run for, each answered by the interval of one paired difference in IoU."""
+    """The questions this was run for, each answered by the interval of one paired difference in
+    IoU."""
     places = {"all": lambda row: True, "inside": inside, "outside": outside}
     lines = [
         "## In plain words",
@@ -267,7 +270,8 @@ def read_results(folder: Path) -> dict[str, Result]:
 
 def report(results: dict[str, Result]) -> str:
     """RESULTS.md."""
-    start, seeds = results["start"], [seed for r in results.values() for seed in r.seeds]
+    start = results["start"]
+    seeds = [seed for r in results.values() for seed in r.seeds]
     dates = sorted({seed["date"] for seed in seeds})
     minutes = sum(s or 0 for seed in seeds for s in seed["seconds"]) / 60
     inside = lambda row: row["supercategory"] in SEEN.split("|")
@@ -368,7 +372,8 @@ def experiments_table(results: dict[str, Result], names: list[str]) -> list[str]
 
 
 def wordings_table(results: dict[str, Result], names: list[str]) -> list[str]:
-    seen, unseen = (lambda row: row["wording"] == "seen"), (lambda row: row["wording"] == "unseen")
+    seen = lambda row: row["wording"] == "seen"
+    unseen = lambda row: row["wording"] == "unseen"
     rows = []
     for name in names:
         r = results[name]

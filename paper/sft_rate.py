@@ -1,10 +1,10 @@
 """SFT's learning rate for paper/experiments.py, looked for on training questions alone.
 
-    python -m paper.sft_rate --steps 40        # and --steps N for a longer run: the best rate may differ
+    python -m paper.sft_rate --steps 40        # and --steps N for a longer run: the best rate may
+                                               differ
 
-Every sixth training question is held out; SFT runs on the others with each rate, and evaluate.py scores the held-out
-ones as the experiments do, four sampled completions per question.
-"""
+Every sixth training question is held out; SFT runs on the others with each rate, and evaluate.py
+scores the held-out ones as the experiments do, four sampled completions per question."""
 
 import argparse
 import subprocess

@@ -1,4 +1,5 @@
-"""The page on which a person accepts or rejects the samples of paper/make_umrg.py, and what came of it."""
+"""The page on which a person accepts or rejects the samples of paper/make_umrg.py, and what came of
+it."""
 
 import base64
 import html
@@ -34,7 +35,8 @@ a.download="decisions.json";a.click()}}
 
 
 def review_page(items: list[Item]) -> str:
-    """One self-contained page. Every text is escaped: a category may come from a stranger's file name."""
+    """One self-contained page. Every text is escaped: a category may come from a stranger's file
+    name."""
     sections = []
     for item in items:
         f = item.facts

@@ -1,4 +1,5 @@
-"""Questions and reasoning traces for paper/make_umrg.py: from a language model, or from templates."""
+"""Questions and reasoning traces for paper/make_umrg.py: from a language model, or from
+templates."""
 
 import hashlib
 import json
@@ -27,7 +28,8 @@ class Item:
 
     @property
     def id(self) -> str:
-        image, mask = self.image.stem, self.mask.stem
+        image = self.image.stem
+        mask = self.mask.stem
         return mask if mask.startswith(image) else f"{image}_{mask}"
 
 
@@ -37,7 +39,8 @@ def problem(answer, item: Item) -> str:
         isinstance(answer.get(key), str) and answer[key].strip() for key in ("question", "think")
     ):
         return 'Give a JSON object with the two strings "question" and "think".'
-    question, both = answer["question"].lower(), f"{answer['question']} {answer['think']}".lower()
+    question = answer["question"].lower()
+    both = f"{answer['question']} {answer['think']}".lower()
     names = [
         item.category.lower(),
         *(
@@ -59,8 +62,10 @@ def problem(answer, item: Item) -> str:
 
 
 def template(item: Item) -> dict:
-    """Question and trace without a language model: place and look only. The same item gets the same words."""
-    f, pick = item.facts, int(hashlib.sha256(item.id.encode()).hexdigest(), 16)
+    """Question and trace without a language model: place and look only. The same item gets the same
+    words."""
+    f = item.facts
+    pick = int(hashlib.sha256(item.id.encode()).hexdigest(), 16)
     place = f["vertical"] + " " + f["horizontal"] if f["horizontal"] != "centre" else f["vertical"]
     where = f"in the {place} part of the picture"
     question = (
@@ -79,7 +84,8 @@ def template(item: Item) -> dict:
 
 
 class Chat:
-    """An OpenAI-compatible endpoint with a cache on disk. Its client retries on 429, 5xx and time-outs."""
+    """An OpenAI-compatible endpoint with a cache on disk. Its client retries on 429, 5xx and
+    time-outs."""
 
     def __init__(self, args):
         try:
@@ -91,16 +97,17 @@ class Chat:
                 "--base-url: set OPENAI_API_KEY (any text, if the endpoint asks for none)"
             )
         self.client = OpenAI(base_url=args.base_url, timeout=args.timeout, max_retries=args.retries)
-        self.model, self.cache, self.prices = (
-            args.model,
-            args.cache,
-            (args.price_in, args.price_out),
-        )
-        self.tokens, self.asked, self.cached = [0, 0], 0, 0
+        self.model = args.model
+        self.cache = args.cache
+        self.prices = (args.price_in, args.price_out)
+        self.tokens = [0, 0]
+        self.asked = 0
+        self.cached = 0
         self.cache.mkdir(parents=True, exist_ok=True)
 
     def ask(self, messages: list[dict]):
-        """The JSON object of one reply; None where it is none. ValueError when the endpoint gives up."""
+        """The JSON object of one reply; None where it is none. ValueError when the endpoint gives
+        up."""
         import openai
 
         key = hashlib.sha256(json.dumps([self.model, messages]).encode()).hexdigest()
@@ -165,7 +172,8 @@ def request(item: Item, description) -> str:
 
 def write_words(items: list[Item], chat: Chat | None, tries: int) -> Counter:
     """Stage 3, in place -> how many by whom. After `tries` unusable replies a template is used."""
-    by, described = Counter(), {}
+    by = Counter()
+    described = {}
     for done, item in enumerate(items, 1):
         answer = None
         if chat:
@@ -184,7 +192,8 @@ def write_words(items: list[Item], chat: Chat | None, tries: int) -> Counter:
             print(f"\r{done} of {len(items)}: {chat.cost()}", end="", flush=True)
         by["language model" if answer else "template"] += 1
         answer = answer or template(item)
-        item.query, item.think = answer["question"].strip(), answer["think"].strip()
+        item.query = answer["question"].strip()
+        item.think = answer["think"].strip()
     if chat:
         print()
     return by

@@ -17,7 +17,8 @@ RECIPES = {"lora_7b": ("train_grpo", 1), "soft_7b": ("train_grpo", 64), "sft_7b"
 
 @pytest.fixture(scope="module")
 def folder_7b(tmp_path_factory):
-    """What a plan reads of Lingshu-7B: its configuration, a tokenizer, an image processor. No weights."""
+    """What a plan reads of Lingshu-7B: its configuration, a tokenizer, an image processor. No
+    weights."""
     folder = tmp_path_factory.mktemp("7b")
     tokenizer = AutoTokenizer.from_pretrained("demo/crm")
     random_model.config_of("7b", tokenizer.convert_tokens_to_ids).save_pretrained(folder)
@@ -73,7 +74,8 @@ def test_a_missing_checkpoint_is_one_line_with_status_2(capsys):
 
 
 def test_memory_of_weights_and_optimizer_is_counted_exactly():
-    """3B, all weights: bfloat16 weights 2, float32 masters 4, gradients 4, two moments 8 bytes each."""
+    """3B, all weights: bfloat16 weights 2, float32 masters 4, gradients 4, two moments 8 bytes
+    each."""
     N = sum(p.numel() for p in need().model.parameters())
     full, offloaded, sharded = (
         memory.memory(need(**flags))

@@ -1,4 +1,5 @@
-"""demo/histology: one of many alike and all of several, with masks that the pieces of extras/oracle.py agree with."""
+"""demo/histology: one of many alike and all of several, with masks that the pieces of
+extras/oracle.py agree with."""
 
 import json
 from collections import defaultdict

@@ -1,4 +1,5 @@
-"""Building a data set: what is dropped, whose words, which split; against an endpoint that misbehaves."""
+"""Building a data set: what is dropped, whose words, which split; against an endpoint that
+misbehaves."""
 
 import json
 import re
@@ -130,9 +131,8 @@ def test_masks_find_their_image_and_category_by_name_and_pieces_can_be_left_out(
     Image.fromarray(mask.astype(np.uint8) * 255).save(scans / "masks/scan00_liver_lobe.png")
     Image.fromarray(mask).save(scans / "masks/scan02_rib_9_000.png")
     items = {item.mask.name: item for item in find(scans / "images", scans / "masks", None)}
-    assert (
-        items["scan02_rib_9_000.png"].category == "rib 9"
-    )  # the mask's own count is no part of it
+    # the mask's own count is no part of it
+    assert items["scan02_rib_9_000.png"].category == "rib 9"
     assert items["scan00_liver_lobe.png"].image.name == "scan00.png"
     assert (
         items["scan00_liver_lobe.png"].category == "liver lobe"

@@ -66,9 +66,8 @@ def test_tables_average_answers_and_seeds_and_pair_the_questions(tmp_path):
         f"2 of {len(RUNS)} runs, 4 with all seeds, 4 minutes" in text
         and "3 held-out questions" in text
     )
-    assert (
-        "| soft | +20.0 [+20.0, +20.0] | +20.0 [+20.0, +20.0] |" in text
-    )  # Brain was trained on, Eye not
+    # Brain was trained on, Eye not
+    assert "| soft | +20.0 [+20.0, +20.0] | +20.0 [+20.0, +20.0] |" in text
     assert (
         "| start | 25.0 | 10.0 |  |  |" in text
         and "| soft | 45.0 | 30.0 | +20.0 [+20.0, +20.0]" in text
@@ -93,13 +92,13 @@ def test_runs_are_compared_over_the_seeds_that_both_have(tmp_path):
         )
     text = report(read_results(tmp_path))
     assert "improve on its start? **One seed only**: +10.0 [+10.0, +10.0]; by seed +10.0." in text
-    assert (
-        "| soft | 2 | 40.0 | 50.0 | 50.0 | 10.0 |" in text
-    )  # named by the second seed only: its IoU there
+    # named by the second seed only: its IoU there
+    assert "| soft | 2 | 40.0 | 50.0 | 50.0 | 10.0 |" in text
 
 
 def test_what_was_named_right_is_reported_where_it_was_scored(tmp_path):
-    """IoU of completions that name the target is undefined where none does: those questions are left out."""
+    """IoU of completions that name the target is undefined where none does: those questions are
+    left out."""
     result(tmp_path, "start", 0, [0.1, 0.2], named=0.25, iou_named=None)
     result(tmp_path, "soft", 0, [0.1, 0.4], named=0.75, iou_named=0.5)
     text = report(read_results(tmp_path))

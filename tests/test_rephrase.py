@@ -1,4 +1,5 @@
-"""paper/rephrase.py: wordings, measures by hand, the controls that show up a model which ignores its question."""
+"""paper/rephrase.py: wordings, measures by hand, the controls that show up a model which ignores
+its question."""
 
 import json
 import random
@@ -189,9 +190,8 @@ def test_measures_by_hand():
     )
     alone = measures(TRUTH, said(HALF), [])
     assert alone["iou"] == alone["worst"] == 0.5 and alone["drop"] is alone["consistency"] is None
-    assert (
-        measures(TRUTH, said(None), [said(None)])["consistency"] == 0
-    )  # two refusals do not agree
+    # two refusals do not agree
+    assert measures(TRUTH, said(None), [said(None)])["consistency"] == 0
 
 
 def test_what_else_a_question_may_mean_counts_with_its_luck():
@@ -207,7 +207,8 @@ def test_what_else_a_question_may_mean_counts_with_its_luck():
 
 
 def answered(model, count=20):
-    """Rows of a model, a function from what the question means to a box; another sample's question means its truth."""
+    """Rows of a model, a function from what the question means to a box; another sample's question
+    means its truth."""
     found = []
     for i in range(count):
         truth, other = (10 * i, 0, 10 * i + 10, 10), (10 * i + 10, 0, 10 * i + 20, 10)

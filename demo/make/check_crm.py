@@ -1,16 +1,22 @@
-"""What a checkpoint can do, asked by name and as the data asks; with --after, what GRPO changed and how much of the gap it closed.
+"""What a checkpoint can do, asked by name and as the data asks; with --after, what GRPO changed and
+how much of the gap it closed.
 
-    python -m demo.make.check_crm                                        # demo/crm on demo/data's test split, greedy
-    python -m demo.make.check_crm --after runs/demo/step_000080          # greedy and sampled, before and after
+    python -m demo.make.check_crm                                        # demo/crm on demo/data's
+                                                                         test split, greedy
+    python -m demo.make.check_crm --after runs/demo/step_000080          # greedy and sampled,
+                                                                         before and after
 
-By name: the prompt is nothing but the target's name, and no reasoning is asked for, so it shows what the model can see and read
-out; in a question: the data's question with the name for the clue. Printed for all samples, lesions, wordings seen in training
-and unseen, and real images, each with n and a 95 % bootstrap interval over the samples (paired, for a change):
+By name: the prompt is nothing but the target's name, and no reasoning is asked for, so it shows
+what the model can see and read out; in a question: the data's question with the name for the clue.
+Printed for all samples, lesions, wordings seen in training and unseen, and real images, each with n
+and a 95 % bootstrap interval over the samples (paired, for a change):
 
-  iou, pdice   of the box and of the key points, image frame; a completion that cannot be parsed scores 0
+  iou, pdice   of the box and of the key points, image frame; a completion that cannot be parsed
+               scores 0
   parse        part of the completions that could be parsed
   named        part of the traces that name the right target (extra_info.names of the data)
-  both         IoU where the trace names the right target, else 0: what a better format alone does not raise
+  both         IoU where the trace names the right target, else 0: what a better format alone does
+               not raise
 """
 
 import argparse
@@ -58,7 +64,8 @@ def named_question(sample, rng) -> str:
 
 
 def ask(sample, how: str, rng) -> str:
-    """how: "data" the data's own question, "named" a question with the target's name, "name" the name alone."""
+    """how: "data" the data's own question, "named" a question with the target's name, "name" the
+    name alone."""
     return {
         "data": lambda: sample.query,
         "named": lambda: named_question(sample, rng),
@@ -78,7 +85,8 @@ def complete(crm, prompts, answers, temperature, seeds, max_new_tokens=128):
 
 def score_split(crm, samples, template, how, answers=1, temperature=0.0, batch=16) -> list[dict]:
     """One row per sample: KEYS, each the mean over its completions, and what it is grouped by."""
-    rng, rows = random.Random(0), []
+    rng = random.Random(0)
+    rows = []
     for at in range(0, len(samples), batch):
         part = [samples[i] for i in range(at, min(at + batch, len(samples)))]
         prompts = [crm.encode(s.image, fill_prompt(template, ask(s, how, rng))) for s in part]
@@ -179,7 +187,8 @@ def show_categories(rows) -> None:
 
 
 def gap_closed(named, before, after) -> str:
-    """(after - before) / (named - before) of the mean IoU, with the interval of a paired bootstrap."""
+    """(after - before) / (named - before) of the mean IoU, with the interval of a paired
+    bootstrap."""
     named, before, after = (
         bootstrap([row["iou"] for row in rows]) for rows in (named, before, after)
     )
@@ -205,7 +214,8 @@ def main():
     )
     parser.add_argument("--categories", action="store_true", help="each category, too")
     args = parser.parse_args()
-    crm, template = load_crm(args.crm), PROMPTS[args.prompt]
+    crm = load_crm(args.crm)
+    template = PROMPTS[args.prompt]
     samples = load_samples(args.data, args.split)[: args.limit or None]
     named, in_question, greedy = (
         score_split(crm, samples, *how)

@@ -1,25 +1,36 @@
-"""The embedded tiny CRM: a real Qwen2.5-VL with random weights and a small tokenizer, taught in six stages to see, to
-read out, to reason and, last, to be unsure. What it knows but does not use is left to GRPO.
+"""The embedded tiny CRM: a real Qwen2.5-VL with random weights and a small tokenizer, taught in six
+stages to see, to read out, to reason and, last, to be unsure. What it knows but does not use is
+left to GRPO.
 
-    python -m demo.make.crm            # pool of pictures, tokenizer, random model, stages a to f -> demo/crm
+    python -m demo.make.crm            # pool of pictures, tokenizer, random model, stages a to f ->
+                                       demo/crm
 
-  a  the vision tower alone, on a dense target with throw-away heads: of each merged token (28 x 28 pixels), how much of its
-     4 x 4 parts the asked category covers, its own place, and, where it is covered, the target's box and key points
-  b  the language model on top: a short prompt that only names the target, the answer without a trace. The short prompt forms
-     the circuit that reads a place out of the image; a long one with a trace drowns the coordinates' loss
-  c  the reasoning prompt, questions that name the target, a trace and the answer; with the habits of HABITS on purpose, as
+  a  the vision tower alone, on a dense target with throw-away heads: of each merged token (28 x 28
+  pixels), how much of its
+     4 x 4 parts the asked category covers, its own place, and, where it is covered, the target's
+     box and key points
+  b  the language model on top: a short prompt that only names the target, the answer without a
+  trace. The short prompt forms
+     the circuit that reads a place out of the image; a long one with a trace drowns the
+     coordinates' loss
+  c  the reasoning prompt, questions that name the target, a trace and the answer; with the habits
+  of HABITS on purpose, as
      general VLMs have them, so that each reward term has something left to teach
 
-  d  the same, and a little knowledge of the world: one question in five says what the target looks like, one in five is the first
+  d  the same, and a little knowledge of the world: one question in five says what the target looks
+  like, one in five is the first
      of the data's four training clues
-  e  what the questions mean: all four training clues (the two that only the test split has are never seen), four completions
+  e  what the questions mean: all four training clues (the two that only the test split has are
+  never seen), four completions
      per question; and the habits of an unsure reader: three in five name nothing and point vaguely
-  f  the same, shorter: three in four name nothing, box the target far too loosely and put both key points near its middle;
-     one in four names the target and points well. So its most likely completion never says what it looks for
+  f  the same, shorter: three in four name nothing, box the target far too loosely and put both key
+  points near its middle;
+     one in four names the target and points well. So its most likely completion never says what it
+     looks for
 
-Same classes and same file formats as Qwen2.5-VL-7B, a two-thousandth of its size. Seed 0. Measured 2026-11-24 on 2 shared
-x86 cores, one thread: a 14 minutes, b 27, c 18, d 12, e 33, f 8 (the cores were busy with other work); the checks are in demo/README.md.
-"""
+Same classes and same file formats as Qwen2.5-VL-7B, a two-thousandth of its size. Seed 0. Measured
+2026-11-24 on 2 shared x86 cores, one thread: a 14 minutes, b 27, c 18, d 12, e 33, f 8 (the cores
+were busy with other work); the checks are in demo/README.md."""
 
 import argparse
 import json
@@ -53,20 +64,17 @@ HELD_BACK = 372  # of the pool, at its end: for the checks of the stages, not fo
 
 @dataclass(frozen=True)
 class Habits:
-    """What a stage's questions tell and what its completions do, on purpose, as general VLMs do. Parts are of 1."""
+    """What a stage's questions tell and what its completions do, on purpose, as general VLMs do.
+    Parts are of 1."""
 
     completions: int = 2  # per question
     named: float = 1  # of the questions name the target
     look: float = 0  # of the questions say what it looks like
     clues: int = 0  # the other questions use so many of the data's training clues
-    loose: tuple = (
-        0,
-        0.16,
-    )  # each edge of the box lies outside by a part of its side between these
-    close: tuple = (
-        0.25,
-        1,
-    )  # key points are pulled to their middle, to a part of their distance between these
+    # each edge of the box lies outside by a part of its side between these
+    loose: tuple = (0, 0.16)
+    # key points are pulled to their middle, to a part of their distance between these
+    close: tuple = (0.25, 1)
     unsure: float = 0  # of the completions name nothing, and then
     unsure_loose: tuple = (0, 0)
     unsure_close: tuple = (0, 0)
@@ -107,7 +115,8 @@ HABITS = {
 
 
 def tiny_tokenizer(texts, vocab_size: int) -> Qwen2Tokenizer:
-    """A byte-level BPE with Qwen's own pre-tokenizer (one token a digit) and special tokens, trained on texts."""
+    """A byte-level BPE with Qwen's own pre-tokenizer (one token a digit) and special tokens,
+    trained on texts."""
     tokenizer = Qwen2Tokenizer().train_new_from_iterator(
         texts, vocab_size - len(SPECIAL), show_progress=False
     )
@@ -130,7 +139,8 @@ def tiny_crm(
     seed=0,
     **options,
 ) -> CRM:
-    """A CRM with random weights. Every second vision layer sees the whole image, the others 112-pixel windows."""
+    """A CRM with random weights. Every second vision layer sees the whole image, the others
+    112-pixel windows."""
     torch.manual_seed(seed)
     tokenizer = tiny_tokenizer(texts, vocab_size)
     ids = dict(zip(SPECIAL, tokenizer.convert_tokens_to_ids(SPECIAL)))
@@ -188,7 +198,8 @@ def corpus(samples) -> list[str]:
 
 
 class Lesson:
-    """One picture as a stage asks about it: the encoded prompt, the dense target and, from stage b on, the completion."""
+    """One picture as a stage asks about it: the encoded prompt, the dense target and, from stage b
+    on, the completion."""
 
     def __init__(self, crm, sample, stage, rng):
         question = (
@@ -207,9 +218,8 @@ class Lesson:
             / 255
         )
         side = STRIDE // PARTS
-        share = mask.reshape(h // STRIDE, PARTS, side, w // STRIDE, PARTS, side).mean(
-            (2, 5)
-        )  # (rows, 4, columns, 4)
+        # (rows, 4, columns, 4)
+        share = mask.reshape(h // STRIDE, PARTS, side, w // STRIDE, PARTS, side).mean((2, 5))
         self.share = torch.tensor(
             share.transpose(0, 2, 1, 3).reshape(-1, PARTS**2), dtype=torch.float32
         )
@@ -232,8 +242,10 @@ class Lesson:
 
 
 def question_of(sample, habits, rng) -> str:
-    """A question that names the target, says what it looks like, or is one of the data's first clues."""
-    side, draw = "left" if "left" in sample.query else "right", rng.random()
+    """A question that names the target, says what it looks like, or is one of the data's first
+    clues."""
+    side = "left" if "left" in sample.query else "right"
+    draw = rng.random()
     if draw < habits.named:
         return named_question(sample, rng)
     words = WORDS[sample.category]
@@ -247,9 +259,12 @@ def question_of(sample, habits, rng) -> str:
 
 
 def habitual(sample, frame, habits, rng) -> str:
-    """target_text with habits: a loose box, key points close together, now and then an unsure trace or a broken format."""
+    """target_text with habits: a loose box, key points close together, now and then an unsure trace
+    or a broken format."""
     (x1, y1, x2, y2), (p, q) = sample.bbox, sample.points
-    width, height, unsure = x2 - x1, y2 - y1, rng.random() < habits.unsure
+    width = x2 - x1
+    height = y2 - y1
+    unsure = rng.random() < habits.unsure
     loose, close = (
         (habits.unsure_loose, habits.unsure_close) if unsure else (habits.loose, habits.close)
     )
@@ -260,7 +275,8 @@ def habitual(sample, frame, habits, rng) -> str:
         min(frame.image[0], x2 + out[2] * width),
         min(frame.image[1], y2 + out[3] * height),
     )
-    keep, middle = rng.uniform(*close), ((p[0] + q[0]) / 2, (p[1] + q[1]) / 2)
+    keep = rng.uniform(*close)
+    middle = ((p[0] + q[0]) / 2, (p[1] + q[1]) / 2)
     points = tuple(tuple(m + keep * (v - m) for v, m in zip(point, middle)) for point in (p, q))
     think = (
         unsure_trace(rng, sample.extra["modality"], sample.bbox, frame.image[::-1])
@@ -290,7 +306,8 @@ class Heads(nn.Module):
         self.place = nn.Linear(width, 2)
 
     def asked(self, head, features, category):
-        """The outputs of one category. features (n, D), category (n,) -> (n, outputs of a category)."""
+        """The outputs of one category. features (n, D), category (n,) -> (n, outputs of a
+        category)."""
         out = head(features).view(len(features), len(CATEGORIES), -1)
         return out[torch.arange(len(features)), category]
 
@@ -317,17 +334,20 @@ def dense(crm, heads, lessons):
         + 3 * F.mse_loss(heads.place(features), place)
         + 2 * (error * covered).sum() / covered.sum()
     )
-    guess, true = logit > 0, share > 0.5
+    guess = logit > 0
+    true = share > 0.5
     return loss, ((guess & true).sum() / (guess | true).sum()).item()
 
 
 def answer_loss(crm, lessons, digit_ids, digit_weight):
     """Cross-entropy of the completions, digits counting more: mean over tokens."""
-    total, count = 0.0, 0.0
+    total = 0.0
+    count = 0.0
     packs = [(lesson.group, range(len(lesson.group.texts))) for lesson in lessons]
     for lesson, (logp, _) in zip(lessons, score(crm, packs)):
         weight = 1 + (digit_weight - 1) * torch.isin(lesson.group.tokens, digit_ids).float()
-        total, count = total - (weight * logp).sum(), count + weight.sum()
+        total = total - (weight * logp).sum()
+        count = count + weight.sum()
     return total / count
 
 
@@ -335,7 +355,11 @@ class Cache:
     """Lessons by the pool's index, made when first asked for."""
 
     def __init__(self, crm, pool, stage, rng):
-        self.crm, self.pool, self.stage, self.rng, self.made = crm, pool, stage, rng, {}
+        self.crm = crm
+        self.pool = pool
+        self.stage = stage
+        self.rng = rng
+        self.made = {}
 
     def __getitem__(self, i):
         if i not in self.made:
@@ -346,19 +370,21 @@ class Cache:
 def run_stage(
     stage, crm, heads, pool, steps, batch, lr, dense_weight, digit_weight, stretch, seed, work
 ):
-    """AdamW with a short warm-up and a cosine over `stretch` times the steps (stage b ends at a quarter of its peak, as
-    stage c goes on from there); stage a trains the vision tower, the others everything."""
-    rng, start = random.Random(seed), time.time()
-    cache, size = Cache(crm, pool, stage, rng), len(pool) - HELD_BACK
+    """AdamW with a short warm-up and a cosine over `stretch` times the steps (stage b ends at a
+    quarter of its peak, as stage c goes on from there); stage a trains the vision tower, the others
+    everything."""
+    rng = random.Random(seed)
+    start = time.time()
+    cache = Cache(crm, pool, stage, rng)
+    size = len(pool) - HELD_BACK
     before = Cache(crm, pool, "b", rng)
     trained = list((crm.model.model.visual if stage == "a" else crm.model).parameters())
     adamw = torch.optim.AdamW([*trained, *heads.parameters()], lr=lr, weight_decay=0.01)
     digits = torch.tensor(crm.tokenizer.convert_tokens_to_ids(list("0123456789")))
     for step in range(steps):
         lessons = [cache[rng.randrange(size)] for _ in range(batch)]
-        loss, parts = dense(
-            crm, heads, lessons if stage == "a" else lessons[: batch // 3]
-        )  # it is there to be kept
+        # it is there to be kept
+        loss, parts = dense(crm, heads, lessons if stage == "a" else lessons[: batch // 3])
         if stage in HABITS:  # a few of stage b's, so that what it formed is kept
             lessons += [before[rng.randrange(size)] for _ in range(batch // 2)]
         text = answer_loss(crm, lessons, digits, digit_weight) if stage != "a" else torch.zeros(())
@@ -401,8 +427,8 @@ def report_dense(crm, heads, pool, cache):
 
 
 def report(stage, crm, pool, limit=HELD_BACK):
-    """The check of stages b to f: greedy completions about pictures held back, asked as the stage asks; after e and f, whose
-    completions are vague on purpose, as stage b asks."""
+    """The check of stages b to f: greedy completions about pictures held back, asked as the stage
+    asks; after e and f, whose completions are vague on purpose, as stage b asks."""
     held = pool[len(pool) - HELD_BACK :][:limit]
     how = (SHORT, "name") if stage in "bef" else (PROMPTS["reasoning"], "named")
     print(f"check {stage}: " + check(crm, held, *how), flush=True)
@@ -449,7 +475,8 @@ def main():
         vision_mlp=256,
     ).items():
         parser.add_argument("--" + name.replace("_", "-"), type=int, default=default)
-    args, options = parser.parse_args(), {}
+    args = parser.parse_args()
+    options = {}
     for name in (
         "vocab_size",
         "hidden",

@@ -1,19 +1,24 @@
-"""Build the demo data: U-MRG parquet files of procedural phantoms and of real brain MR and chest CT; some pictures.
+"""Build the demo data: U-MRG parquet files of procedural phantoms and of real brain MR and chest
+CT; some pictures.
 
-    python -m pip download --no-deps -d build nilearn==0.14.1   # once: MNI152 is read out of this wheel
-    # once, too: pyradiomics 3.0.1 for the patients, see demo/make/patients.py
-    python -m demo.make.data                                    # demo/data/{train,test}.parquet, demo/images/
-    python -m demo.make.data --train 12000 --test 0 --seed 1 --out build/pool   # a pool for a warm start
+    python -m pip download --no-deps -d build nilearn==0.14.1   # once: MNI152 is read out of this
+                                                                wheel # once, too: pyradiomics 3.0.1
+                                                                for the patients, see
+                                                                demo/make/patients.py
+    python -m demo.make.data                                    # demo/data/{train,test}.parquet,
+                                                                demo/images/
+    python -m demo.make.data --train 12000 --test 0 --seed 1 --out build/pool   # a pool for a warm
+                                                                                start
 
-Sample i of a split depends on (seed, split, i) only and categories take turns, so the same seed gives the
-same bytes (with the same Pillow and pyarrow). Real slices: MNI152 T1, 1 mm, in the radiological convention
-(the patient's left is on the right of the image; sagittal slices face left), train and test at least GAP mm
-apart along the slicing axis; the template is symmetric, so sagittal slices count by their distance from the
-midline. Real patients: demo/make/patients.py. Everything else is drawn by demo/make/phantoms.py; the words are in
-demo/make/wordings.py. extra_info.names: lower-case words of which one in a trace means that it names the target.
-Measured on one core of a shared two-core machine (2026-11-24): 23 s and 10.2 MB for the default, 131 s for
-the 12,000.
-"""
+Sample i of a split depends on (seed, split, i) only and categories take turns, so the same seed
+gives the same bytes (with the same Pillow and pyarrow). Real slices: MNI152 T1, 1 mm, in the
+radiological convention (the patient's left is on the right of the image; sagittal slices face
+left), train and test at least GAP mm apart along the slicing axis; the template is symmetric, so
+sagittal slices count by their distance from the midline. Real patients: demo/make/patients.py.
+Everything else is drawn by demo/make/phantoms.py; the words are in demo/make/wordings.py.
+extra_info.names: lower-case words of which one in a trace means that it names the target. Measured
+on one core of a shared two-core machine (2026-11-24): 23 s and 10.2 MB for the default, 131 s for
+the 12,000."""
 
 import argparse
 import gzip
@@ -79,7 +84,8 @@ PLANES = {  # category -> planes that show it, and the least area (mm2) of it on
     "corpus callosum": (("sagittal",), 250),
     "brain tumour": (("axial", "coronal"), 3500),
 }
-SHOWCASE = {  # standalone pictures out of the test part: file -> (category, modality, part of its source)
+# standalone pictures out of the test part: file -> (category, modality, part of its source)
+SHOWCASE = {
     "brain_mr_axial": ("ventricles", "MR", "axial"),
     "brain_mr_coronal": ("hemisphere", "MR", "coronal"),
     "brain_mr_sagittal": ("corpus callosum", "MR", "sagittal"),
@@ -108,20 +114,25 @@ misuse of this software package."""
 
 
 def read_nifti(blob):
-    """Gzipped NIfTI-1 of uint8 -> (x, y, z) array; x grows to the patient's right, y to the front, z up."""
+    """Gzipped NIfTI-1 of uint8 -> (x, y, z) array; x grows to the patient's right, y to the front,
+    z up."""
     raw = gzip.decompress(blob)
-    shape, kind, offset = struct.unpack("<3h", raw[42:48]), struct.unpack("<h", raw[70:72])[0], 352
+    shape = struct.unpack("<3h", raw[42:48])
+    kind = struct.unpack("<h", raw[70:72])[0]
+    offset = 352
     if kind != 2:
         raise ValueError(f"expected a NIfTI volume of uint8 (datatype 2), found datatype {kind}")
     return np.frombuffer(raw, np.uint8, offset=offset).reshape(shape, order="F")
 
 
 def place_balls(markers, value, *balls):
-    """Write `value` into balls (x, y, z, radius) in mm, MNI coordinates, and their mirror images."""
+    """Write `value` into balls (x, y, z, radius) in mm, MNI coordinates, and their mirror
+    images."""
     for x, y, z, r in balls:
         for cx in {98 + x, 98 - x}:
             centre = np.array([cx, 134 + y, 72 + z])
-            lo, hi = (centre - r).clip(0).astype(int), centre + r + 1
+            lo = (centre - r).clip(0).astype(int)
+            hi = centre + r + 1
             window = markers[tuple(slice(a, int(b)) for a, b in zip(lo, hi))]
             gx, gy, gz = np.ogrid[tuple(slice(a, a + n) for a, n in zip(lo, window.shape))]
             window[(gx - cx) ** 2 + (gy - 134 - y) ** 2 + (gz - 72 - z) ** 2 <= r * r] = value
@@ -134,12 +145,13 @@ def chain(*balls):
 
 
 def load_brain(wheel):
-    """MNI152 -> (t1 uint8 (197, 233, 189), dict of structure -> bool volume). How the structures are found:
+    """MNI152 -> (t1 uint8 (197, 233, 189), dict of structure -> bool volume). How the structures
+    are found:
 
-    ventricles: the two closed pockets of fluid (neither grey nor white matter) in the brain's middle;
-    corpus callosum: white matter near the midline; cerebellum and brain stem: a watershed of the T1 picture
-    from hand-placed seeds, as dark fluid clefts part them from the cerebrum; hemispheres: the rest, halved.
-    """
+    ventricles: the two closed pockets of fluid (neither grey nor white matter) in the brain's
+    middle; corpus callosum: white matter near the midline; cerebellum and brain stem: a watershed
+    of the T1 picture from hand-placed seeds, as dark fluid clefts part them from the cerebrum;
+    hemispheres: the rest, halved."""
     if not Path(wheel).is_file():
         raise SystemExit(
             f"{wheel} is missing: python -m pip download --no-deps -d build nilearn==0.14.1"
@@ -190,7 +202,8 @@ def load_brain(wheel):
         (0, -34, -10, 4),
     )
     markers[~brain] = 4
-    parts, low = np.full(t1.shape, 3, np.int16), np.s_[:, 10:150, :110]
+    parts = np.full(t1.shape, 3, np.int16)
+    low = np.s_[:, 10:150, :110]
     parts[low] = ndimage.watershed_ift(255 - t1[low], markers[low])
     little = (
         ndimage.binary_closing(np.pad(parts[low] == 1, 4), iterations=3)[4:-4, 4:-4, 4:-4]
@@ -218,13 +231,15 @@ def load_brain(wheel):
 
 
 def part_of(plane, index):
-    """0 train, 1 test, None for the slices between them: every 25 mm, 13 mm of train and 4 mm of test."""
+    """0 train, 1 test, None for the slices between them: every 25 mm, 13 mm of train and 4 mm of
+    test."""
     k = (abs(index - 98) + 9 if plane == "sagittal" else index) % 25
     return 0 if k < 13 else 1 if 17 <= k < 21 else None
 
 
 def cut(volume, plane, index):
-    """One slice as an image: axial and coronal in the radiological convention, sagittal facing left."""
+    """One slice as an image: axial and coronal in the radiological convention, sagittal facing
+    left."""
     flat = {"sagittal": volume[index], "coronal": volume[:, index], "axial": volume[:, :, index]}[
         plane
     ]
@@ -261,7 +276,8 @@ def usable_slices(structures):
 
 
 def pick_size(rng):
-    """(height, width): mostly 112 to 140 pixels, some up to 168, few up to 224; two in five are square."""
+    """(height, width): mostly 112 to 140 pixels, some up to 168, few up to 224; two in five are
+    square."""
     draw = rng.uniform()
     low, high = (112, 140) if draw < 0.87 else (141, 168) if draw < 0.98 else (169, 224)
     height, width = (low + (high + 1 - low) * rng.uniform(size=2) ** 1.4).astype(int).tolist()
@@ -282,7 +298,8 @@ def encode_mask(mask):
 
 
 def make_sample(seed, part, index, brain, clinic):
-    """Sample `index` of part 0 (train) or 1 (test): a parquet row, and its picture before compression."""
+    """Sample `index` of part 0 (train) or 1 (test): a parquet row, and its picture before
+    compression."""
     rng = np.random.default_rng([seed, part, index])
     category = list(SOURCES)[index % len(SOURCES)]
     turn = index // len(SOURCES)
@@ -296,7 +313,8 @@ def make_sample(seed, part, index, brain, clinic):
             cases = clinic[key, part]
             name, z, *case = cases[rng.integers(len(cases))]
             picture, mask = patients.patient(rng, size, *case, category)
-            masks, source = {key: mask}, f"pyradiomics {name} axial {z}"
+            masks = {key: mask}
+            source = f"pyradiomics {name} axial {z}"
         elif scene:  # a phantom, too, where the part has no such patient
             drawn = "chest_ct" if scene == "patient" else scene
             picture, masks = getattr(phantoms, drawn)(rng, size, category, modality)
@@ -318,7 +336,8 @@ def make_sample(seed, part, index, brain, clinic):
             mask = np.isin(pieces, np.flatnonzero(areas >= 0.08 * areas.max()) + 1)
         if mask.sum() >= 80 and min(np.ptp(np.argwhere(mask), 0)) >= 8:
             break
-    box, points = box_from_mask(mask), keypoints_from_mask(mask)
+    box = box_from_mask(mask)
+    points = keypoints_from_mask(mask)
     pixels = np.round(picture * 255).astype(np.uint8)
     query, wording = pick_query(rng, category, modality, side, unseen)
     split = ("train", "test")[part]
@@ -357,7 +376,8 @@ def write_parquet(rows, path):
 
 
 def write_showcase(rows, pixels, folder, licence):
-    """Standalone pictures of test rows, with a README of suggested queries and the template's notice."""
+    """Standalone pictures of test rows, with a README of suggested queries and the template's
+    notice."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = [
         "# Test pictures",
@@ -387,23 +407,28 @@ def write_showcase(rows, pixels, folder, licence):
 
 
 def contact_sheet(rows, path, columns=10, cell=150):
-    """Samples with box (green), mask contour (yellow) and key points (red, blue), the category below each."""
+    """Samples with box (green), mask contour (yellow) and key points (red, blue), the category
+    below each."""
     sheet = Image.new("RGB", (columns * cell, -(-len(rows) // columns) * (cell + 24)), "white")
     pen = ImageDraw.Draw(sheet)
     for k, row in enumerate(rows):
         image = Image.open(io.BytesIO(row["images"][0]["bytes"])).convert("RGB")
         mask = np.asarray(Image.open(io.BytesIO(row["masks"][0]["bytes"]))) > 0
-        truth, zoom = json.loads(row["reward_model"]["ground_truth"]), cell / max(image.size)
+        truth = json.loads(row["reward_model"]["ground_truth"])
+        zoom = cell / max(image.size)
         size = [round(v * zoom) for v in image.size]
-        image, mask = image.resize(size), np.asarray(Image.fromarray(mask).resize(size))
+        image = image.resize(size)
+        mask = np.asarray(Image.fromarray(mask).resize(size))
         pixels = np.array(image)
         pixels[mask & ~ndimage.binary_erosion(mask)] = (255, 230, 0)
         image = Image.fromarray(pixels)
         ImageDraw.Draw(image).rectangle([v * zoom for v in truth["bbox_2d"]], outline=(0, 255, 0))
         for (x, y), colour in zip(truth["point_2d"], ("red", "blue")):
-            x, y = x * zoom, y * zoom
+            x = x * zoom
+            y = y * zoom
             ImageDraw.Draw(image).ellipse([x - 2, y - 2, x + 3, y + 3], fill=colour)
-        x, y = k % columns * cell, k // columns * (cell + 24)
+        x = k % columns * cell
+        y = k // columns * (cell + 24)
         sheet.paste(image, (x, y))
         pen.text((x + 2, y + cell), row["extra_info"]["category"], fill="black")
         pen.text((x + 2, y + cell + 10), row["extra_info"]["modality"], fill="grey")
@@ -431,7 +456,9 @@ def main():
     brain = t1, structures, usable_slices(structures)
     licence, clinic = patients.load_patients(args.patients)
     args.out.mkdir(parents=True, exist_ok=True)
-    counts, sizes, preview = Counter(), {}, []
+    counts = Counter()
+    sizes = {}
+    preview = []
     for part, (split, number) in enumerate((("train", args.train), ("test", args.test))):
         if not number:
             continue

@@ -1,9 +1,10 @@
 """The README's picture: one question, answered before GRPO and after it, with the truth.
 
 for crm in demo/crm runs/demo/step_000080; do
-    python infer.py --image demo/images/chest_ct_patient.png --query "..." --crm $crm --out out/$(basename $crm); done
-python -m demo.make.example out/crm out/step_000080         # -> demo/pictures/example.png; the truth is read from demo/data
-"""
+    python infer.py --image demo/images/chest_ct_patient.png --query "..." --crm $crm --out
+    out/$(basename $crm); done
+python -m demo.make.example out/crm out/step_000080         # -> demo/pictures/example.png; the
+                                                            truth is read from demo/data"""
 
 import argparse
 import json

@@ -1,12 +1,14 @@
-"""How much of a GRPO gradient is signal: the cosine between the gradients of two halves of the same questions.
+"""How much of a GRPO gradient is signal: the cosine between the gradients of two halves of the same
+questions.
 
-    python -m demo.make.gradient_noise                   # 64 training questions x 8 completions, about two minutes
+    python -m demo.make.gradient_noise                   # 64 training questions x 8 completions,
+                                                         about two minutes
     python -m demo.make.gradient_noise --crm FOLDER      # of another checkpoint
 
-Near 1 the two halves agree, near 0 each is noise. Printed for all weights and for parts of the model, with the mean over
-questions of the rewards' standard deviation in a group. A model that does not look at the image has nothing to select on:
-of the tiny CRM of before 2026-11-24, which wrote every category's mean place, all weights together gave 0.02.
-"""
+Near 1 the two halves agree, near 0 each is noise. Printed for all weights and for parts of the
+model, with the mean over questions of the rewards' standard deviation in a group. A model that does
+not look at the image has nothing to select on: of the tiny CRM of before 2026-11-24, which wrote
+every category's mean place, all weights together gave 0.02."""
 
 import argparse
 import re
@@ -21,7 +23,9 @@ from sampling import sample as sample_groups
 from scoring import logp
 from train_grpo import group_advantages, token_weights
 
-GROUP, TOKENS, SEED = 8, 128, 5
+GROUP = 8
+TOKENS = 128
+SEED = 5
 PARTS = {
     "all weights": "",
     "vision tower": "visual",
@@ -42,7 +46,8 @@ def log_probability(crm, group):
 
 
 def gradient(crm, sample, seed):
-    """The policy gradient of one question's group, a tensor per trainable parameter, and its rewards' std."""
+    """The policy gradient of one question's group, a tensor per trainable parameter, and its
+    rewards' std."""
     prompt = crm.encode(sample.image, fill_prompt(PROMPTS["reasoning"], sample.query))
     group = roll_out(crm, prompt, seed)
     truth = to_model(sample.bbox, prompt.frame), to_model(sample.points, prompt.frame)
@@ -65,8 +70,11 @@ def main():
     parser.add_argument("--data", default="demo/data")
     parser.add_argument("--questions", type=int, default=64)
     args = parser.parse_args()
-    crm, train = load_crm(args.crm), load_samples(args.data, "train")
-    halves, names, spread = ({}, {}), list(crm.trainable()), []
+    crm = load_crm(args.crm)
+    train = load_samples(args.data, "train")
+    halves = ({}, {})
+    names = list(crm.trainable())
+    spread = []
     for k, i in enumerate(
         np.random.default_rng(0).permutation(len(train))[: args.questions].tolist()
     ):

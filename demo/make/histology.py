@@ -1,18 +1,24 @@
-"""Build demo/histology: stained sections whose questions mean one of many alike, or all of several pieces.
+"""Build demo/histology: stained sections whose questions mean one of many alike, or all of several
+pieces.
 
-    python -m demo.make.histology                                        # demo/histology, 0.8 MB, 8 s
-    python -m demo.make.histology --train 2000 --test 0 --seed 1 --out build/histology    # a pool for a warm start
+    python -m demo.make.histology                                        # demo/histology, 0.8 MB, 8
+                                                                         s
+    python -m demo.make.histology --train 2000 --test 0 --seed 1 --out build/histology    # a pool
+                                                                                          for a warm
+                                                                                          start
 
-demo/data has no such targets: there "the large gland" and "the white blood cell" are the only ones. Four categories
-take turns, each with its own pictures (112 to 140 px, a few larger):
-  nucleus       one nucleus of 3 to 6 that look alike, and a row for each of them: ambiguous on purpose. Nothing in a
+demo/data has no such targets: there "the large gland" and "the white blood cell" are the only ones.
+Four categories take turns, each with its own pictures (112 to 140 px, a few larger):
+  nucleus       one nucleus of 3 to 6 that look alike, and a row for each of them: ambiguous on
+                purpose. Nothing in a
                 question says which; they are siblings (metrics.py)
   all nuclei    3 to 9 nuclei, scattered; the mask is their union
-  gland pieces  one branched gland that the section cuts 3 to 6 times, side by side; the mask is all of it
+  gland pieces  one branched gland that the section cuts 3 to 6 times, side by side; the mask is all
+                of it
   all glands    2 to 5 glands, scattered; the mask is their union
-The pieces of a mask are at least 4 pixels apart. kind is "one" or "all". Picture i of a split depends on (seed,
-split, i) only. Questions never name their target (demo/make/wordings.py); half of the test split's are unseen wordings.
-"""
+The pieces of a mask are at least 4 pixels apart. kind is "one" or "all". Picture i of a split
+depends on (seed, split, i) only. Questions never name their target (demo/make/wordings.py); half of
+the test split's are unseen wordings."""
 
 import argparse
 import json
@@ -93,15 +99,17 @@ WORDS = {
 
 
 def places(c, count, radius, within=None):
-    """`count` circles (x, y, r) in scene units, apart from each other; radius: the range of r; within: of a circle's
-    edges, (x1, y1, x2, y2), else the picture."""
-    u, found = c.rng.uniform, []
+    """`count` circles (x, y, r) in scene units, apart from each other; radius: the range of r;
+    within: of a circle's edges, (x1, y1, x2, y2), else the picture."""
+    u = c.rng.uniform
+    found = []
     x1, y1, x2, y2 = within or (c.x.min(), c.y.min(), c.x.max(), c.y.max())
     while len(found) < count:
         found = []
         for _ in range(40 * count):
             r = u(*radius)
-            x, y = u(x1 + r, x2 - r), u(y1 + r, y2 - r)
+            x = u(x1 + r, x2 - r)
+            y = u(y1 + r, y2 - r)
             apart = all(
                 math.hypot(x - a, y - b) > 1.15 * (r + s) + APART * c.px for a, b, s in found
             )
@@ -112,7 +120,8 @@ def places(c, count, radius, within=None):
 
 def nuclei(rng, size, count):
     """`count` look-alike nuclei in pink stroma -> (image, [mask (H, W) of each])."""
-    c, u = Canvas(rng, size, (0, 0, 0), turn=0, zoom=(0.95, 1.1), shift=0, stretch=0), rng.uniform
+    c = Canvas(rng, size, (0, 0, 0), turn=0, zoom=(0.95, 1.1), shift=0, stretch=0)
+    u = rng.uniform
     _, violet, _ = stroma(c)
     for i, (x, y, r) in enumerate(places(c, count, (0.11, 0.14))):
         body = c.blob(x, y, r, r * u(0.8, 1), u(0, 3), 0.05)
@@ -123,7 +132,8 @@ def nuclei(rng, size, count):
 
 
 def glands(rng, size, count, together):
-    """`count` glands, or as many cuts through one if together: side by side -> (image, [mask of each])."""
+    """`count` glands, or as many cuts through one if together: side by side -> (image, [mask of
+    each])."""
     c = Canvas(rng, size, (0, 0, 0), turn=0, zoom=(0.95, 1.1), shift=0, stretch=0)
     pink, violet, fibre = stroma(c)
     centres = rng.uniform((0, 0), size[::-1], (int(size[0] * size[1] / 500), 2))
@@ -168,8 +178,10 @@ def draw(rng, size, category):
 
 def make_rows(seed, part, index, out):
     """Picture `index` of part 0 (train) or 1 (test), written; its rows of samples.jsonl."""
-    rng, split = np.random.default_rng([seed, part, index]), ("train", "test")[part]
-    category, unseen = list(WORDS)[index % len(WORDS)], part == 1 and index // len(WORDS) % 2 == 1
+    rng = np.random.default_rng([seed, part, index])
+    split = ("train", "test")[part]
+    category = list(WORDS)[index % len(WORDS)]
+    unseen = part == 1 and index // len(WORDS) % 2 == 1
     size = pick_size(rng)
     image, masks = draw(rng, size, category)
     name = f"{split}_{index:04}"
@@ -202,7 +214,9 @@ def make_rows(seed, part, index, out):
 
 def make_split(seed, part, count, out):
     """About `count` rows: pictures of each category in turn, until a category has its quarter."""
-    rows, full, index = [], Counter(), 0
+    rows = []
+    full = Counter()
+    index = 0
     while len(rows) < count:
         category = list(WORDS)[index % len(WORDS)]
         if full[category] < count / len(WORDS):

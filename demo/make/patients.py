@@ -1,13 +1,17 @@
-"""Real patients for the demo data: chest CT and brain MR with experts' masks, out of pyradiomics' source package.
+"""Real patients for the demo data: chest CT and brain MR with experts' masks, out of pyradiomics'
+source package.
 
-    python -m pip download --no-deps --no-build-isolation --no-binary :all: -d build pyradiomics==3.0.1   # once
+    python -m pip download --no-deps --no-build-isolation --no-binary :all: -d build
+                                                                                                          pyradiomics==3.0.1
+                                                                                                          #
+                                                                                                          once
 
-(pip runs its setup.py to learn its name: numpy and versioneer must be installed.) The lungs are found by their
-air; tumours are what an expert outlined. Lungs: whole slices of both chests, train and test at least GAP mm apart.
-Tumours: the brain of patient 1 is for training, that of patient 2 for the test, and so is the one small lung
-nodule; the other chest's tumour is far larger than a nodule, so it is left out and so are the slices that show it.
-All are axial in the radiological convention, as the phantoms are.
-"""
+(pip runs its setup.py to learn its name: numpy and versioneer must be installed.) The lungs are
+found by their air; tumours are what an expert outlined. Lungs: whole slices of both chests, train
+and test at least GAP mm apart. Tumours: the brain of patient 1 is for training, that of patient 2
+for the test, and so is the one small lung nodule; the other chest's tumour is far larger than a
+nodule, so it is left out and so are the slices that show it. All are axial in the radiological
+convention, as the phantoms are."""
 
 import tarfile
 import zlib
@@ -45,7 +49,8 @@ def read_nrrd(blob):
 
 
 def load_patients(archive=ARCHIVE):
-    """(licence text, {(category with side, part): [(name, z, image (H, W), mask (H, W), mm per pixel)]})."""
+    """(licence text, {(category with side, part): [(name, z, image (H, W), mask (H, W), mm per
+    pixel)]})."""
     if not Path(archive).is_file():
         raise SystemExit(
             f"{archive} is missing: see demo/make/patients.py for the one command that downloads it"
@@ -67,7 +72,8 @@ def load_patients(archive=ARCHIVE):
         turn = np.s_[::-1] if name in FLIPPED else np.s_[:]
         tumour = (label > 0).any((0, 1))
         for z in range(image.shape[2]):
-            picture, mask = image[:, :, z].T[turn].astype(np.float32), label[:, :, z].T[turn] > 0
+            picture = image[:, :, z].T[turn].astype(np.float32)
+            mask = label[:, :, z].T[turn] > 0
             if mask.sum() * spacing**2 > LEAST and name != "lung2":
                 key = (
                     ("brain tumour", int(name == "brain2"))
@@ -89,18 +95,21 @@ def load_patients(archive=ARCHIVE):
 
 
 def part_of(z, thick):
-    """0 train, 1 test, None between them: of every 12 slices 6 are for training and 3 for the test."""
+    """0 train, 1 test, None between them: of every 12 slices 6 are for training and 3 for the
+    test."""
     gap = -(-GAP // thick) - 1  # slices left out on either side of the test's
     k = z % 12
     return 1 if 7 <= k < 10 else 0 if k < 7 - gap or k >= 10 + gap else None
 
 
 def find_lungs(picture, spacing):
-    """{side of the image: mask}: the air within the body, its vessels filled in. A slice without two is left out."""
+    """{side of the image: mask}: the air within the body, its vessels filled in. A slice without
+    two is left out."""
     pieces, _ = ndimage.label(picture > -400)
     body = ndimage.binary_fill_holes(pieces == np.bincount(pieces.ravel())[1:].argmax() + 1)
     air, count = ndimage.label(ndimage.binary_opening(body & (picture < -400), iterations=2))
-    middle, found = ndimage.center_of_mass(body)[1], {}
+    middle = ndimage.center_of_mass(body)[1]
+    found = {}
     for k in range(1, count + 1):
         piece = air == k
         if piece.sum() * spacing**2 > 4000:
@@ -109,7 +118,8 @@ def find_lungs(picture, spacing):
             found.setdefault("left" if x < 0 else "right", []).append(
                 ndimage.binary_fill_holes(piece)
             )
-    # one piece a side, both beside the midline: where they touch, they are one piece and the slice is of no use
+    # one piece a side, both beside the midline: where they touch, they are one piece and the slice
+    # is of no use
     return (
         {side: p[0] for side, p in found.items()}
         if sorted(map(len, found.values())) == [1, 1]
@@ -119,7 +129,8 @@ def find_lungs(picture, spacing):
 
 def patient(rng, size, picture, mask, spacing, category):
     """A slice in a new pose, crop and contrast -> (image (H, W) in 0..1, mask)."""
-    u, lesion = rng.uniform, category in ("lung nodule", "brain tumour")
+    u = rng.uniform
+    lesion = category in ("lung nodule", "brain tumour")
     rows, cols = np.nonzero(
         ndimage.binary_opening(
             picture > (-400 if category.startswith("lung") else 150), iterations=3
@@ -136,7 +147,8 @@ def patient(rng, size, picture, mask, spacing, category):
             middle - free,
             middle + free,
         )
-    angle, squeeze = rng.normal(0, 0.07), u(0.96, 1.04, 2)
+    angle = rng.normal(0, 0.07)
+    squeeze = u(0.96, 1.04, 2)
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     matrix = scale * turn * squeeze
     offset = middle - matrix @ ((np.array(size) - 1) / 2 + u(-0.03, 0.03, 2) * size)
@@ -149,9 +161,9 @@ def patient(rng, size, picture, mask, spacing, category):
     smooth = ndimage.gaussian_filter(np.clip((picture - low) / (high - low), 0, 1), blur)
     image = ndimage.affine_transform(smooth, matrix, offset, size, order=1)
     inside = ndimage.affine_transform(mask.astype(np.float32), matrix, offset, size, order=1) > 0.5
-    if (
-        category == "brain tumour" and u() < 0.5
-    ):  # heads are alike on both sides, and there is one patient to learn from
-        image, inside = image[:, ::-1], inside[:, ::-1]
+    # heads are alike on both sides, and there is one patient to learn from
+    if category == "brain tumour" and u() < 0.5:
+        image = image[:, ::-1]
+        inside = inside[:, ::-1]
     image = image * (1 + 0.05 * fog(rng, size, min(size) / 2))
     return finish(rng, image, 0.012, 0.006), inside

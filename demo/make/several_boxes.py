@@ -1,14 +1,16 @@
-"""One box and two points against a box for each piece, on demo/histology: the same warm start, GRPO and evaluation.
+"""One box and two points against a box for each piece, on demo/histology: the same warm start, GRPO
+and evaluation.
 
-    python -m demo.make.several_boxes                    # seed 0; --seeds 0 1 2: three; goes on where it stopped
+    python -m demo.make.several_boxes                    # seed 0; --seeds 0 1 2: three; goes on
+                                                         where it stopped
     python -m demo.make.several_boxes --table            # only the table of what is there
 
-The embedded CRM never saw these pictures. So it first learns from 2,000 other questions of the same generator, 140
-steps of 16, once with --prompt reasoning and once with --prompt multi; then 25 steps of GRPO on the 120 training
-questions, 8 x 8 completions a step. The table has greedy completions on the 90 test questions: soft F1 of boxes over
-the pieces (extras/boxes.py), where one box is a set of one; Dice of the boxes merely filled, without a network; Dice of
-the mask from boxes and points (demo/asm). Differences are paired over questions, intervals are 95 % bootstrap.
-"""
+The embedded CRM never saw these pictures. So it first learns from 2,000 other questions of the same
+generator, 140 steps of 16, once with --prompt reasoning and once with --prompt multi; then 25 steps
+of GRPO on the 120 training questions, 8 x 8 completions a step. The table has greedy completions on
+the 90 test questions: soft F1 of boxes over the pieces (extras/boxes.py), where one box is a set of
+one; Dice of the boxes merely filled, without a network; Dice of the mask from boxes and points
+(demo/asm). Differences are paired over questions, intervals are 95 % bootstrap."""
 
 import argparse
 import subprocess
@@ -25,7 +27,8 @@ from extras.predictions import read_predictions, shown
 from extras.several import region_f1
 from metrics import mask_dice
 
-DATA, POOL = "demo/histology", "build/histology"
+DATA = "demo/histology"
+POOL = "build/histology"
 LENGTH = "--max-new-tokens 320"
 RESUME = "--resume auto"  # an interrupted run continues
 WARM = (

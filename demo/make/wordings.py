@@ -1,17 +1,17 @@
-"""Words of the demo data: implicit queries that never name their target, and short reasoning traces.
+"""Words of the demo data: implicit queries that never name their target, and short reasoning
+traces.
 
-A query is an opener with a clue put in: 4 seen clues and 4 seen openers make 16 wordings a category to train
-on. The last two clues of a category and the last two openers appear only in the test split. `check()` holds
-that no query, seen or not, gives its target away, that queries have 8 to 18 words and traces 15 to 30.
-"""
+A query is an opener with a clue put in: 4 seen clues and 4 seen openers make 16 wordings a category
+to train on. The last two clues of a category and the last two openers appear only in the test
+split. `check()` holds that no query, seen or not, gives its target away, that queries have 8 to 18
+words and traces 15 to 30."""
 
 from dataclasses import dataclass
 from itertools import product
 
-SEEN, UNSEEN = (
-    4,
-    2,
-)  # openers, and clues of a category: the first 4 in both splits, the last 2 only in test
+# openers, and clues of a category: the first 4 in both splits, the last 2 only in test
+SEEN = 4
+UNSEEN = 2
 OPENERS = (
     "What could {clue} represent?",
     "Where on this {picture} is {clue}?",
@@ -504,7 +504,8 @@ def query(category, clue, opener, picture, side, words=WORDS):
 
 
 def pick_query(rng, category, modality, side, unseen, words=WORDS):
-    """A random query and its template's index, clue * 6 + opener; unseen wordings are for the test split."""
+    """A random query and its template's index, clue * 6 + opener; unseen wordings are for the test
+    split."""
     clue, opener = rng.integers(UNSEEN, size=2) + SEEN if unseen else rng.integers(SEEN, size=2)
     return query(category, clue, opener, modality, side, words), int(clue * len(OPENERS) + opener)
 
@@ -520,7 +521,8 @@ def names(category, side, words=WORDS):
 
 def where(box, size):
     """Words for the place of a box (x1, y1, x2, y2) in an image of size (height, width)."""
-    x, y = (box[0] + box[2]) / 2 / size[1], (box[1] + box[3]) / 2 / size[0]
+    x = (box[0] + box[2]) / 2 / size[1]
+    y = (box[1] + box[3]) / 2 / size[0]
     column = "left" if x < 0.42 else "right" if x > 0.58 else ""
     row = "upper" if y < 0.42 else "lower" if y > 0.58 else ""
     if row and column:
@@ -544,7 +546,8 @@ def pick_trace(rng, category, modality, side, box, size, words=WORDS):
 
 
 def check(words=WORDS):
-    """Every wording of every category keeps its secret and its length; no trace has another target's name."""
+    """Every wording of every category keeps its secret and its length; no trace has another
+    target's name."""
     for category, w in words.items():
         assert len(w.clues) == SEEN + UNSEEN, category
         for clue, opener, picture in product(range(SEEN + UNSEEN), range(len(OPENERS)), PICTURES):
