@@ -1,54 +1,69 @@
-"""What a training run does besides training: data order, run folder, resume, evaluation, report.
+"""What a training run does besides training: its folder, resume, warnings, stopping, checkpoints.
 
-`Run(cfg, ranks)` refuses what cannot run and writes nothing; `begin` makes or resumes the folder; the loop then calls
-`log`, `warn`, `evaluate`, `save` and, around whatever reads samples, `checkpoint_on_bad_row`. A folder named
-step_000100 is a complete checkpoint, whatever was killed when.
+`Run(config, ranks)` rejects what cannot run and writes nothing. `begin` makes or resumes the
+folder. The loop then calls `log`, `warn` and `save`. Around whatever reads examples stands
+`checkpoint_on_bad_row`, and between the phases of a step `leave_if_stopped`.
+
+How a run stops. Ctrl-C and SIGTERM ask it to. It ends after the step, or before: as long as nothing
+of a step has reached the weights, that step is given up, and the checkpoint is that of the step
+before. So sampling, the longest phase, is broken off at once. The exit status is 0, and
+`--resume auto` goes on from there. A second Ctrl-C ends the process on the spot.
+
+torchrun passes either signal on to its ranks, kills what is left of them 30 seconds later, and
+itself always ends with status 1. A large model needs longer to finish an update and to write its
+weights: TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600, set for torchrun, gives it ten minutes. Under srun,
+which starts the ranks itself, there is no such limit and the status is 0: recipes/slurm.sh.
 """
 
+import importlib.util
 import json
 import math
+import os
 import shutil
 import signal
 import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import numpy as np
-import torch
 from safetensors import SafetensorError
-from torch.distributed.checkpoint.api import CheckpointException
 
-from crm import CRM, load_crm
-from data import BadRow, load_samples
-from metrics import held_out, held_out_means
-from runtime.cli import RunConfig, dashed, print0
-from runtime.files import parse_object, read_jsonl, read_text, read_torch, to_disk, write_whole
+from runtime import checkpoint
+from runtime.cli import ROOT, dashed, print0
+from runtime.files import parse_object, read_jsonl, read_text, write_whole
 from runtime.optim import Optimizer
-from runtime.parallel import Ranks, unsharded
-from runtime.pretrained import remembered_frame
-from runtime.readers import read_rows
-from runtime.step import warnings_of
+from runtime.parallel import Ranks
+from runtime.readers import BadRow
+from runtime.registry import find
+from runtime.stats import Row, warnings_of
 
-LOGS = (
-    "metrics",
-    "samples",
-    "held_out",
-    "rollouts",
-)  # NAME.jsonl, one object per line, each with its step
-MAY_CHANGE = {  # on --resume; everything else decides what is learned
+# NAME.jsonl in the run folder, one object per line, each with its step
+LOGS = ("metrics", "best_and_worst", "held_out", "rollouts")
+
+# --track NAME: the package NAME must be installed
+TRACKERS = {
+    "tensorboard": "extras.track.Tensorboard",
+    "wandb": "extras.track.Wandb",
+    "trackio": "extras.track.Trackio",
+    "swanlab": "extras.track.Swanlab",
+}
+
+# What may change on --resume; every other flag decides what is learned.
+MAY_CHANGE = {
     "resume",
     "out",
     "steps",
     "epochs",
-    "timeout",
     "parallel",
     "offload",
     "checkpointing",
     "pack_tokens",
     "micro_batch",
     "cuda_graphs",
-    "max_skipped",
     "eval_every",
     "eval_answers",
     "eval_limit",
@@ -58,129 +73,110 @@ MAY_CHANGE = {  # on --resume; everything else decides what is learned
     "rollouts_every",
 }
 
+# A step without a finite gradient moves nothing, and the next may be fine. After so many in a row
+# the weights are past help.
+MAX_SKIPPED = 3
+
+TORCHRUN_LIMIT = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+
 
 # ---------------------------------------------------------------- schedules and data
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> float:
-    """Linear warm-up over `warmup` steps, then constant, linear or cosine decay to 0. step counts from 0."""
+    """Linear warm-up over `warmup` steps, then constant, or a linear or cosine decay to 0.
+    step counts from 0."""
     if step < warmup:
         return peak * (step + 1) / warmup
+    if schedule == "constant":
+        return peak
     done = (step - warmup) / max(1, steps - warmup)
-    return (
-        peak
-        * {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[
-            schedule
-        ]
-    )
+    if schedule == "linear":
+        return peak * (1 - done)
+    return peak * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def sample_indices(count: int, n: int, seed: int, step: int) -> list[int]:
-    """The n samples of a step, a pure function of (seed, step): each epoch is a permutation of range(count), and the
-    steps read the epochs in order."""
-    places = range(step * n, (step + 1) * n)
-    epochs = {place // count for place in places}
-    orders = {epoch: np.random.default_rng([seed, epoch]).permutation(count) for epoch in epochs}
-    return [int(orders[place // count][place % count]) for place in places]
-
-
-def load_splits(cfg: RunConfig):
-    """(training samples, held-out samples), each row's cheap properties checked."""
-
-    def load(path, split):
-        samples = load_samples(path, split, cfg.skip_bad_rows)
-        samples.check()
-        return samples
-
-    train = load(cfg.data, "train")
-    train = train.only(cfg.only) if cfg.only else train
-    if cfg.eval_every < 0:
-        return train, []
-    names = read_rows(Path(cfg.test_data or cfg.data), None)[1]
-    held_out = next(
-        (name for split in ("test", "val") for name in names if name.startswith(split)), None
-    )
-    if not cfg.test_data and (Path(cfg.data).suffix == ".parquet" or not held_out):
-        print0(
-            f'{cfg.data}: no split "test" there, so nothing is held out; --test-data PATH names one'
-        )
-        return train, []
-    if not held_out and len(names) == 1:  # --test-data may call its own split as it likes
-        held_out = names[0]
-    return train, load(cfg.test_data or cfg.data, held_out or "test")[: cfg.eval_limit or None]
-
-
-def load_policy(cfg: RunConfig, ranks: Ranks, reference: bool = False) -> tuple[CRM, Optimizer]:
-    """The model that trains, with its reference model where there is one, and the optimizer of what trains."""
-    torch.manual_seed(cfg.seed)  # LoRA's matrices: the same on every rank
-    crm = load_crm(
-        cfg.crm,
-        ranks.device,
-        ranks.dtype(cfg.dtype),
-        lora_rank=cfg.lora_rank,
-        reference=reference,
-        freeze_vision=cfg.freeze_vision,
-        checkpointing=cfg.checkpointing,
-        resize=cfg.resize,
-        min_pixels=cfg.min_pixels,
-        max_pixels=cfg.max_pixels,
-        prompt=cfg.prompt,
-        offload=cfg.offload,
-    )
-    crm.trainable(cfg.trainable)
-    if cfg.parallel == "fsdp":
-        from runtime.fsdp import shard
-
-        shard(crm, ranks, cfg.offload)
-    return crm, Optimizer(
-        crm.trainable(cfg.trainable),
-        cfg.weight_decay,
-        sharded=crm.root is not None,
-        offload=cfg.offload,
-    )
+def step_indices(count: int, n: int, seed: int, step: int) -> list[int]:
+    """The n examples of a step, a pure function of (seed, step). Each epoch is a permutation of
+    range(count), and the steps read the epochs in order."""
+    orders = {}
+    indices = []
+    for position in range(step * n, (step + 1) * n):
+        epoch = position // count
+        if epoch not in orders:
+            orders[epoch] = np.random.default_rng([seed, epoch]).permutation(count)
+        indices.append(int(orders[epoch][position % count]))
+    return indices
 
 
 # ---------------------------------------------------------------- the run folder
 
 
+class StopNow(BaseException):
+    """Raised by a signal inside Run.interruptible(). It is no Exception, as KeyboardInterrupt is
+    none."""
+
+
 class Run:
-    """runs/NAME: config.json, metrics.jsonl, samples.jsonl, held_out.jsonl, rollouts.jsonl, curves.png, step_000100/
+    """runs/NAME: config.json, metrics.jsonl, held_out.jsonl, …, curves.png, step_000100/
 
-    Text first: everything that a picture shows can be read from metrics.jsonl. Only rank 0 writes."""
+    Text first: everything that a picture shows can be read from metrics.jsonl. Only rank 0 writes,
+    and only rank 0 reads: what it found, the others are told.
 
-    def __init__(self, config: RunConfig, ranks: Ranks):
-        """ValueError where --out holds files that this run must not touch, or cannot resume."""
-        self.config, self.ranks, self.folder = config, ranks, Path(config.out)
-        self.is_first, self.stop, self.saved = ranks.rank == 0, False, "not saved"
-        self.first, self.warned, self.skipped, self.tracker = {}, set(), 0, None
+    folder: the run folder. checkpoint: the one that --resume continues from, or None."""
+
+    def __init__(self, config: Any, ranks: Ranks):
+        """config: the dataclass of all flags. Of these out, resume, save_every, keep, track,
+        eval_every and steps are used here. ValueError where --out holds files that this run must
+        not touch, or cannot resume."""
+        self.config = config
+        self.ranks = ranks
+        self.folder = Path(config.out)
+        self.start_step = 0
+        self.steps = config.steps
+        self.saved_step = None  # the step of the newest checkpoint
+        self.first_values: Row = {}  # what was logged first of each name
+        self.warned: set[str] = set()
+        self.skipped = 0  # steps in a row without a finite gradient
+        self.tracker = None
+        self.first_signal = None  # SIGINT or SIGTERM, once one has come
+        self.is_interruptible = False
+
+        self.tracker_class = None
         if config.track:
-            from extras.track import need
+            self.tracker_class = find_tracker(config.track)
+        with self._main_speaks_for_all():
+            if ranks.is_main:
+                self._check_folder()
+        self.checkpoint, self.record = self._checkpoint_to_resume()
+        if self.checkpoint is not None:
+            with self._main_speaks_for_all():
+                if ranks.is_main:
+                    self._check_flags()
 
-            need(config.track)
-        self._check_folder()
-        self.checkpoint, self.state = (
-            self._newest_checkpoint() if config.resume != "no" else (None, None)
-        )
-        if self.state:
-            self._check_flags()
-        elif config.resume == "yes":
-            raise ValueError(
-                f"--resume: no checkpoint step_* in {self.folder}; --resume auto starts there"
-            )
+    # ------------------------------------------------------------ what may be touched and resumed
+
+    @contextmanager
+    def _main_speaks_for_all(self) -> Iterator[None]:
+        """A ValueError that rank 0 raises inside is raised on all ranks."""
+        problem = None
+        try:
+            yield
+        except ValueError as error:
+            problem = str(error)
+        problem = self.ranks.gather([problem])[0]
+        if problem is not None:
+            raise ValueError(problem)
 
     def _check_folder(self) -> None:
-        """Only what a training run wrote is touched: not a data set's samples.jsonl or a model's config.json."""
-        config, rows = (
-            self.folder / "config.json",
-            [row for name in LOGS for row in self.read(name)],
-        )
-        ours = config.exists() and "out" in parse_object(read_text(config), config)
-        if (rows or config.exists()) and not (ours and all("step" in row for row in rows)):
-            there = [
-                path.name
-                for path in (config, *(self.folder / f"{name}.jsonl" for name in LOGS))
-                if path.exists()
-            ]
+        """Only what a training run wrote is touched: not, for example, a model's config.json."""
+        config = self.folder / "config.json"
+        rows = [row for name in LOGS for row in self.read(name)]
+        files = [config, *(self.folder / f"{name}.jsonl" for name in LOGS)]
+        there = [path.name for path in files if path.exists()]
+        is_ours = config.exists() and "out" in parse_object(read_text(config), config)
+        is_ours = is_ours and all("step" in row for row in rows)
+        if (rows or config.exists()) and not is_ours:
             raise ValueError(
                 f"--out {self.folder}: {', '.join(there)}: not a training run's; give another --out"
             )
@@ -190,283 +186,368 @@ class Run:
                 "a new one"
             )
 
+    def _checkpoint_to_resume(self) -> tuple[Path | None, dict]:
+        """(the checkpoint, its trainer.json) that all ranks continue from; (None, {}) for a new
+        run.
+
+        Rank 0 chooses. Every other rank must find the same: one with a disk of its own, or an old
+        view of a shared disk, would train from another step."""
+        if self.config.resume == "no":
+            return None, {}
+        name = None
+        if self.ranks.is_main:
+            found = checkpoint.newest(self.folder)
+            name = found.name if found is not None else None
+        name = self.ranks.gather([name])[0]
+        if name is None and self.config.resume == "yes":
+            raise ValueError(
+                f"--resume: no checkpoint step_* in {self.folder}; --resume auto starts there"
+            )
+        if name is None:
+            return None, {}
+
+        folder = self.folder / name
+        record = {}
+        problem = None
+        try:
+            record = checkpoint.read_record(folder)
+        except (OSError, ValueError) as error:
+            problem = f"rank {self.ranks.rank} of {self.ranks.world} cannot read it: {error}"
+        found_by_rank = self.ranks.gather([(record, problem)])
+        for other_record, other_problem in found_by_rank:
+            if other_problem is None and other_record != found_by_rank[0][0]:
+                other_problem = (
+                    f"the ranks see different ones: {found_by_rank[0][0]}, {other_record}"
+                )
+            if other_problem is not None:
+                raise ValueError(
+                    f"--resume: {folder}: {other_problem}; --out must be on a disk that all share"
+                )
+        return folder, record
+
     def _check_flags(self) -> None:
-        """--resume trains as before: ValueError names each flag that would change that."""
+        """--resume trains as before. ValueError names each flag that would change that."""
         path = self.folder / "config.json"
-        before, now = (
-            parse_object(read_text(path), path),
-            json.loads(json.dumps(asdict(self.config))),
-        )
-        changed = [
-            f"{dashed(name)} was {before[name]!r}, is {value!r}"
-            for name, value in now.items()
-            if name in before and name not in MAY_CHANGE and before[name] != value
-        ]
+        before = parse_object(read_text(path), path)
+        changed = []
+        for name, value in self._flags().items():
+            if name not in before or name in MAY_CHANGE:
+                continue
+            old_value = inside_checkout(before[name])
+            if old_value != value:
+                changed.append(f"{dashed(name)} was {old_value!r}, is {value!r}")
         if changed:
             raise ValueError(
                 f"--resume: {'; '.join(changed)}: give what {path} says, or another --out"
             )
 
-    def begin(self, crm: CRM, optimizer: Optimizer, steps: int) -> int:
-        """Make or resume the folder -> the number of steps already done. Rows logged after the checkpoint are dropped.
-        From here on SIGINT and SIGTERM let a step finish, save and leave."""
-        state, self.state = self.state, None
-        self.start, self.steps = state["step"] if state else 0, steps
-        if self.start >= steps:
-            raise ValueError(
-                f"--steps {steps}: {self.folder} has {self.start} steps already; give more"
-            )
-        if state:  # files that --prompt or --crm name may have changed meanwhile
-            changed = [
-                f"{key} was {value!r}, is {crm.frame()[key]!r}"
-                for key, value in remembered_frame(self.checkpoint).items()
-                if crm.frame()[key] != value
-            ]
-            if changed:
-                raise ValueError(
-                    f"--resume: {'; '.join(changed)}: restore what {self.checkpoint} was trained with"
-                )
-            optimizer.load(self.checkpoint, state)
-            print0(f"resuming from {self.checkpoint}")
-        logs = {
-            name: [row for row in self.read(name) if state and row["step"] <= self.start]
-            for name in LOGS
-        }
-        for row in logs["metrics"]:
-            self._remember(row)
-        if self.is_first:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for leftover in [
-                *self.folder.glob("step_*.tmp"),
-                *self.folder.glob("step_*.old"),
-            ]:  # of a kill
-                shutil.rmtree(leftover)
-            for name, rows in logs.items():
-                path = self.folder / f"{name}.jsonl"
-                if path.exists():
-                    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
-            write_whole(
-                self.folder / "config.json", json.dumps(asdict(self.config), indent=2) + "\n"
-            )
-            if self.config.track:
-                from extras.track import Tracker
+    def _flags(self) -> dict[str, Any]:
+        """The flags as config.json keeps them."""
+        flags = json.loads(json.dumps(asdict(self.config)))  # a tuple becomes a list
+        return {name: inside_checkout(value) for name, value in flags.items()}
 
-                self.tracker = Tracker(
-                    self.config.track, self.folder, asdict(self.config), logs["metrics"]
+    # ------------------------------------------------------------ begin, log, warn
+
+    def begin(self, optimizer: Optimizer, steps: int) -> int:
+        """Makes or resumes the folder, and returns the number of steps already done.
+
+        Rows that were logged after the checkpoint are dropped. From here on SIGINT and SIGTERM let
+        what is done be saved. ValueError where all `steps` are done."""
+        self.steps = steps
+        if self.checkpoint is not None:
+            self.start_step = self.record["step"]
+            if self.start_step >= steps:
+                raise ValueError(
+                    f"--steps {steps}: {self.folder} has {self.start_step} steps already; give more"
                 )
+            optimizer.load(self.checkpoint, self.record)
+            self.saved_step = self.start_step
+            print0(f"resuming from {self.checkpoint}")
+
+        kept = {}
+        if self.ranks.is_main:
+            for name in LOGS:
+                rows = self.read(name) if self.checkpoint is not None else []
+                kept[name] = [row for row in rows if row["step"] <= self.start_step]
+            self._write_folder(kept)
+        for row in self.ranks.gather([kept])[0]["metrics"]:
+            self._remember_row(row)
+
+        if self.ranks.is_main and self.tracker_class is not None:
+            self.tracker = self.tracker_class(self.folder, asdict(self.config))
+            self.tracker.log(*kept["metrics"])
+        self._explain_torchrun()
         for number in (signal.SIGINT, signal.SIGTERM):  # last: a tracker may have set its own
-            signal.signal(number, self._stop)
-        return self.start
+            signal.signal(number, self._on_signal)
+        return self.start_step
+
+    def _write_folder(self, kept: dict[str, list[dict]]) -> None:
+        """Makes the folder. kept: the rows of each log that stay."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.remove_leftovers(self.folder)
+        for name, rows in kept.items():
+            path = self.folder / f"{name}.jsonl"
+            if path.exists():
+                write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+        write_whole(self.folder / "config.json", json.dumps(self._flags(), indent=2) + "\n")
 
     def log(self, name: str, *rows: dict) -> None:
-        if self.is_first:
-            try:
-                with open(self.folder / f"{name}.jsonl", "a") as file:
-                    file.writelines(json.dumps(row) + "\n" for row in rows)
-            except OSError as error:
-                self._cannot_write(self.folder / f"{name}.jsonl", error)
-            if self.tracker and name == "metrics":
-                self.tracker.log(*rows)
+        """Appends rows to NAME.jsonl; those of "metrics" go to the tracker as well."""
+        if not self.ranks.is_main:
+            return
+        path = self.folder / f"{name}.jsonl"
+        try:
+            with open(path, "a") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+        except OSError as error:
+            self._cannot_write(path, str(error))
+        if self.tracker is not None and name == "metrics":
+            self.tracker.log(*rows)
 
     def read(self, name: str) -> list[dict]:
+        """The rows of NAME.jsonl, [] where there is none."""
         return read_jsonl(self.folder / f"{name}.jsonl")
 
-    def warn(self, row: dict) -> None:
-        """Print each warning about a step once per run. The row keeps it, for when the run is resumed."""
-        warnings = warnings_of(row, self.first)
-        row["warnings"] = [text for text in warnings if text not in self.warned]
-        for text in row["warnings"]:
-            print0(f"\nstep {row['step']}: {text}")
-        self._remember(row)
+    def warn(self, row: Row) -> None:
+        """Prints what a step's row points to, each sentence once per run. The sentences are added
+        to the row as "warnings", so that a resumed run knows them. Call it on all ranks, before
+        `log`."""
+        found = warnings_of(row, self.first_values)
+        row["warnings"] = [sentence for sentence in found if sentence not in self.warned]
+        for sentence in row["warnings"]:
+            print0(f"\nstep {row['step']}: {sentence}")
+        self._remember_row(row)
 
-    def _remember(self, row: dict) -> None:
-        self.first = row | self.first
+    def remember(self, means: Row) -> None:
+        """Keeps what was logged first of each name: later warnings compare with it."""
+        self.first_values = means | self.first_values
+
+    def _remember_row(self, row: Row) -> None:
+        self.remember(row)
         self.warned |= set(row.get("warnings", []))
-        self.skipped = self.skipped + 1 if row.get("skipped") else 0
+        if row.get("skipped"):
+            self.skipped += 1
+        else:
+            self.skipped = 0
 
-    def stopped(self) -> bool:
-        """Whether any rank was asked to stop: all must leave after the same step."""
-        return any(self.ranks.gather([self.stop]))
-
-    def _stop(self, *_):
-        self.stop = True
-        print0("\nstopping after this step")
-
-    def give_up_after(self, steps: int) -> None:
-        """RuntimeError after so many steps in a row with a skipped update."""
-        if self.skipped >= steps:
+    def give_up_on_skipped(self) -> None:
+        """RuntimeError after MAX_SKIPPED steps in a row with a skipped update."""
+        if self.skipped >= MAX_SKIPPED:
             raise RuntimeError(
-                f"{self.skipped} steps in a row without a finite gradient: start one with a lower --lr, "
-                f"perhaps with a checkpoint of {self.folder} as --crm"
+                f"{self.skipped} steps in a row without a finite gradient: start one with a lower "
+                f"--lr, perhaps with a checkpoint of {self.folder} as --crm"
+            )
+
+    # ------------------------------------------------------------ stopping
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.first_signal is None:
+            self.first_signal = number
+            if self.ranks.is_main:  # print must not be called while print is at work
+                os.write(sys.stdout.fileno(), b"\nstopping; a second Ctrl-C ends at once\n")
+            if self.is_interruptible:
+                self.is_interruptible = False
+                raise StopNow
+        elif signal.SIGINT in (number, self.first_signal):
+            # a second Ctrl-C, which torchrun passes on as SIGTERM
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        # a second SIGTERM is a cluster that repeats itself
+
+    def _explain_torchrun(self) -> None:
+        """Says what a signal to torchrun loses, unless its user has seen to it."""
+        if "TORCHELASTIC_RUN_ID" in os.environ and TORCHRUN_LIMIT not in os.environ:
+            print0(
+                "torchrun kills its ranks 30 s after Ctrl-C or SIGTERM; if an update or a checkpoint "
+                f"takes longer, start it with {TORCHRUN_LIMIT}=600"
             )
 
     @contextmanager
-    def checkpoint_on_bad_row(self, step: int, crm, optimizer: Optimizer):
-        """Around whatever reads samples, on all ranks: after a bad row on any, or logits that are not finite, all save
-        the `step` steps that are done and raise BadRow. Inside, a rank must not wait for others."""
-        problem = None
+    def interruptible(self) -> Iterator[None]:
+        """Inside, a signal raises StopNow at once, which checkpoint_on_bad_row catches. For work of
+        this rank alone, whose results may be lost: inside, a rank must not wait for others."""
+        if self.first_signal is not None:
+            raise StopNow
+        self.is_interruptible = True
         try:
             yield
-        except (BadRow, FloatingPointError) as error:
-            problem = str(error)
-        problems = [text for text in self.ranks.gather([problem]) if text]
-        if problems:
-            if step > self.start:
-                self.save(step, crm, optimizer)
-            raise BadRow(problems[0])
+        finally:
+            self.is_interruptible = False
 
-    def checkpoints(self) -> dict[int, Path]:
-        """{step: folder}, oldest first."""
-        return dict(
-            sorted((int(folder.name[5:]), folder) for folder in self.folder.glob("step_*[0-9]"))
+    def stopped(self) -> bool:
+        """Whether any rank was asked to stop: all must leave after the same step."""
+        return any(self.ranks.gather([self.first_signal is not None]))
+
+    def leave_if_stopped(self, step: int, crm: Any, optimizer: Optimizer) -> None:
+        """Between the phases of a step, as long as nothing of it has reached the weights. If any
+        rank was asked to stop, saves the `step` steps that are done and ends the process with
+        status 0."""
+        if self.stopped():
+            self._leave(step, crm, optimizer)
+
+    def _leave(self, step: int, crm: Any, optimizer: Optimizer) -> None:
+        self._save_if_new(step, crm, optimizer)
+        self.finish(step)
+        self.ranks.stop()
+        raise SystemExit(0)
+
+    @contextmanager
+    def checkpoint_on_bad_row(self, step: int, crm: Any, optimizer: Optimizer) -> Iterator[None]:
+        """Around whatever reads examples, on all ranks. Inside, a rank must not wait for others.
+
+        After a bad row on any rank, all save the `step` steps that are done and raise BadRow. After
+        a signal they save these steps and end with status 0. After numbers that are not finite
+        nothing is saved, because the weights are broken, and the process ends with status 1."""
+        bad_row = None
+        broken = None
+        try:
+            yield
+        except StopNow:
+            pass  # self.first_signal says so
+        except BadRow as error:
+            bad_row = str(error)
+        except FloatingPointError as error:
+            broken = str(error)
+        outcomes = self.ranks.gather([(bad_row, broken, self.first_signal is not None)])
+        for _, broken, _ in outcomes:
+            if broken is not None:
+                self._give_up_on_broken_weights(step, broken)
+        for bad_row, _, _ in outcomes:
+            if bad_row is not None:
+                self._save_if_new(step, crm, optimizer)
+                raise BadRow(bad_row)
+        if any(stopped for _, _, stopped in outcomes):
+            self._leave(step, crm, optimizer)
+
+    def _give_up_on_broken_weights(self, step: int, problem: str) -> None:
+        self._end_with_error(
+            f"step {step + 1}: {problem}; these weights are not saved, {self._newest_words()} is "
+            "as it was: start a run from it, as --crm, with a lower --lr"
         )
 
-    def _newest_checkpoint(self) -> tuple[Path | None, dict | None]:
-        """(folder, its trainer.pt) of the newest checkpoint that can be read; broken ones are printed."""
-        for folder in reversed(self.checkpoints().values()):
-            try:
-                return folder, read_torch(folder / "trainer.pt", mmap=True)
-            except (OSError, ValueError) as error:
-                print0(f"{folder}: cannot be read ({error}); the one before it is used")
-        return None, None
+    # ------------------------------------------------------------ checkpoints and evaluations
 
-    def due(self, step: int, stopped: bool) -> bool:
-        """Whether to save and draw: after every --save-every steps, after the last, and when stopped."""
+    def is_due(self, step: int, stopped: bool) -> bool:
+        """Whether to save and draw: every --save-every steps, after the last, and when stopped."""
         every = self.config.save_every
         return stopped or step == self.steps or (every > 0 and step % every == 0)
 
-    def save(self, step: int, crm, optimizer: Optimizer) -> None:
-        """step_000100/: what from_pretrained loads, and trainer.pt to resume from. Written under a temporary name, then
-        renamed: a kill at any moment leaves the checkpoint before whole."""
-        if self.config.save_every < 0:
-            return
-        self.saved = self.folder / f"step_{step:06d}"
-        folder = self.saved.with_suffix(".tmp")
-        try:
-            if self.is_first:
-                shutil.rmtree(folder, ignore_errors=True)
-                folder.mkdir(parents=True)
-            self.ranks.wait()
-            with unsharded(crm):
-                if self.is_first:
-                    crm.save(folder)
-            optimizer.save(folder, step, self.ranks.rank)
-            self.ranks.wait()
-            if self.is_first:
-                for path in [*folder.rglob("*"), folder]:
-                    to_disk(path)
-                remove(self.saved)
-                folder.rename(self.saved)
-                to_disk(self.folder)
-        except torch.OutOfMemoryError:  # a RuntimeError, but not the disk's
-            raise
-        except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
-            if self.is_first:  # torch: RuntimeError on a full disk
-                shutil.rmtree(folder, ignore_errors=True)
-            self._cannot_write(self.saved, error)
-        if (
-            self.is_first and self.config.keep
-        ):  # the newest, and the best of those that were evaluated
-            saved, iou = (
-                self.checkpoints(),
-                {row["step"]: row.get("sampled/iou") for row in self.read("metrics")},
-            )
-            best = max((s for s in saved if iou.get(s) is not None), key=iou.get, default=None)
-            for old in list(saved)[: -self.config.keep]:
-                if old != best:
-                    remove(saved[old])
-
-    def _cannot_write(self, path: Path, error: Exception):
-        last = max(self.checkpoints().values(), default="no checkpoint")
-        print(
-            f"error: {path} cannot be written ({str(error).splitlines()[0]}); {last} is whole, and --resume auto "
-            "continues from there",
-            file=sys.stderr,
-            flush=True,
-        )
-        raise SystemExit(1) from None
-
-    def evaluation_due(self, step: int) -> bool:
+    def evaluation_is_due(self, step: int) -> bool:
+        """Whether to evaluate on held-out questions: every --eval-every steps, and after the
+        last."""
         every = self.config.eval_every
         return step == self.steps or (every > 0 and step % every == 0)
 
-    def evaluate(self, crm, tests, weights: dict, step: int, greedy: bool) -> dict[str, float]:
-        """Held-out scores, sampled as in training and, if asked, greedy: their means, for metrics.jsonl."""
-        cfg = self.config
-        kinds = {"sampled": (cfg.eval_answers, cfg.temperature)} | (
-            {"greedy": (1, 0.0)} if greedy else {}
-        )
-        with unsharded(crm):
-            rows = held_out(
-                crm,
-                tests,
-                kinds,
-                cfg.mode,
-                weights,
-                self.ranks,
-                cfg.max_new_tokens,
-                official=cfg.official,
-            )
-        self.log("held_out", *({"step": step, **row} for row in rows))
-        means = held_out_means(rows)
-        self.first = means | self.first
-        print0(
-            f"step {step}, held out: "
-            + ", ".join(f"{key} {value:.3f}" for key, value in means.items())
-        )
-        return means
+    def _save_if_new(self, step: int, crm: Any, optimizer: Optimizer) -> None:
+        """Saves the `step` steps that are done, unless they are saved already or none is."""
+        if step > self.start_step and step != self.saved_step:
+            self.save(step, crm, optimizer)
 
-    def log_groups(self, step: int, crm, tests, roll_out, advantages, own=()) -> None:
-        """rollouts.jsonl, at each evaluation and every --rollouts-every steps: whole groups of four held-out prompts,
-        always the same with the same random numbers, and of the step's first two. own: this rank's (place, Rollout)."""
-        cfg = self.config
-        if (
-            step
-            and not self.evaluation_due(step)
-            and not (cfg.rollouts_every and step % cfg.rollouts_every == 0)
-        ):
+    def save(self, step: int, crm: Any, optimizer: Optimizer) -> None:
+        """Writes the checkpoint of `step` steps, and deletes those that --keep does not ask for.
+
+        crm: has gathered(), a context manager inside which crm.save(folder) writes all weights. A
+        kill at any moment leaves the checkpoint before it. Where any rank cannot write, all end
+        with status 1."""
+        if self.config.save_every < 0:
             return
-        from extras.rollouts import group_rows
+        folder = checkpoint.path_of(self.folder, step)
+        temporary = checkpoint.temporary_of(folder)
+        with self._all_write(folder):
+            if self.ranks.is_main:
+                shutil.rmtree(temporary, ignore_errors=True)
+                (temporary / "optimizer").mkdir(parents=True)
+        with crm.gathered(), self._all_write(folder):
+            if self.ranks.is_main:
+                crm.save(temporary)
+        with self._all_write(folder):
+            optimizer.save(temporary, step, self.ranks.rank)
+        with self._all_write(folder):
+            if self.ranks.is_main:
+                checkpoint.publish(folder)
+        self.saved_step = step
+        with self._all_write(folder):
+            if self.ranks.is_main:
+                self._delete_old(folder)
 
-        self.log(
-            "rollouts", *group_rows(step, cfg, self.ranks, crm, tests, roll_out, advantages, own)
+    def _delete_old(self, saved: Path) -> None:
+        """--keep: the newest stay, and the best of those that were evaluated."""
+        if self.config.keep == 0:
+            return
+        scores = {}
+        for row in self.read("metrics"):
+            if row.get("sampled/iou") is not None:
+                scores[row["step"]] = row["sampled/iou"]
+        checkpoint.keep_newest(self.folder, self.config.keep, saved, scores)
+
+    @contextmanager
+    def _all_write(self, folder: Path) -> Iterator[None]:
+        """Around a piece of writing `folder` that all ranks enter. None goes on before all are
+        done, and if one cannot write, all end. Inside, a rank must not wait for others: what it
+        then reports is no disk's fault."""
+        problem = None
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            problem = str(error)
+        problems = [text for text in self.ranks.gather([problem]) if text is not None]
+        if problems:
+            if self.ranks.is_main:
+                shutil.rmtree(checkpoint.temporary_of(folder), ignore_errors=True)
+            self._cannot_write(folder, problems[0])
+
+    def _cannot_write(self, path: Path, problem: str) -> None:
+        reason = problem.splitlines()[0]
+        self._end_with_error(
+            f"{path} cannot be written ({reason}); {self._newest_words()} is intact, and --resume "
+            "auto continues from there"
         )
 
-    def finish(self, done: int, compare: bool) -> None:
-        """Print where everything is after `done` steps. compare: if these are all, also what the last held-out
-        evaluation has changed since the first."""
-        if done < self.steps:
-            resume = (
-                "" if self.saved == "not saved" else "; the same command with --resume continues"
-            )
-            print0(f"\nstopped at {done} of {self.steps} steps{resume}")
-        elif self.is_first and compare:
-            from extras.compare import report
+    def _end_with_error(self, message: str) -> None:
+        if self.ranks.is_main:
+            print(f"error: {message}", file=sys.stderr, flush=True)
+        raise SystemExit(1)
 
-            report(self.read("held_out"), self.read("metrics"))
-        if self.tracker:
-            self.tracker.finish()
-        print0(
-            f"weights {self.saved}, numbers {self.folder / 'metrics.jsonl'}, picture {self.folder / 'curves.png'}"
-        )
-        if (self.folder / "rollouts.jsonl").exists():
-            print0(f"to see groups of completions learn: python -m extras.rollouts {self.folder}")
+    def _newest_words(self) -> str:
+        if self.saved_step is None:
+            return "no checkpoint"
+        return str(checkpoint.path_of(self.folder, self.saved_step))
+
+    # ------------------------------------------------------------ the end
 
     def curves(self, panels: dict[str, list[str]]) -> None:
-        """curves.png: {title: keys of metrics.jsonl}."""
-        if self.is_first:
-            from extras.pictures import curves
+        """Draws curves.png. panels: {title: names in metrics.jsonl}."""
+        if self.ranks.is_main:
+            from runtime.pictures import curves
 
             curves(self.folder / "curves.png", self.read("metrics"), panels)
 
+    def finish(self, done: int) -> None:
+        """Prints where everything is after `done` steps, and closes the tracker."""
+        if done < self.steps:
+            can_resume = self.saved_step is not None
+            resume = "; the same command with --resume continues" if can_resume else ""
+            print0(f"\nstopped at {done} of {self.steps} steps{resume}")
+        if self.tracker is not None:
+            self.tracker.finish()
+        weights = "not saved" if self.saved_step is None else self._newest_words()
+        print0(
+            f"weights {weights}, numbers {self.folder / 'metrics.jsonl'}, "
+            f"picture {self.folder / 'curves.png'}"
+        )
 
-def remove(folder: Path) -> None:
-    """A checkpoint, renamed first: half of one never has a checkpoint's name."""
-    if folder.exists():
-        shutil.rmtree(folder.rename(folder.with_suffix(".old")))
+
+def find_tracker(name: str) -> type:
+    """The class of TRACKERS. ValueError where the tracker's package is not installed."""
+    if importlib.util.find_spec(name) is None:
+        raise ValueError(f"--track {name}: is not installed; pip install {name}")
+    return find(TRACKERS[name])
 
 
-if __name__ == "__main__":  # a run that has ended, to a tracker
-    from extras.track import main
-
-    main()
+def inside_checkout(value: Any) -> Any:
+    """A path inside this checkout is written relative to it, so that a checkout that has moved can
+    resume."""
+    prefix = f"{ROOT}{os.sep}"
+    if isinstance(value, str) and value.startswith(prefix):
+        return value.removeprefix(prefix)
+    return value

@@ -1,4 +1,6 @@
-"""What several test files share: a random tiny Qwen2.5-VL, and how scripts are run. No GPU, no network."""
+"""What several test files share: a random tiny Qwen2.5-VL, and how scripts are run.
+
+No test needs a GPU or a network."""
 
 import multiprocessing
 import os
@@ -8,6 +10,7 @@ import socket
 import sys
 import tempfile
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,10 +22,10 @@ import pytest
 import torch
 from PIL import Image
 
-from crm import CHAT
+from crm import CHAT, CRM, Prompt
 from data import PROMPTS
 from demo.make.crm import tiny_crm
-from extras import pictures
+from runtime import run as run_module
 from runtime.cli import ROOT
 
 TEXTS = [
@@ -33,7 +36,9 @@ TEXTS = [
 ] * 3
 
 
-# importing torch and transformers takes seconds: once is enough, for the scripts and for what this file imports
+# ---------------------------------------------------------------- scripts in processes of their own
+
+# importing torch and transformers takes seconds: once is enough, for the scripts and for this file
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     [
@@ -41,7 +46,7 @@ FORKS.set_forkserver_preload(
         "train_sft",
         "infer",
         "evaluate",
-        "extras.pictures",
+        "runtime.pictures",
         "pyarrow.parquet",
         "demo.make.crm",
         "pytest",
@@ -50,42 +55,64 @@ FORKS.set_forkserver_preload(
 
 
 class Script:
-    """`python script.py flags` in a process of its own, forked from one that has imported everything already.
-    As subprocess.Popen: pid, poll(), returncode, send_signal(), communicate() -> (stdout, stderr).
-    before: a function that the process calls first. curves: draw curves.png, which takes as long as all the rest of a
-    run as small as those of the tests."""
+    """`python script.py flags` in a process that is forked from one that has imported everything.
 
-    def __init__(self, *command, before=None, curves=False, **env):
+    It has what subprocess.Popen has: pid, poll(), returncode, send_signal(), and communicate(),
+    which returns (stdout, stderr).
+
+    before  a function that the process calls first
+    curves  whether curves.png is drawn, which takes as long as all the rest of a tiny run
+    """
+
+    def __init__(
+        self,
+        *command: str | Path,
+        before: Callable[[], None] | None = None,
+        curves: bool = False,
+        **env: str,
+    ):
         args = []
         for part in command:
             args += [str(part)] if isinstance(part, Path) else shlex.split(part)
         self.files = [Path(tempfile.mkstemp()[1]) for _ in range(2)]
         env = {"OMP_NUM_THREADS": "1"} | env
-        self.process = FORKS.Process(target=_script, args=(args, env, before, curves, self.files))
+        self.process = FORKS.Process(
+            target=run_script, args=(args, env, before, curves, self.files)
+        )
         self.process.start()
         self.pid = self.process.pid
 
-    returncode = property(lambda self: self.process.exitcode)
+    @property
+    def returncode(self) -> int | None:
+        return self.process.exitcode
 
-    def poll(self):
+    def poll(self) -> int | None:
         return self.returncode
 
-    def send_signal(self, number):
+    def send_signal(self, number: int) -> None:
         with suppress(ProcessLookupError):  # it has just ended
             os.kill(self.pid, number)
 
-    def communicate(self, timeout=150):
+    def communicate(self, timeout: float = 150) -> tuple[str, str]:
         self.process.join(timeout)
         if self.process.is_alive():
             self.process.kill()
-            raise TimeoutError(f"{timeout} s: {[file.read_text()[-2000:] for file in self.files]}")
-        out = tuple(file.read_text() for file in self.files)
+            ends = [file.read_text()[-2000:] for file in self.files]
+            raise TimeoutError(f"{timeout} s: {ends}")
+        out = self.files[0].read_text(), self.files[1].read_text()
         for file in self.files:
             file.unlink()
         return out
 
 
-def _script(args, env, before, curves, files):
+def run_script(
+    args: list[str],
+    env: dict[str, str],
+    before: Callable[[], None] | None,
+    curves: bool,
+    files: list[Path],
+) -> None:
+    """What a Script's process does. files: where its stdout and its stderr go."""
     for number, file in enumerate(files, 1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), number)
     os.chdir(ROOT)
@@ -93,16 +120,25 @@ def _script(args, env, before, curves, files):
     warnings.simplefilter("ignore")
     torch.set_num_threads(int(env["OMP_NUM_THREADS"]))
     if not curves:
-        pictures.curves = lambda *_: None
-    if before:
+        run_module.Run.curves = lambda *_: None
+    if before is not None:
         before()
-    module = args[0] == "-m"
-    sys.argv = args[module:]
-    (runpy.run_module if module else runpy.run_path)(sys.argv[0], run_name="__main__")
+    is_module = args[0] == "-m"
+    if is_module:
+        sys.argv = args[1:]
+        runpy.run_module(sys.argv[0], run_name="__main__")
+    else:
+        sys.argv = args
+        runpy.run_path(sys.argv[0], run_name="__main__")
 
 
-def ranks(processes, *command, before=None, node=None):
-    """What torchrun starts, started here: one Script per rank. node: how many of them are on one machine."""
+def ranks(
+    processes: int,
+    *command: str | Path,
+    before: Callable[[], None] | None = None,
+    node: int | None = None,
+) -> list[Script]:
+    """What torchrun starts, started here: one Script per rank. node: ranks on one machine."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
@@ -113,14 +149,21 @@ def ranks(processes, *command, before=None, node=None):
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(node),
     }
-    return [
-        Script(*command, before=before, **env, RANK=str(r), LOCAL_RANK=str(r % node))
-        for r in range(processes)
-    ]
+    scripts = []
+    for rank in range(processes):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank % node)}
+        scripts.append(Script(*command, before=before, **env, **own))
+    return scripts
 
 
-def random_crm(seed=0, **options):
-    """0.3M parameters, float32, spread-out weights so that its distributions are far from uniform."""
+# ---------------------------------------------------------------- models and images
+
+
+def random_crm(
+    seed: int = 0, prompt: str | None = None, resize: str | None = None, **training: object
+) -> CRM:
+    """Returns a CRM of 0.3M float32 parameters, spread out so that its distributions are far from
+    uniform. training: arguments of CRM.prepare_training, which is called where there are any."""
     crm = tiny_crm(
         TEXTS,
         vocab_size=400,
@@ -134,43 +177,43 @@ def random_crm(seed=0, **options):
         vision_heads=4,
         vision_mlp=128,
         seed=seed,
-        **options,
+        prompt=prompt,
+        resize=resize,
     )
     with torch.no_grad():
-        for name, p in crm.model.named_parameters():
-            if p.ndim > 1:
-                p.mul_(4)
-    if crm.ref_model is not None:
-        crm.ref_model.load_state_dict(crm.model.state_dict())
+        for parameter in crm.model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4)
+    if training:
+        crm.prepare_training(**training)
     return crm
 
 
-def noise_image(width, height, seed=0):
-    return Image.fromarray(
-        np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
-    )
+def noise_image(width: int, height: int, seed: int = 0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
 
 
-def pytest_collection_modifyitems(items):
-    """The longest test first: the other core does the rest meanwhile."""
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest test runs first: the other core does the rest meanwhile."""
     items.sort(key=lambda item: "a_minute_of_grpo" not in item.name)
 
 
 @pytest.fixture(scope="session")
-def crm():
+def crm() -> CRM:
     return random_crm()
 
 
 @pytest.fixture(scope="session")
-def prompts(crm):
+def prompts(crm: CRM) -> list[Prompt]:
     """Three prompts with different texts and image sizes."""
-    return [
-        crm.encode(noise_image(*size, seed), PROMPTS[kind].replace("{query}", query))
-        for seed, (size, kind, query) in enumerate(
-            [
-                ((112, 84), "reasoning", "What is it?"),
-                ((61, 203), "direct", "Where is the long shadow?"),
-                ((140, 140), "reasoning", "Which?"),
-            ]
-        )
+    asked = [
+        ((112, 84), "reasoning", "What is it?"),
+        ((61, 203), "direct", "Where is the long shadow?"),
+        ((140, 140), "reasoning", "Which?"),
     ]
+    encoded = []
+    for seed, (size, kind, query) in enumerate(asked):
+        text = PROMPTS[kind].replace("{query}", query)
+        encoded.append(crm.encode(noise_image(*size, seed), text))
+    return encoded

@@ -3,12 +3,17 @@
 import torch
 
 from bench.parity import naive_logp
+from crm import CRM, Prompt
+from scoring import Pack
 
 __all__ = ["dense_score", "gradients_of", "naive_logp", "next_logits"]
 
 
-def next_logits(crm, prompt, ids, temperature=1.0):
-    """Logits of the token after ids, (V,), by transformers' own forward over everything; banned ones -inf."""
+def next_logits(
+    crm: CRM, prompt: Prompt, ids: torch.Tensor, temperature: float = 1.0
+) -> torch.Tensor:
+    """Logits of the token after ids, (V,), by transformers' own forward over everything. Those of
+    banned tokens are -inf."""
     logits = crm.model(
         input_ids=ids[None],
         pixel_values=prompt.pixel_values,
@@ -18,12 +23,15 @@ def next_logits(crm, prompt, ids, temperature=1.0):
     return (logits.float() / temperature).index_fill(0, crm.banned, -torch.inf)
 
 
-def dense_score(crm, pack, temperature=1.0):
-    """scoring.score with one (S, S) mask for the whole packed sequence: token i attends to token j of its prompt
-    up to i, and of its own completion up to i."""
+def dense_score(crm: CRM, pack: Pack, temperature: float = 1.0) -> list[torch.Tensor]:
+    """scoring.score with one (S, S) mask for all of the packed sequence: token i attends to token j
+    of its prompt up to i, and of its own completion up to i."""
     model = crm.model.model.language_model
-    embeddings, positions, owners, places = [], [], [], []
-    for p, (group, rows) in enumerate(pack):
+    embeddings = []
+    positions = []
+    owners = []
+    places = []
+    for p, (group, rows) in enumerate(zip(pack.groups, pack.rows)):
         completions = [group.tokens[row, : group.lengths[row]] for row in rows]
         (features,) = crm.image_features([group.prompt])
         x, position = crm.embed(group.prompt, features, completions)
@@ -46,11 +54,12 @@ def dense_score(crm, pack, temperature=1.0):
         attention_mask=dict.fromkeys(model.config.layer_types, mask[None, None]),
         use_cache=False,
     ).last_hidden_state[0]
-    out, places = [], iter(places)
-    for group, rows in pack:
+    out = []
+    places_left = iter(places)
+    for group, rows in zip(pack.groups, pack.rows):
         logps = torch.zeros(len(rows), group.tokens.shape[1])
         for i, row in enumerate(rows):
-            logits = crm.model.lm_head(hidden[next(places)]).float() / temperature
+            logits = crm.model.lm_head(hidden[next(places_left)]).float() / temperature
             logits = logits.index_fill(1, crm.banned, -torch.inf)
             n = int(group.lengths[row])
             logps[i, :n] = logits.log_softmax(-1).gather(1, group.tokens[row, :n, None])[:, 0]
@@ -58,8 +67,8 @@ def dense_score(crm, pack, temperature=1.0):
     return out
 
 
-def gradients_of(crm, loss):
-    """{name: gradient} of a loss, of the parameters that get one."""
+def gradients_of(crm: CRM, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Returns {name: gradient} of a loss, of the parameters that get one."""
     crm.model.zero_grad()
     loss.backward()
     return {name: p.grad.clone() for name, p in crm.model.named_parameters() if p.grad is not None}

@@ -1,7 +1,8 @@
-"""The packed forward against the slow, obvious versions: transformers' own forward, completion by completion, and one
-packed sequence under a dense mask. Values and every gradient."""
+"""The packed forward against slow, obvious versions: transformers' own forward, completion by
+completion, and one packed sequence under a dense mask. Values and every gradient."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from oracles import dense_score, gradients_of, naive_logp, next_logits
 import scoring
 from crm import BANNED, END
 from sampling import sample
-from scoring import all_logp, group_of, logp, make_packs, score
+from scoring import Pack, all_logp, group_of, logp, make_packs, predictors_of, score
 
 
 def random_weights(groups):
@@ -36,7 +37,7 @@ def test_sampled_equals_scored_equals_naive_for_prompts_and_images_of_different_
     crm, prompts, temperature
 ):
     groups = sample(crm, prompts, 4, 20, temperature, seed=1)
-    together = score(crm, [(group, range(4)) for group in groups], temperature)
+    together = score(crm, Pack(groups, [list(range(4))] * 3), temperature)
     for group, (packed, _) in zip(groups, together):
         naive = naive_logp(crm, group, temperature)
         assert naive.std() > 0.3  # far from uniform: the comparison means something
@@ -59,13 +60,11 @@ def test_a_pack_of_several_prompts_equals_one_sequence_under_a_dense_mask(prompt
     crm = random_crm()
     groups = sample(crm, prompts, 3, 10, seed=2)
     groups[1].lengths[:] = torch.tensor([1, 7, 4])
-    pack = [(groups[2], [2, 0]), (groups[0], [1]), (groups[1], [0, 1, 2])]
+    pack = Pack([groups[2], groups[0], groups[1]], [[2, 0], [1], [0, 1, 2]])
     weights = random_weights(groups)
     weights = [weights[2][[2, 0]], weights[0][[1]], weights[1]]
-    dense, packed = (
-        dense_score(crm, pack, temperature),
-        [x for x, _ in score(crm, pack, temperature)],
-    )
+    dense = dense_score(crm, pack, temperature)
+    packed = [logp_of_group for logp_of_group, _ in score(crm, pack, temperature)]
     for ours, slow in zip(packed, dense, strict=True):
         torch.testing.assert_close(ours, slow, atol=1e-5, rtol=0)
     expected = gradients_of(crm, sum((x * w).sum() for x, w in zip(dense, weights)))
@@ -76,10 +75,12 @@ def test_a_pack_of_several_prompts_equals_one_sequence_under_a_dense_mask(prompt
 
 @pytest.mark.parametrize("freeze_vision", [True, False])
 def test_no_size_of_the_packs_changes_a_number(prompts, freeze_vision):
-    """Log-probabilities of policy and reference and all gradients, against transformers' forward, row by row."""
-    crm = random_crm(freeze_vision=freeze_vision, reference=True)
+    """Log-probabilities of policy and reference, and all gradients, against transformers row by row."""
+    trainable = "language_model|lm_head" if freeze_vision else ""
+    crm = random_crm(trainable=trainable, reference=True)
     groups = sample(crm, [replace(p, features=None) for p in prompts], 3, 16, seed=2)
-    weights, naive = random_weights(groups), [naive_logp(crm, g, 1.0) for g in groups]
+    weights = random_weights(groups)
+    naive = [naive_logp(crm, group, 1.0) for group in groups]
     expected = gradients_of(crm, sum((x * w).sum() for x, w in zip(naive, weights)))
     assert freeze_vision != any("visual" in name for name in expected)
     with crm.reference():
@@ -90,7 +91,8 @@ def test_no_size_of_the_packs_changes_a_number(prompts, freeze_vision):
     for budget in (10_000, 240, 1):  # one pack, several, one row each
         loss = 0.0
         for pack in make_packs(groups, budget):
-            for (group, rows), (ours, _) in zip(pack, score(crm, pack), strict=True):
+            scored = score(crm, pack)
+            for group, rows, (ours, _) in zip(pack.groups, pack.rows, scored, strict=True):
                 i = place[id(group)]
                 torch.testing.assert_close(ours, naive[i][rows], atol=1e-5, rtol=0)
                 loss = loss + (ours * weights[i][rows]).sum()
@@ -103,25 +105,27 @@ def test_logits_that_are_recomputed_in_chunks_change_no_gradient(prompts, monkey
     (weights,) = random_weights([group])
 
     def both():
-        ((ours, entropy),) = score(crm, [(group, range(3))], 1.0, entropy_gradient=True)
+        ((ours, entropy),) = score(crm, Pack([group], [[0, 1, 2]]), 1.0, entropy_gradient=True)
         return gradients_of(crm, (ours * weights).sum() + entropy.sum())
 
     whole = both()
     monkeypatch.setattr(scoring, "LOGITS_KEPT", 1)
-    monkeypatch.setitem(scoring.LOGITS_CHUNK, "cpu", 5 * crm.model.config.text_config.vocab_size)
+    monkeypatch.setitem(scoring.LOGITS_AT_ONCE, "cpu", 5 * crm.model.config.text_config.vocab_size)
     assert_same_gradients(both(), whole)
 
 
 def test_a_frozen_vision_tower_runs_once_for_sampler_reference_and_policy(prompts, monkeypatch):
-    for frozen, calls in ((True, 1), (False, 3)):
-        crm, seen = random_crm(freeze_vision=frozen, reference=True), []
+    for trainable, calls in (("language_model|lm_head", 1), ("", 3)):
+        crm = random_crm(trainable=trainable, reference=True)
+        seen = []
+
+        def counted(*inputs, tower, seen=seen):
+            seen.append(1)
+            return tower(*inputs)
+
         for model in (crm.model, crm.ref_model):
-            whole = model.model.get_image_features
-            monkeypatch.setattr(
-                model.model,
-                "get_image_features",
-                lambda *a, whole=whole: seen.append(1) or whole(*a),
-            )
+            tower = model.model.get_image_features
+            monkeypatch.setattr(model.model, "get_image_features", partial(counted, tower=tower))
         (group,) = sample(crm, [replace(prompts[0], features=None)], 2, 5)
         with crm.reference():
             logp(crm, group, [0, 1])
@@ -135,10 +139,11 @@ def test_packs_hold_whole_groups_under_a_budget_and_cut_only_what_is_too_long(cr
     size = [len(g.prompt.ids) + int(g.lengths.sum()) for g in groups]
 
     def packs(budget):
-        return [
-            [(place[id(group)], rows) for group, rows in pack]
-            for pack in make_packs(groups, budget)
-        ]
+        found = []
+        for pack in make_packs(groups, budget):
+            numbers = [place[id(group)] for group in pack.groups]
+            found.append(list(zip(numbers, pack.rows, strict=True)))
+        return found
 
     assert packs(sum(size)) == [[(0, [0, 1, 2, 3]), (1, [0, 1, 2, 3]), (2, [0, 1, 2, 3])]]
     assert [[i for i, _ in pack] for pack in packs(size[0] + size[1])] == [[0, 1], [2]]
@@ -147,17 +152,22 @@ def test_packs_hold_whole_groups_under_a_budget_and_cut_only_what_is_too_long(cr
             (i, row) for i in range(3) for row in range(4)
         ]
         for pack in make_packs(groups, budget):
-            assert sum(len(g.prompt.ids) + int(g.lengths[rows].sum()) for g, rows in pack) <= budget
+            sizes = []
+            for group, rows in zip(pack.groups, pack.rows):
+                sizes.append(len(group.prompt.ids) + int(group.lengths[rows].sum()))
+            assert pack.tokens == sum(sizes) <= budget
     assert make_packs([], 100) == []
 
 
 def test_a_group_cut_into_packs_scores_as_a_whole_one(crm, prompts):
     (group,) = sample(crm, prompts[:1], 6, 20, seed=3)
     budget = len(group.prompt.ids) + 45
-    parts = [rows for pack in make_packs([group], budget) for _, rows in pack]
-    assert len(parts) > 1 and sum(parts, []) == list(range(6))
+    parts = [rows for pack in make_packs([group], budget) for rows in pack.rows]
+    assert len(parts) > 1
+    assert [row for rows in parts for row in rows] == list(range(6))
     assert all(len(group.prompt.ids) + group.lengths[rows].sum() <= budget for rows in parts)
-    assert [rows for pack in make_packs([group], 1) for _, rows in pack] == [[i] for i in range(6)]
+    one_by_one = [rows for pack in make_packs([group], 1) for rows in pack.rows]
+    assert one_by_one == [[i] for i in range(6)]
     whole = logp(crm, group, range(6))
     torch.testing.assert_close(
         torch.cat([logp(crm, group, rows) for rows in parts]), whole, atol=1e-5, rtol=0
@@ -181,9 +191,9 @@ def test_entropy_is_that_of_the_distribution_and_has_its_gradient_where_asked_fo
     crm = random_crm()
     (group,) = sample(crm, prompts[:1], 2, 6, seed=0)
     group.lengths[:] = torch.tensor([6, 3])
-    ((_, entropy),) = score(crm, [(group, [0, 1])], temperature)
+    ((_, entropy),) = score(crm, Pack([group], [[0, 1]]), temperature)
     assert not entropy.requires_grad and (entropy[1, 3:] == 0).all()
-    ((_, with_gradient),) = score(crm, [(group, [0, 1])], temperature, entropy_gradient=True)
+    ((_, with_gradient),) = score(crm, Pack([group], [[0, 1]]), temperature, entropy_gradient=True)
     slow = []
     for row, n in ((0, 6), (1, 3)):
         for t in range(n):
@@ -202,10 +212,8 @@ def test_entropy_is_that_of_the_distribution_and_has_its_gradient_where_asked_fo
 def test_log_probabilities_of_a_bfloat16_model_are_computed_in_float32():
     crm = random_crm()
     crm.model.bfloat16()
-    hidden, targets = (
-        torch.randn(9, 64, generator=torch.Generator().manual_seed(0)).bfloat16(),
-        torch.arange(40, 49),
-    )
+    hidden = torch.randn(9, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    targets = torch.arange(40, 49)
     slow = (
         (crm.model.lm_head(hidden).double() / 0.7)
         .index_fill(1, crm.banned, -torch.inf)
@@ -218,6 +226,12 @@ def test_log_probabilities_of_a_bfloat16_model_are_computed_in_float32():
     torch.testing.assert_close(
         entropy.double(), -(slow.exp() * slow.clamp(min=-1e6)).sum(-1), atol=1e-5, rtol=0
     )
+
+
+def test_the_token_before_predicts_the_next_one():
+    """Prompt 0 1 2, completions of 2, 1 and 3 tokens at 3 4, 5 and 6 7 8."""
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1]]).bool()
+    assert predictors_of(3, mask).tolist() == [2, 3, 2, 2, 6, 7]
 
 
 def test_a_forced_vision_token_scores_without_a_crash(crm, prompts):

@@ -1,0 +1,188 @@
+"""The numbers of a training step: their sums, what they warn of, what must hold before the first.
+
+Nothing here knows how a model is trained. The trainers name what they measure, and `WARNINGS` says
+which of these names point to a problem, and to which flag.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from runtime.parallel import Ranks
+
+MAXIMA = ("ratio_max", "logp_gap")  # of these the largest value of a step counts
+MINIMA = ("ratio_min",)  # of these the smallest; everything else is added up
+
+Row = dict[str, float]
+
+
+class StepStats:
+    """The statistics of one step, over its micro-batches and then over the ranks."""
+
+    def __init__(self, maxima: tuple[str, ...] = MAXIMA, minima: tuple[str, ...] = MINIMA):
+        self.maxima = maxima
+        self.minima = minima
+        self.values: dict[str, torch.Tensor] = {}
+
+    def add(self, **values: torch.Tensor | float) -> None:
+        """Add the statistics of a micro-batch. They stay on their device, so that the host does not
+        wait."""
+        for name, value in values.items():
+            value = torch.as_tensor(value).detach().double()
+            if name not in self.values:
+                self.values[name] = value
+            elif name in self.maxima:
+                self.values[name] = torch.maximum(self.values[name], value)
+            elif name in self.minima:
+                self.values[name] = torch.minimum(self.values[name], value)
+            else:
+                self.values[name] = self.values[name] + value
+
+    def total(self, ranks: Ranks) -> Row:
+        """The statistics so far over all ranks, as Python numbers. All ranks must call this
+        together."""
+        numbers = {name: float(value) for name, value in self.values.items()}
+        total = StepStats(self.maxima, self.minima)
+        for numbers_of_rank in ranks.gather([numbers]):
+            total.add(**numbers_of_rank)
+        return {name: float(value) for name, value in total.values.items()}
+
+
+def spread(rewards: torch.Tensor, texts: list[str]) -> Row:
+    """How different the completions of one group are. rewards: (G,), G at least 2.
+
+    "identical" is 0 where all texts differ and 1 where all are the same."""
+    different_texts = len(set(texts))
+    return {
+        "reward_std": float(rewards.std()),
+        "zero_std": float(rewards.min() == rewards.max()),
+        "identical": 1 - (different_texts - 1) / (len(texts) - 1),
+    }
+
+
+# ---------------------------------------------------------------- warnings
+
+
+def entropy_has_collapsed(row: Row, first_values: Row) -> bool:
+    return row.get("entropy", 1) < 0.1 * first_values.get("entropy", 0)
+
+
+def held_out_parse_rate_fell(row: Row, first_values: Row) -> bool:
+    return row.get("sampled/parse_ok", 1) < first_values.get("sampled/parse_ok", 0) - 0.2
+
+
+# What in a row of metrics.jsonl points to a problem: the sentence with the flag that helps, and the
+# condition on the row and on the values that the run logged first. A value that a row lacks is
+# fine.
+WARNINGS: list[tuple[str, Callable[[Row, Row], bool]]] = [
+    (
+        "a gradient is not finite, its update was skipped: lower --lr",
+        lambda row, first_values: row.get("skipped", 0) > 0,
+    ),
+    (
+        "almost no completion can be parsed: warm up with train_sft.py",
+        lambda row, first_values: row.get("parse_ok", 1) < 0.05,
+    ),
+    (
+        "far fewer held-out completions can be parsed than at first: lower --lr; in train_sft.py "
+        "give rows traces",
+        held_out_parse_rate_fell,
+    ),
+    (
+        "most completions are cut: raise --max-new-tokens or give --mask-truncated",
+        lambda row, first_values: row.get("finished", 1) < 0.5,
+    ),
+    (
+        "most groups have equal rewards: raise --temperature or --group",
+        lambda row, first_values: row.get("zero_std", 0) > 0.8,
+    ),
+    (
+        "entropy has collapsed: lower --lr or raise --kl-coef",
+        entropy_has_collapsed,
+    ),
+    (
+        "the policy is far from the reference: lower --lr or raise --kl-coef",
+        lambda row, first_values: row.get("kl", 0) > 1,
+    ),
+    (
+        "sampled and scored log-probabilities differ: try --dtype float32",
+        lambda row, first_values: row.get("logp_gap_mean", 0) > 0.05,
+    ),
+]
+
+
+def warnings_of(row: Row, first_values: Row) -> list[str]:
+    """The sentences of WARNINGS that hold for a step's row. first_values: what the run logged first
+    of each name."""
+    return [sentence for sentence, holds in WARNINGS if holds(row, first_values)]
+
+
+# ---------------------------------------------------------------- before the first update
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How far numbers that are equal on paper may be apart just before the first update."""
+
+    logp_gap_max: float  # sampled and scored log-probability of a token, the worst token
+    logp_gap_mean: float  # the same, the weighted mean over tokens
+    kl: float  # mean KL to a reference model that is a copy of the policy
+    ratio: float  # pi/pi_old of a token minus 1, the worst token, where pi_old was computed apart
+
+
+# By the type that computes, not the type in which weights are stored: shards are float32 although
+# the model computes in bfloat16. In float32 on a CPU a difference is a bug, whatever its size.
+EXACT = Bounds(logp_gap_max=1e-4, logp_gap_mean=1e-4, kl=1e-4, ratio=1e-5)
+# An accelerator picks its matrix kernels by shape, and convolutions may run in TF32.
+FLOAT32_ACCELERATOR = Bounds(logp_gap_max=math.inf, logp_gap_mean=1e-3, kl=1e-3, ratio=0.05)
+# In bfloat16 two kernels differ in the third digit of each product: the mean says whether they
+# compute the same thing, and the worst of a million tokens says little.
+ROUNDED = Bounds(logp_gap_max=math.inf, logp_gap_mean=0.05, kl=0.05, ratio=1.0)
+# With one update per step pi_old is pi itself, detached, in every type.
+SAME_TENSOR = 1e-5
+
+
+def check_first_step(
+    totals: Row,
+    completions_lengths: list[int],
+    compute_dtype: torch.dtype,
+    updates: int,
+    device_type: str = "cpu",
+) -> None:
+    """Checks what must be true just before the very first update. RuntimeError otherwise, before
+    hours of compute.
+
+    totals: StepStats.total of the first update alone: loss, scored (the sum of the token weights),
+    and where they were measured gap_sum, logp_gap, kl, ratio_max, ratio_min. completions_lengths:
+    in tokens. compute_dtype: the type in which the model computes. updates: optimizer updates of
+    the step; if there is more than one, pi_old was computed in other packs than the update."""
+    if compute_dtype != torch.float32:
+        bounds = ROUNDED
+    elif device_type == "cpu":
+        bounds = EXACT
+    else:
+        bounds = FLOAT32_ACCELERATOR
+    ratio_bound = bounds.ratio if updates > 1 else SAME_TENSOR
+
+    mean_gap = totals.get("gap_sum", 0.0) / max(totals.get("scored", 0.0), 1e-9)
+    largest_gap = totals.get("logp_gap", 0.0)
+    # 1.05 and 1 / 1.05 are equally far from 1
+    ratio_above = totals.get("ratio_max", 1.0) - 1
+    ratio_below = 1 / max(totals.get("ratio_min", 1.0), 1e-9) - 1
+
+    # each comparison is written so that nan fails it
+    checks = [
+        (min(completions_lengths, default=1) > 0, "a completion is empty"),
+        (math.isfinite(totals.get("loss", 0.0)), "the loss is not finite"),
+        (
+            largest_gap < bounds.logp_gap_max and mean_gap < bounds.logp_gap_mean,
+            "sampled and scored log-probabilities differ",
+        ),
+        (abs(totals.get("kl", 0.0)) < bounds.kl, "the KL to a fresh reference is not 0"),
+        (ratio_above < ratio_bound and ratio_below < ratio_bound, "the first ratio is not 1"),
+    ]
+    for holds, problem in checks:
+        if not holds:
+            raise RuntimeError(f"check of the first step: {problem}: {totals}")
