@@ -1,23 +1,31 @@
-"""Drawing: procedural medical pictures that look like their modality, each with the masks of what
-is in it.
+"""Procedural medical pictures that look like their modality, each with the masks of what is in it.
 
-Every scene is a function `scene(rng, size, target, modality) -> (image, masks)`: image (H, W) or
-(H, W, 3), floats in 0..1; masks a dict of name -> bool (H, W). All randomness comes from `rng`.
-Axial and coronal pictures follow the radiological convention (the patient's left is on the right of
-the image); a name with a side, "kidney:left", means the side of the *image*. Scene coordinates: x
-to the right, y down, the shorter half side is 1. Nothing here is anatomy to learn medicine from:
-shapes are idealised, but where things lie is roughly right."""
+Every scene is a function `scene(rng, size, target, modality) -> (image, masks)`. The image is
+(H, W) or (H, W, 3), floats in 0..1; masks are {name: (H, W) bool}. All randomness comes from `rng`. Axial
+and coronal pictures follow the radiological convention: the patient's left is on the right of the
+image. A name with a side, "kidney:left", means the side of the *image*.
+
+Scene coordinates: x to the right, y down, the shorter half side is 1. Nothing here is anatomy to
+learn medicine from: shapes are idealised, but where things lie is roughly right.
+"""
 
 import math
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-# --- primitives -----------------------------------------------------------------------------------
+Rng = np.random.Generator
+Size = tuple[int, int]  # (height, width)
+Masks = dict[str, np.ndarray]  # name -> (H, W) bool
+Line = tuple[Any, Any]  # points (n, 2) and the width, or the width at each point
+
+# ---------------------------------------------------------------- primitives
 
 
-def fog(rng, size, cell):
+def fog(rng: Rng, size: Size, cell: float) -> np.ndarray:
     """Smooth random field (H, W), about zero mean and unit variance; `cell` is the grain in
     pixels."""
     rough = rng.standard_normal(
@@ -28,23 +36,24 @@ def fog(rng, size, cell):
     )
 
 
-def bezier(*points, n=24):
+def bezier(*points: Any, n: int = 24) -> np.ndarray:
     """Points (n, 2) on the Bezier curve of the given control points."""
     points = np.array(points, np.float64)
     t = np.linspace(0, 1, n)[:, None]
     while len(points) > 1:
-        points = [a + (b - a) * t for a, b in zip(points[:-1], points[1:])]
+        points = [a + (b - a) * t for a, b in pairwise(points)]
     return points[0]
 
 
-def strokes(size, lines):
+def strokes(size: Size, lines: list[Line]) -> np.ndarray:
     """Anti-aliased coverage (H, W) in 0..1 of polylines [(points (n, 2) in pixels, width or widths
     (n,))]."""
     sheet = Image.new("L", (size[1] * 3, size[0] * 3))
     pen = ImageDraw.Draw(sheet)
     for points, width in lines:
-        points, width = np.asarray(points) * 3 + 1.5, np.broadcast_to(width, len(points)) * 3.0
-        for a, b, w in zip(points[:-1], points[1:], width):
+        enlarged = np.asarray(points) * 3 + 1.5
+        widths = np.broadcast_to(width, len(points)) * 3.0
+        for (a, b), w in zip(pairwise(enlarged), widths):
             pen.line([*a, *b], 255, max(1, round(w)))
             if w > 3:
                 pen.ellipse([*(b - w / 2), *(b + w / 2)], 255)
@@ -55,7 +64,16 @@ class Canvas:
     """An image and a label map under a random pose; what is painted later covers what was painted
     before."""
 
-    def __init__(self, rng, size, base=0.0, turn=0.08, zoom=(0.88, 1.04), shift=0.07, stretch=0.8):
+    def __init__(
+        self,
+        rng: Rng,
+        size: Size,
+        base: Any = 0.0,
+        turn: float = 0.08,
+        zoom: tuple[float, float] = (0.88, 1.04),
+        shift: float = 0.07,
+        stretch: float = 0.8,
+    ):
         self.rng = rng
         self.size = size
         half = min(size) / 2
@@ -85,18 +103,28 @@ class Canvas:
         self.labels = np.zeros(size, np.uint8)
         self.names = [None]
 
-    def pixels(self, points):
+    def pixels(self, points: Any) -> np.ndarray:
         """Scene coordinates (n, 2) -> pixels (n, 2)."""
         return np.asarray(points) @ self.inverse.T + self.centre
 
-    def blob(self, cx, cy, rx, ry, turn=0.0, wobble=0.08, flat=0.0):
+    def blob(
+        self,
+        cx: float,
+        cy: float,
+        rx: float,
+        ry: float,
+        turn: float = 0.0,
+        wobble: float = 0.08,
+        flat: float = 0.0,
+    ) -> np.ndarray:
         """Signed depth in pixels (H, W), positive inside, of an ellipse with a Fourier-perturbed
         contour.
 
         `flat` below 0 dents the blob's -x side (a crescent, a bean); far outside the depth is just
         -99."""
         reach = (1.1 + 2.2 * wobble) * max(rx, ry) * self.longest + 8
-        (px, py), depth = self.pixels([[cx, cy]])[0], np.full(self.size, -99, np.float32)
+        px, py = self.pixels([[cx, cy]])[0]
+        depth = np.full(self.size, -99, np.float32)
         y0 = max(0, int(py - reach))
         y1 = min(self.size[0], int(py + reach) + 1)
         x0 = max(0, int(px - reach))
@@ -116,7 +144,15 @@ class Canvas:
         depth[y0:y1, x0:x1] = (1 + series.real + dent - radius) * (min(rx, ry) / self.px)
         return depth
 
-    def paint(self, depth, value, name=None, soft=1.2, opacity=1.0, detail=False):
+    def paint(
+        self,
+        depth: np.ndarray,
+        value: Any,
+        name: str | None = None,
+        soft: float = 1.2,
+        opacity: float = 1.0,
+        detail: bool = False,
+    ) -> None:
         """Lay `value` where depth is positive; `name` labels the region; a `detail` keeps the label
         below."""
         alpha = np.clip(depth / soft + 0.5, 0, 1) * opacity
@@ -128,7 +164,7 @@ class Canvas:
                 self.names.append(name)
             self.labels[depth > 0] = self.names.index(name)
 
-    def draw(self, lines, value, opacity=1.0):
+    def draw(self, lines: list[Line], value: Any, opacity: float = 1.0) -> np.ndarray:
         """Strokes in scene coordinates, width in scene units; returns their coverage."""
         cover = (
             strokes(self.size, [(self.pixels(p), np.asarray(w) / self.px) for p, w in lines])
@@ -138,7 +174,7 @@ class Canvas:
         self.image += (np.asarray(value, np.float32) - self.image) * cover3
         return cover
 
-    def spot(self, mask, radius):
+    def spot(self, mask: np.ndarray, radius: float) -> np.ndarray:
         """A random scene point of the mask at least `radius` (scene units) deep, or as deep as
         there is."""
         deep = ndimage.distance_transform_edt(mask)
@@ -146,14 +182,16 @@ class Canvas:
         i = self.rng.integers(len(rows))
         return self.matrix @ (np.array([cols[i], rows[i]]) - self.centre)
 
-    def mask(self, name):
+    def mask(self, name: str) -> np.ndarray:
         return self.labels == self.names.index(name)
 
-    def masks(self):
+    def masks(self) -> Masks:
         return {name: self.labels == i for i, name in enumerate(self.names) if name}
 
 
-def finish(rng, image, noise=0.02, grain=0.0, contrast=0.12):
+def finish(
+    rng: Rng, image: np.ndarray, noise: float = 0.02, grain: float = 0.0, contrast: float = 0.12
+) -> np.ndarray:
     """Scanner noise (white `noise`, correlated `grain`), then a random contrast, brightness and
     gamma."""
     if grain:
@@ -163,11 +201,11 @@ def finish(rng, image, noise=0.02, grain=0.0, contrast=0.12):
     return np.clip(image, 0, 1) ** rng.uniform(0.88, 1.14)
 
 
-def jitter(rng, table, spread=0.025):
+def jitter(rng: Rng, table: dict[str, float], spread: float = 0.025) -> dict[str, float]:
     return {k: v + rng.normal(0, spread) for k, v in table.items()}
 
 
-# --- CT, MR and X-ray of the trunk ----------------------------------------------------------------
+# ---------------------------------------------------------------- CT, MR and X-ray of the trunk
 
 ABDOMEN = {  # grey of each tissue: CT with contrast, fat-suppressed T2-weighted MR
     "CT": dict(
@@ -205,7 +243,7 @@ ABDOMEN = {  # grey of each tissue: CT with contrast, fat-suppressed T2-weighted
 }
 
 
-def spine(c, y, bone, marrow, canal):
+def spine(c: Canvas, y: float, bone: float, marrow: float, canal: float) -> None:
     """A vertebra seen from below: body, arch, transverse and spinous processes, canal."""
     arms = [(-0.26, y + 0.22), (0, y + 0.16), (0.26, y + 0.22)]
     tail = [(0, y + 0.15), (0, y + 0.36)]
@@ -216,7 +254,7 @@ def spine(c, y, bone, marrow, canal):
     c.paint(c.blob(0, y + 0.17, 0.06, 0.045, wobble=0.05), canal)
 
 
-def ribs(c, rx, ry, bone, count=9):
+def ribs(c: Canvas, rx: float, ry: float, bone: float, count: int = 9) -> None:
     """Short bright arcs along the body wall, as oblique cuts through ribs."""
     lines = []
     for a in (
@@ -227,7 +265,7 @@ def ribs(c, rx, ry, bone, count=9):
     c.draw(lines, bone)
 
 
-def abdomen(rng, size, target, modality):
+def abdomen(rng: Rng, size: Size, target: str, modality: str) -> tuple[np.ndarray, Masks]:
     """Axial slice of the upper abdomen; `target` may ask for a "liver tumour" or a "kidney
     cyst"."""
     g = jitter(rng, ABDOMEN[modality])
@@ -325,7 +363,7 @@ def abdomen(rng, size, target, modality):
     return finish(rng, c.image, **noise), c.masks()
 
 
-def chest_ct(rng, size, target, modality):
+def chest_ct(rng: Rng, size: Size, target: str, modality: str) -> tuple[np.ndarray, Masks]:
     """Axial slice through the chest, lung window; target may be "lung nodule" or
     "consolidation"."""
     c = Canvas(rng, size, 0.01)
@@ -394,7 +432,7 @@ def chest_ct(rng, size, target, modality):
     return finish(rng, c.image, 0.012, 0.02), c.masks()
 
 
-def chest_xray(rng, size, target, modality):
+def chest_xray(rng: Rng, size: Size, target: str, modality: str) -> tuple[np.ndarray, Masks]:
     """Frontal chest film; target may be "pneumonia"."""
     c = Canvas(rng, size, 0.04, turn=0.05, zoom=(0.92, 1.08), shift=0.05)
     u = rng.uniform
@@ -404,7 +442,6 @@ def chest_xray(rng, size, target, modality):
     c.paint(body, 0.52 + 0.12 * np.clip(c.y, -0.6, 1), soft=10)
     c.paint(c.blob(0, -1.0, 0.22, 0.35, wobble=0.05), 0.6, soft=14)
     lungs = {}
-    dome = {}
     for side, sign in (("left", -1), ("right", 1)):
         w = u(0.92, 1.08)
         base = u(0.5, 0.62) + (0.06 if sign > 0 else 0)
@@ -474,7 +511,7 @@ def chest_xray(rng, size, target, modality):
     return finish(rng, image, 0.018, 0.006), c.masks()
 
 
-def head_ct(rng, size, target, modality):
+def head_ct(rng: Rng, size: Size, target: str, modality: str) -> tuple[np.ndarray, Masks]:
     """Axial head CT with a bleed: a lens against the skull, or a blob within the brain."""
     c = Canvas(rng, size, 0.02, turn=0.12)
     u = rng.uniform
@@ -515,7 +552,7 @@ def head_ct(rng, size, target, modality):
     return finish(rng, c.image, 0.015, 0.02), c.masks()
 
 
-def heart_mr(rng, size, target, modality):
+def heart_mr(rng: Rng, size: Size, target: str, modality: str) -> tuple[np.ndarray, Masks]:
     """Short-axis cine MR: bright blood pools, the dark muscular ring, dark lungs."""
     c = Canvas(rng, size, 0.05, turn=0.25, zoom=(0.9, 1.3), shift=0.16)
     u = rng.uniform
@@ -549,17 +586,17 @@ def heart_mr(rng, size, target, modality):
     return finish(rng, c.image * (1.05 - 0.1 * c.y), 0.025, 0.01), c.masks()
 
 
-# --- ultrasound -----------------------------------------------------------------------------------
+# ---------------------------------------------------------------- ultrasound
 
 
-def speckle(rng, shape, along=1.0, across=2.2):
+def speckle(rng: Rng, shape: Size, along: float = 1.0, across: float = 2.2) -> np.ndarray:
     """Fully developed speckle: the magnitude of filtered complex noise, mean about 1."""
     z = rng.standard_normal((2, *shape), np.float32)
     z = np.hypot(*ndimage.gaussian_filter(z, (0, along, across), truncate=2.5))
     return z / z.mean()
 
 
-def echo(rng, image, grain, gain=0.75):
+def echo(image: np.ndarray, grain: np.ndarray, gain: float = 0.75) -> np.ndarray:
     """Reflectivity -> B-mode picture: multiplicative speckle, then log compression as every scanner
     does."""
     return np.clip(
@@ -567,7 +604,7 @@ def echo(rng, image, grain, gain=0.75):
     )
 
 
-def heart_us(rng, size, target, modality):
+def heart_us(rng: Rng, size: Size, target: str, modality: str) -> tuple[np.ndarray, Masks]:
     """Apical four-chamber view: the probe sits at the apex, so the ventricles are above the
     atria."""
     c = Canvas(rng, size, 0.40, turn=0.06, zoom=(0.95, 1.05), shift=0.03)
@@ -584,8 +621,9 @@ def heart_us(rng, size, target, modality):
     )
     for name, x, y, rx, ry, turn in chambers:
         s = u(0.9, 1.1)
-        x, y = x0 + x * math.cos(tilt) - y * math.sin(tilt), y * math.cos(tilt) + x * math.sin(tilt)
-        c.paint(c.blob(x, y, rx * s, ry * s, turn + tilt, 0.07), 0.05, name, soft=3)
+        turned_x = x0 + x * math.cos(tilt) - y * math.sin(tilt)
+        turned_y = y * math.cos(tilt) + x * math.sin(tilt)
+        c.paint(c.blob(turned_x, turned_y, rx * s, ry * s, turn + tilt, 0.07), 0.05, name, soft=3)
     leaflets = [
         bezier(*((x0 + s * x, y) for x, y in curve))
         for s in (-1, 1)
@@ -601,13 +639,13 @@ def heart_us(rng, size, target, modality):
     angle = np.arctan2(dx, dy)
     polar = speckle(rng, (150, 110), 0.9, 1.6)
     where = [np.clip(r * 70, 0, 149), np.clip((angle + 0.8) * 68, 0, 109)]
-    image = echo(rng, c.image, ndimage.map_coordinates(polar, where, order=1), 0.75)
+    image = echo(c.image, ndimage.map_coordinates(polar, where, order=1), 0.75)
     fan = (r < 1.95) & (np.abs(angle) < 0.72)
     image = np.where(fan, image * np.clip(1.12 - 0.22 * r, 0, 1), 0.01)
     return finish(rng, image, 0.006, contrast=0.08), {k: m & fan for k, m in c.masks().items()}
 
 
-def linear_us(rng, size, target, modality):
+def linear_us(rng: Rng, size: Size, target: str, modality: str) -> tuple[np.ndarray, Masks]:
     """Linear-probe picture of soft tissue, with a "breast mass" or a "carotid artery" seen
     lengthwise."""
     c = Canvas(rng, size, 0.3, turn=0.04, zoom=(0.95, 1.05), shift=0.02, stretch=1)
@@ -649,14 +687,22 @@ def linear_us(rng, size, target, modality):
         c.paint((r - off) / c.px, 0.035, "carotid artery", soft=2)
         # brighter behind it
         c.paint((r * 1.2 - np.abs(below - 2 * r - 0.15)) / c.px, 0.62, soft=9, opacity=0.4)
-    image = echo(rng, c.image, speckle(rng, size, 0.7, 1.3), 0.75) * (1.02 - 0.12 * c.y)
+    image = echo(c.image, speckle(rng, size, 0.7, 1.3), 0.75) * (1.02 - 0.12 * c.y)
     return finish(rng, image, 0.006, contrast=0.08), c.masks()
 
 
-# --- vessels and eye ------------------------------------------------------------------------------
+# ---------------------------------------------------------------- vessels and eye
 
 
-def tree(rng, start, heading, length, width, depth, bend=0.5):
+def tree(
+    rng: Rng,
+    start: np.ndarray,
+    heading: float,
+    length: float,
+    width: float,
+    depth: int,
+    bend: float = 0.5,
+) -> list[Line]:
     """A branching vessel as strokes in scene units."""
     end = start + length * np.array([math.cos(heading), math.sin(heading)])
     turn = rng.normal(0, bend)
@@ -673,7 +719,7 @@ def tree(rng, start, heading, length, width, depth, bend=0.5):
     return lines
 
 
-def angiogram(rng, size, target, modality):
+def angiogram(rng: Rng, size: Size, target: str, modality: str) -> tuple[np.ndarray, Masks]:
     """Subtraction angiogram: dark contrast medium on light grey, one sac on a branch."""
     c = Canvas(rng, size, 0.74, turn=0.3, zoom=(0.9, 1.15), shift=0.08)
     u = rng.uniform
@@ -697,7 +743,7 @@ def angiogram(rng, size, target, modality):
     return finish(rng, image, 0.02, 0.012), c.masks()
 
 
-def fundus(rng, size, target, modality):
+def fundus(rng: Rng, size: Size, target: str, modality: str) -> tuple[np.ndarray, Masks]:
     """Colour photograph of the retina: disc, macula and the vessel arcades, in a round field."""
     c = Canvas(rng, size, (0, 0, 0), turn=0.1, zoom=(0.92, 1.05), shift=0.04, stretch=0.1)
     u = rng.uniform
@@ -723,15 +769,12 @@ def fundus(rng, size, target, modality):
         # an artery and a vein side by side: one arcade round the macula, one to the nose
         for pair in (0, 1):
             far = disc + np.array([-sign * u(1.0, 1.2), up * u(0.30, 0.55)])
-            arc = bezier(
-                disc,
-                disc + (sign * 0.05, up * u(0.5, 0.65)),
-                disc + (-sign * 0.55, up * u(0.65, 0.8)),
-                far,
-            )
-            nose = bezier(
-                disc, disc + (sign * 0.1, up * 0.3), disc + (sign * u(0.35, 0.6), up * u(0.5, 0.9))
-            )
+            bend = disc + np.array([sign * 0.05, up * u(0.5, 0.65)])
+            fall = disc + np.array([-sign * 0.55, up * u(0.65, 0.8)])
+            arc = bezier(disc, bend, fall, far)
+            rise = disc + np.array([sign * 0.1, up * 0.3])
+            end = disc + np.array([sign * u(0.35, 0.6), up * u(0.5, 0.9)])
+            nose = bezier(disc, rise, end)
             width = 0.032 + 0.012 * pair
             lines += [
                 (arc, np.linspace(width, width * 0.4, len(arc))),
@@ -751,7 +794,7 @@ def fundus(rng, size, target, modality):
     return np.where((field > -1)[..., None], finish(rng, c.image, 0.012, 0, 0.08), 0), masks
 
 
-def oct_scan(rng, size, target, modality):
+def oct_scan(rng: Rng, size: Size, target: str, modality: str) -> tuple[np.ndarray, Masks]:
     """Optical coherence tomogram: retinal layers with the foveal pit and a dark pocket of fluid."""
     c = Canvas(rng, size, 0, turn=0.05, zoom=(0.95, 1.05), shift=0.06, stretch=1)
     u = rng.uniform
@@ -802,10 +845,10 @@ def oct_scan(rng, size, target, modality):
     return finish(rng, image + 0.03, 0.012, contrast=0.08), c.masks()
 
 
-# --- photographs and microscopy -------------------------------------------------------------------
+# ---------------------------------------------------------------- photographs and microscopy
 
 
-def dermoscopy(rng, size, target, modality):
+def dermoscopy(rng: Rng, size: Size, target: str, modality: str) -> tuple[np.ndarray, Masks]:
     """Skin under the dermatoscope: an irregular pigmented lesion, hairs, vignette."""
     c = Canvas(rng, size, (0, 0, 0), turn=0.5, zoom=(0.9, 1.1), shift=0.05)
     u = rng.uniform
@@ -843,7 +886,7 @@ def dermoscopy(rng, size, target, modality):
     return finish(rng, c.image * edge[..., None], 0.010, 0, 0.06), masks
 
 
-def endoscopy(rng, size, target, modality):
+def endoscopy(rng: Rng, size: Size, target: str, modality: str) -> tuple[np.ndarray, Masks]:
     """Bowel seen through the endoscope: folds around a dark lumen and one polyp, lit from the
     camera."""
     c = Canvas(rng, size, (0, 0, 0), turn=0.4, zoom=(0.95, 1.1), shift=0.05)
@@ -862,11 +905,13 @@ def endoscopy(rng, size, target, modality):
     )
     wall = np.array([u(0.82, 0.93), u(0.46, 0.56), u(0.40, 0.48)])
     c.image = (wall * light[..., None]).astype(np.float32)
-    vessels = sum(
-        (tree(rng, rng.uniform(-1, 1, 2), u(0, 6.3), 0.3, 0.022, 2) for _ in range(4)), []
-    )
+    vessels = []
+    for _ in range(4):
+        vessels += tree(rng, rng.uniform(-1, 1, 2), u(0, 6.3), 0.3, 0.022, 2)
     c.draw(vessels, wall * (0.72, 0.40, 0.45), 0.35)
-    x, y = hole + u(0.45, 0.75) * np.array([math.cos(t := u(0, 6.3)), math.sin(t)])
+    distance = u(0.45, 0.75)
+    direction = u(0, 6.3)
+    x, y = hole + distance * np.array([math.cos(direction), math.sin(direction)])
     x = np.clip(x, -0.6, 0.6)
     y = np.clip(y, -0.6, 0.6)
     q = u(0.22, 0.36)
@@ -882,20 +927,26 @@ def endoscopy(rng, size, target, modality):
     c.paint(polyp, wall * np.array([1.05, 0.80, 0.78]) * lit[..., None], "polyp", soft=1.8)
     for _ in range(rng.integers(4, 9)):  # wet highlights
         s = u(0.02, 0.05)
-        p = (x, y) + rng.normal(0, 0.35 * q, 2) if u() < 0.5 else rng.uniform(-0.8, 0.8, 2)
-        c.paint(
-            c.blob(*p, s * 1.6, s * 0.7, u(0, 3), 0.3),
-            (1, 0.97, 0.95),
-            detail=True,
-            soft=2.5,
-            opacity=0.85,
-        )
+        if u() < 0.5:
+            place = np.array([x, y]) + rng.normal(0, 0.35 * q, 2)
+        else:
+            place = rng.uniform(-0.8, 0.8, 2)
+        gleam = c.blob(*place, s * 1.6, s * 0.7, u(0, 3), 0.3)
+        c.paint(gleam, (1, 0.97, 0.95), detail=True, soft=2.5, opacity=0.85)
     rim = (np.abs(c.u / size[1] * 2) ** 5 + np.abs(c.v / size[0] * 2) ** 5) ** 0.2
     edge = np.clip((1.06 - rim) * 25, 0, 1)
     return finish(rng, np.clip(c.image, 0, 1) * edge[..., None], 0.010, 0, 0.06), c.masks()
 
 
-def cells(c, centres, radii, colour, spread=0.06, stretch=0.7, opacity=0.9):
+def cells(
+    c: Canvas,
+    centres: np.ndarray,
+    radii: np.ndarray,
+    colour: np.ndarray,
+    spread: float = 0.06,
+    stretch: float = 0.7,
+    opacity: float = 0.9,
+) -> None:
     """Many small ellipses at once, each painted in its own little window (pixels)."""
     for (x, y), r in zip(centres, radii):
         y0 = int(max(0, y - r - 2))
@@ -917,7 +968,7 @@ def cells(c, centres, radii, colour, spread=0.06, stretch=0.7, opacity=0.9):
         window += (tint.astype(np.float32) - window) * alpha
 
 
-def stroma(c):
+def stroma(c: Canvas) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Pink tissue with fibres and clefts; returns its pink, the violet of nuclei, and the fibres
     (H, W)."""
     rng = c.rng
@@ -932,7 +983,16 @@ def stroma(c):
     return pink, violet, fibre
 
 
-def gland(c, x, y, r, name, pink, violet, fibre):
+def gland(
+    c: Canvas,
+    x: float,
+    y: float,
+    r: float,
+    name: str | None,
+    pink: np.ndarray,
+    violet: np.ndarray,
+    fibre: np.ndarray,
+) -> None:
     """A ring of cells round a pale lumen, seen on the stroma."""
     rng = c.rng
     u = c.rng.uniform
@@ -953,7 +1013,7 @@ def gland(c, x, y, r, name, pink, violet, fibre):
     cells(c, chosen, rng.uniform(1.7, 2.6, len(chosen)), violet, 0.12, 0.6)
 
 
-def histology(rng, size, target, modality):
+def histology(rng: Rng, size: Size, target: str, modality: str) -> tuple[np.ndarray, Masks]:
     """H&E: pink stroma, scattered nuclei, one big gland (nuclei in a ring round a lumen), some
     small ones."""
     c = Canvas(rng, size, (0, 0, 0), turn=1, zoom=(0.95, 1.1), shift=0.05, stretch=0.4)
@@ -973,7 +1033,7 @@ def histology(rng, size, target, modality):
     return finish(rng, np.clip(c.image, 0, 1), 0.012, 0, 0.06), c.masks()
 
 
-def blood_smear(rng, size, target, modality):
+def blood_smear(rng: Rng, size: Size, target: str, modality: str) -> tuple[np.ndarray, Masks]:
     """Stained blood film: many red cells and one white cell with a lobed violet nucleus."""
     c = Canvas(rng, size, (0, 0, 0), turn=1, zoom=(0.95, 1.05), shift=0, stretch=0)
     u = rng.uniform
@@ -981,11 +1041,13 @@ def blood_smear(rng, size, target, modality):
     c.image = (paper * (1 + 0.015 * fog(rng, size, 20)[..., None])).astype(np.float32)
     red = np.array([u(0.82, 0.90), u(0.52, 0.62), u(0.52, 0.60)])
     r = u(0.13, 0.16) / c.px
-    columns, rows = (np.arange(-r, side + r, 2.15 * r) for side in size[::-1])
+    rows = np.arange(-r, size[0] + r, 2.15 * r)
+    columns = np.arange(-r, size[1] + r, 2.15 * r)
     centres = np.stack(np.meshgrid(columns, rows), -1).reshape(-1, 2)
     centres = centres + rng.normal(0, 0.32 * r, centres.shape)
     centres = centres[rng.uniform(size=len(centres)) < u(0.5, 0.85)]
-    x, y, s = *rng.uniform(-0.55, 0.55, 2), u(0.26, 0.38)
+    x, y = rng.uniform(-0.55, 0.55, 2)
+    s = u(0.26, 0.38)
     far = np.hypot(*(centres - c.pixels([[x, y]])[0]).T) > s / c.px + 0.75 * r
     centres = centres[far]
     cells(c, centres, np.full(len(centres), r), red, 0.03, 0.85)
@@ -1004,10 +1066,12 @@ def blood_smear(rng, size, target, modality):
     return finish(rng, np.clip(c.image, 0, 1), 0.010, 0, 0.06), c.masks()
 
 
-# --- the real brain -------------------------------------------------------------------------------
+# ---------------------------------------------------------------- the real brain
 
 
-def brain_mr(rng, size, t1, structures, target):
+def brain_mr(
+    rng: Rng, size: Size, t1: np.ndarray, structures: Masks, target: str
+) -> tuple[np.ndarray, Masks]:
     """A real T1 slice (uint8) and its structures (bool) in a new pose and contrast, perhaps with a
     tumour."""
     u = rng.uniform
@@ -1021,7 +1085,7 @@ def brain_mr(rng, size, t1, structures, target):
     middle = np.array([rows.min() + rows.max(), cols.min() + cols.max()]) / 2
     offset = middle - matrix @ ((np.array(size) - 1) / 2 + rng.uniform(-0.04, 0.04, 2) * size)
 
-    def warp(plane):
+    def warp(plane: np.ndarray) -> np.ndarray:
         return ndimage.affine_transform(plane.astype(np.float32), matrix, offset, size, order=1)
 
     c = Canvas(rng, size)
@@ -1042,7 +1106,8 @@ def brain_mr(rng, size, t1, structures, target):
         lump = np.minimum(c.blob(x, y, r, r * u(0.75, 1.2), u(0, 3), 0.2), inside)
         c.paint(lump, 0.88 + 0.07 * fog(rng, size, 4), "brain tumour", soft=2.5)
         for _ in range(rng.integers(1, 4)):  # dead tissue leaves an uneven ring
-            dx, dy, q = *rng.normal(0, 0.16 * r, 2), r * u(0.4, 0.62)
+            dx, dy = rng.normal(0, 0.16 * r, 2)
+            q = r * u(0.4, 0.62)
             core = np.minimum(c.blob(x + dx, y + dy, q, q * u(0.7, 1), u(0, 3), 0.25), lump - 2)
             c.paint(core, u(0.14, 0.34) + 0.03 * fog(rng, size, 3), detail=True, soft=3)
         masks = {target: c.mask(target)}
