@@ -1,7 +1,8 @@
 """Procedural medical pictures that look like their modality, each with the masks of what is in it.
 
 Every scene is a function `scene(rng, size, target, modality) -> (image, masks)`. The image is
-(H, W) or (H, W, 3), floats in 0..1; masks are {name: (H, W) bool}. All randomness comes from `rng`. Axial
+(H, W) or (H, W, 3), floats in 0..1; masks are {name: (H, W) bool}. All randomness comes from `rng`.
+Axial
 and coronal pictures follow the radiological convention: the patient's left is on the right of the
 image. A name with a side, "kidney:left", means the side of the *image*.
 
