@@ -3,16 +3,16 @@
     python -m demo.make.check_crm                                   # demo/crm, test split, greedy
     python -m demo.make.check_crm --after runs/demo/step_000080     # before and after, also sampled
 
-By name: the prompt is nothing but the target's name, and no reasoning is asked for, so it shows what
-the model can see and read out. In a question: the data's question with the name for the clue.
-Printed for all examples, lesions, wordings seen in training and unseen, and real images, each with n
-and a 95 % bootstrap interval over the examples (paired, for a change):
+By name: the prompt is nothing but the target's name, and no reasoning is asked for, so it shows
+what the model can see and read out. In a question: the data's question with the name for the clue.
+Printed for all examples, lesions, wordings seen in training and unseen, and real images, each with
+n and a 95 % bootstrap interval over the examples (paired, for a change):
 
-  iou, pdice   of the box and of the key points, image frame; 0 for a completion that cannot be parsed
+  iou, pdice   of the box and of the key points, image frame; 0 where it cannot be parsed
   parse        share of the completions that could be parsed
   named        share of the traces that name the right target (extra_info.names of the data)
-  both         IoU where the trace names the right target, else 0: what a better format alone does not
-               raise
+  both         IoU where the trace names the right target, else 0: a better format alone does not
+               raise it
 
 With --after it also prints how much of the gap between asking by name and asking as the data does
 was closed.

@@ -230,17 +230,25 @@ def tiny_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
     return tokenizer
 
 
-def tiny_crm(texts: Iterable[str], *, seed: int = 0, **sizes: int) -> CRM:
+def tiny_crm(
+    texts: Iterable[str],
+    *,
+    seed: int = 0,
+    prompt: str | None = None,
+    resize: str | None = None,
+    **sizes: int,
+) -> CRM:
     """Returns a CRM with random weights, whose tokenizer is trained on texts.
 
-    sizes: fields of Shape. Every second vision layer sees the whole image, the others windows of
+    prompt, resize: see CRM. sizes: fields of Shape. Every second vision layer sees the whole image, the others windows of
     112 pixels."""
     torch.manual_seed(seed)
     shape = Shape(**sizes)
     tokenizer = tiny_tokenizer(texts, shape.vocab_size)
     model = Qwen2_5_VLForConditionalGeneration(tiny_config(shape, tokenizer))
     model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(list(END))
-    return CRM(model, tokenizer, Qwen2VLImageProcessorPil(max_pixels=LARGEST**2))
+    image_processor = Qwen2VLImageProcessorPil(max_pixels=LARGEST**2)
+    return CRM(model, tokenizer, image_processor, prompt, resize)
 
 
 def tiny_config(shape: Shape, tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLConfig:
