@@ -29,7 +29,7 @@ Read next: crm.py, which encodes an image and a question for the language model.
 import argparse
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import wrap
@@ -44,9 +44,16 @@ import rewards
 from rewards import Answer, Box, Points, Terms, parse_answer, write_answer
 from runtime.cli import ROOT, exit_on, print0
 from runtime.files import read_text
-from runtime.images import load_image, load_mask
+from runtime.images import headers_fit, load_image, load_mask
 from runtime.pictures import contact_sheet, overlay
-from runtime.readers import BadRow, check_row, decode_row, number_repeated_ids, read_rows
+from runtime.readers import (
+    BadRow,
+    check_row,
+    decode_row,
+    number_repeated_ids,
+    read_rows,
+    usable_rows,
+)
 from runtime.registry import find
 
 __all__ = ["BadRow", "load_image", "load_mask"]  # they are read from here as well
@@ -239,6 +246,7 @@ class AnswerFormat:
     reward_terms: Callable[[str, Example, Sizes], Terms]  # of one completion
     target_text: Callable[[Example, Sizes, bool], str]  # what supervised training imitates
     truth: Callable[[Example], dict[str, Any]]  # of a line of predictions.jsonl, image frame
+    key: str = "bbox"  # of ANSWER_FORMATS
     several: bool = False  # whether an answer has several regions
     metrics: dict[str, tuple[str, Callable]] = field(default_factory=dict)  # beside metrics.METRICS
 
@@ -370,7 +378,8 @@ class Examples(Sequence):
     def __getitem__(self, i: int | slice) -> Any:
         if isinstance(i, slice):
             return Examples(self.rows[i], self.skipped)
-        return example_of(self.rows[i])
+        row = self.rows[i]
+        return example_of(row, decode_row(row))
 
     def spread(self, most: int) -> "Examples":
         """Returns at most `most` of these, evenly spread: a file may be sorted by category."""
@@ -384,40 +393,27 @@ class Examples(Sequence):
         """BadRow for the first row with a fault in its values or in the headers of its files. An
         image is only decoded where headers do not fit together."""
         for row in self.rows:
-            if not check_row(row):
+            check_row(row)
+            if not headers_fit(row):
                 decode_row(row)
 
 
-def example_of(row: dict) -> Example:
-    """Returns a row, decoded and checked. BadRow where it cannot be used."""
-    image, mask, bbox, points = decode_row(row)
-    if bbox is None:
-        bbox = box_from_mask(mask)
-    if points is None:
-        points = keypoints_from_mask(mask)
+def example_of(row: dict, decoded: tuple) -> Example:
+    """Returns a row as an example. decoded: image, mask, box and points (runtime/readers.py); box
+    and points that are None are taken from the mask."""
+    image, mask, bbox, points = decoded
     return Example(
         id=row["id"],
         image=image,
         query=row["query"],
-        bbox=tuple(map(float, bbox)),
-        points=tuple((float(x), float(y)) for x, y in points),
+        bbox=box_from_mask(mask) if bbox is None else bbox,
+        points=keypoints_from_mask(mask) if points is None else points,
         mask=mask,
         supercategory=row["supercategory"],
         category=row["category"],
         think=row["think"],
         extra=row["extra"],
     )
-
-
-def usable_rows(rows: list[dict], problems: list[str]) -> Iterator[tuple[dict, Example]]:
-    """Yields each row that can be used with its example; messages about others go to problems."""
-    for row in rows:
-        try:
-            example = example_of(row)
-        except BadRow as error:
-            problems.append(error.problem)
-        else:
-            yield row, example
 
 
 # ---------------------------------------------------------------- python data.py PATH
@@ -439,7 +435,8 @@ def report_split(path: Path, split: str, known_problems: list[str]) -> list[tupl
     sizes: Counter[str] = Counter()
     categories: Counter[str] = Counter()
     shown = []
-    for i, (_, example) in enumerate(usable_rows(rows, problems)):
+    for i, (row, decoded) in enumerate(usable_rows(rows, problems)):
+        example = example_of(row, decoded)
         sizes[f"{example.image.width}x{example.image.height}"] += 1
         supercategory = example.supercategory or "(none)"
         category = example.category or "(none)"

@@ -131,7 +131,8 @@ def held_out(
     max_new_tokens: int = 512,
 ) -> list[dict]:
     """Returns one row per kind and question, in that order: kind, index, id, image, wording, the
-    scores of metrics.HELD_OUT, and the mean reward (model frame, without terms that need pixels).
+    scores of metrics.HELD_OUT and of the answer format, and the mean reward (model frame, without
+    terms that need pixels).
 
     kinds: see `ask`. Every rank asks its share; all get all rows."""
     without_pixels = {k: v for k, v in coefficients.items() if k not in PIXEL_TERMS}
@@ -144,7 +145,7 @@ def held_out(
             terms = crm.answer_format.reward_terms(text, example, group.prompt.sizes)
             rewards.append(total_reward(terms, mode, without_pixels))
         row = {key: p[key] for key in ("index", "id", "image", "wording")}
-        row |= metrics.scores(p, metrics.HELD_OUT)
+        row |= metrics.scores(p, metrics.HELD_OUT | crm.answer_format.metrics)
         row["reward"] = sum(rewards) / len(rewards)
         rows.append({"kind": kind, **row})
     rows = ranks.gather(rows)
@@ -155,7 +156,7 @@ def held_out_means(rows: list[dict]) -> dict[str, float]:
     """Returns {"sampled/iou": …} over the rows of `held_out`, without scores that no row has."""
     values: dict[str, list[float]] = {}
     for row in rows:
-        for name in (*metrics.HELD_OUT, "reward"):
+        for name in metrics.score_names(rows):
             if row[name] is not None:
                 values.setdefault(f"{row['kind']}/{name}", []).append(row[name])
     return {name: sum(scores) / len(scores) for name, scores in values.items()}

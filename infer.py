@@ -28,8 +28,8 @@ from data import EMBEDDED, Sizes, clip_to, load_image, to_image
 from metrics import medoid, regions_of
 from runtime.cli import exit_on, flag, parse_args, use_embedded
 from runtime.files import parse_object, read_text
+from runtime.images import is_scan
 from runtime.parallel import Ranks
-from runtime.readers import is_scan
 from sampling import sample
 
 OUTPUTS = ("mask.png", "overlay.png", "result.json")

@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import t as student_t
+from scipy.special import stdtrit  # quantiles of Student's t
 
-from data import ONE_BOX, AnswerFormat, Example, Sizes, to_image
+from data import ANSWER_FORMATS, ONE_BOX, AnswerFormat, Example, Sizes, to_image
 from rewards import Answer, box_iou, parse_answer, point_dice, point_dice_published
 from runtime.files import write_whole
+from runtime.registry import find
 
 Metric = tuple[str, Callable[[dict], float | None]]  # title, function of a prediction
 
@@ -65,6 +66,7 @@ def prediction(
         "names": names_of(example),
         "wording": wording_of(example),
         "truth": answer_format.truth(example),
+        "format": answer_format.key,
         "asked": ["bbox"] if answer_format.several else ["bbox", "points"],
         "completions": completions,
         "kept": medoid(answers)[0],
@@ -248,6 +250,12 @@ METRICS: dict[str, Metric] = {  # name: (title, function of a prediction; None w
 }
 
 
+def metrics_of(rows: Sequence[dict]) -> dict[str, Metric]:
+    """Returns METRICS and those of the answer format of some predictions."""
+    key = rows[0].get("format", "bbox") if rows else "bbox"
+    return METRICS | find(ANSWER_FORMATS[key]).metrics
+
+
 def scores(p: dict, metrics: Mapping[str, Metric] = METRICS) -> dict[str, float | None]:
     """Returns every metric of a prediction."""
     return {name: function(p) for name, (_, function) in metrics.items()}
@@ -299,7 +307,7 @@ def interval(
     picks = np.random.default_rng(seed).integers(0, count, (draws, count))
     means = sums[picks].sum(1) / counts[picks].sum(1)
     low, high = np.percentile(means, [2.5, 97.5])
-    wider = student_t.ppf(0.975, count - 1) / 1.96 * np.sqrt(count / (count - 1))
+    wider = stdtrit(count - 1, 0.975) / 1.96 * np.sqrt(count / (count - 1))
     return Interval(
         mean=float(average),
         low=float(average + wider * (low - average)),
@@ -401,11 +409,10 @@ def table(summary: dict[str, Any], metrics: Mapping[str, Metric] = METRICS) -> s
     return "\n".join(lines) + "\n"
 
 
-def report(
-    rows: Sequence[dict], folder: Path, metrics: Mapping[str, Metric] = METRICS
-) -> dict[str, Any]:
+def report(rows: Sequence[dict], folder: Path) -> dict[str, Any]:
     """Writes summary.json and table.md of some predictions into a folder, and prints the table.
     Returns the summary."""
+    metrics = metrics_of(rows)
     summary = summarise(rows, metrics)
     text = table(summary, metrics)
     write_whole(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
@@ -418,9 +425,7 @@ def report(
 # ---------------------------------------------------------------- two runs on the same questions
 
 
-def compare(
-    before: Sequence[dict], after: Sequence[dict], metrics: Mapping[str, Metric] = METRICS
-) -> list[str]:
+def compare(before: Sequence[dict], after: Sequence[dict]) -> list[str]:
     """Returns lines with the paired differences of two lists of predictions, in percent.
 
     ValueError where they are not about the same questions with the same truth."""
@@ -435,7 +440,7 @@ def compare(
                 raise ValueError(f"question {name} has another {key} in each: the data differ")
     images = [old[name].get("image") or name for name in old]
     lines = []
-    for title, metric in metrics.values():
+    for title, metric in metrics_of(before).values():
         values = [metric(old[name]) for name in old]
         new_values = [metric(new[name]) for name in old]
         text = change_text(values, new_values, images, in_percent=True)
@@ -485,7 +490,7 @@ def change_lines(before: Sequence[dict], after: Sequence[dict]) -> list[str]:
                 if old["kind"] == kind and wording in (None, old["wording"]):
                     pairs.append((old, new))
             title = kind if wording is None else f"{kind}, {wording}"
-            names = [*HELD_OUT, "reward"] if wording is None else ["iou", "named"]
+            names = ["iou", "named"] if wording is not None else score_names(before)
             images = [old.get("image") or old["id"] for old, _ in pairs]
             for name in names:
                 values = [old[name] for old, _ in pairs]
@@ -493,6 +498,12 @@ def change_lines(before: Sequence[dict], after: Sequence[dict]) -> list[str]:
                 if text:
                     lines.append(f"  {title:15} {name:10} {text}")
     return lines
+
+
+def score_names(rows: Sequence[dict]) -> list[str]:
+    """Returns the names of the scores in rows of held_out.jsonl."""
+    not_scores = {"step", "kind", "index", "id", "image", "wording"}
+    return [name for name in rows[0] if name not in not_scores] if rows else []
 
 
 def change_text(

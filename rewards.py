@@ -45,7 +45,7 @@ MODES = {
     "iou": ("think_format", "answer_format", "box_iou"),
     "pdice": ("think_format", "answer_format", "point_dice"),
 }
-PIXEL_TERMS = ("mask_dice",)  # smooth_log of a mask's Dice: the caller adds it, as it needs the ASM
+PIXEL_TERMS = ("mask_dice",)  # smooth_log of the mask's Dice, which only the caller can compute
 ANSWER_FORMAT_SCORES = {  # everything that can be wrong with an answer, and what it still earns
     "no answer block": 0.0,
     "answer is not a JSON object": 0.2,
@@ -162,7 +162,7 @@ def read_points(fields: dict) -> Points | None:
 def read_numbers(fields: dict, key: str, count: int) -> tuple[float, ...] | None:
     """The list of `count` finite numbers under a key, as a tuple. Otherwise None.
 
-    NaN, Infinity, 1e999, true, text and nested lists are no finite numbers."""
+    NaN, Infinity, 1e999, true, text and nested lists are not finite numbers."""
     values = fields.get(key)
     if not isinstance(values, list) or len(values) != count:
         return None
@@ -230,7 +230,7 @@ def think_format(think: str | None) -> float:
 
 
 def box_terms(box: Box, gt_box: Box) -> Terms:
-    """The terms of a box, before the gates."""
+    """The terms of a box, before the gates. Edges are off by so many diagonals of B* on average."""
     offset = mean_l1(box, gt_box) / box_diagonal(gt_box)
     scale = scale_error(box, gt_box)
     return {
@@ -250,7 +250,7 @@ def box_gates(box: Box, gt_box: Box, gt_points: Points) -> tuple[float, float]:
 
 
 def point_terms(points: Points, gt_box: Box, gt_points: Points) -> Terms:
-    """The terms of the key points, before the gates."""
+    """The terms of the key points, before the gates. They are off by so many diagonals of B*."""
     offset = matched_error(points, gt_points, mean_l1) / box_diagonal(gt_box)
     cosine = line_cosine(points, gt_points)
     return {
@@ -265,7 +265,8 @@ def point_gates(
 ) -> tuple[float, float]:
     """V1, halved for each predicted point outside B*, and V2, halved unless they are far apart.
 
-    Far apart is more than 10 px: the answer has two points, not one point twice."""
+    More than 10 px is far: the answer has two points, not one point twice. Given the image's size,
+    the 10 px are scaled to it, and as far apart as the true points are is also far enough."""
     v1 = 0.5 ** count_outside(points, gt_box)
     apart = math.dist(*points)
     far_apart = apart > 10 * canvas_pixel(size)
@@ -382,7 +383,7 @@ def term_names() -> tuple[str, ...]:
 def parse_coefficients(text: str) -> Terms:
     """The flag --coefficients: "box_iou=2,mask_dice=1" gives {"box_iou": 2.0, "mask_dice": 1.0}.
 
-    ValueError for what is not term=number, for an unknown term and for an infinite number."""
+    ValueError for what is not term=number, and as in total_reward."""
     coefficients = {}
     for item in text.split(","):
         if not item:
@@ -428,7 +429,7 @@ def box_size(box: Box) -> tuple[float, float]:
 
 
 def box_diagonal(box: Box) -> float:
-    """The length of a box's diagonal, at least EPS, as it is divided by."""
+    """The length of a box's diagonal. It is at least EPS, because offsets are divided by it."""
     width, height = box_size(box)
     return max(math.hypot(width, height), EPS)
 
@@ -485,7 +486,7 @@ def disc_area(radius: float) -> float:
 
 
 def lens_area(r: float, s: float, d: float) -> float:
-    """The area that two circles of the radii r and s share whose centres are d apart."""
+    """The area that two circles share. Their radii are r and s, and their centres are d apart."""
     smaller_disc = min(disc_area(r), disc_area(s))
     if d >= r + s:  # they are apart
         return 0.0

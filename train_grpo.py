@@ -620,14 +620,18 @@ def main(cfg: Config) -> None:
     bar = tqdm(steps, initial=start_step, total=cfg.steps, disable=not ranks.is_main, ncols=100)
     for step in bar:
         phases = Phases(ranks)
-        stats = StepStats(maxima=("ratio_max", "logp_gap"), minima=("ratio_min",))
+        stats = StepStats()
         lr = learning_rate(step, cfg.steps, cfg.lr, cfg.warmup, cfg.schedule)
         entropy_coef = cfg.entropy_coef * (1 - step / cfg.steps)
 
         # 1. A group of completions for each question of this step. Questions are a pure function of
         #    seed and step. Under FSDP every rank holds the whole model meanwhile.
         indices = step_indices(len(train), cfg.prompts, cfg.seed, step)
-        with run.checkpoint_on_bad_row(step, crm, optimizer), crm.gathered():
+        with (
+            run.checkpoint_on_bad_row(step, crm, optimizer),
+            crm.gathered(),
+            run.interruptible(),
+        ):
             batch = roll_out(setup, train, own_places, indices, step)
             for attempt in range(1, cfg.resample + 1):
                 replace_equal_groups(batch, own_places, setup, train, step, attempt)
@@ -654,6 +658,7 @@ def main(cfg: Config) -> None:
             for group, logp in zip(batch, ref_logp):
                 group.ref_logp = logp
         phases.end("reference")
+        run.leave_if_stopped(step, crm, optimizer)  # nothing of this step is in the weights yet
 
         # 4. Updates, each with a mini-batch: forward, loss, backward, optimizer.
         grad_norms = []

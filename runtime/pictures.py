@@ -10,8 +10,6 @@ from textwrap import wrap
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 OVERLAY_SIDE = 448  # pictures with a shorter long side are enlarged to it
@@ -96,6 +94,8 @@ def _draw_points(canvas: Image.Image, points: Any, scale: np.ndarray, line: int)
 def curves(path: Path, rows: Sequence[dict], panels: Mapping[str, Sequence[str]]) -> None:
     """Draws the rows of a log over their "step". panels: {title: keys of a row}. Each key is a thin
     line, its running mean a thick one."""
+    from matplotlib.figure import Figure  # 50 MB, and only drawing needs them
+
     columns = math.ceil(len(panels) / 2)
     figure = Figure(figsize=(4.2 * columns, 6), layout="constrained")
     for place, (title, keys) in enumerate(panels.items(), 1):
@@ -138,6 +138,9 @@ class Picture:
 
 def grid(path: Path, pictures: Sequence[Picture]) -> None:
     """Draws pictures side by side, each with its title, caption, true box and true mask."""
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
     columns = min(4, len(pictures))
     lines = math.ceil(len(pictures) / columns)
     legend_width = 5.2  # inches
@@ -189,7 +192,7 @@ def _draw_in_grid(axis: Any, picture: Picture) -> None:
 def contact_sheet(
     shown: Sequence[tuple[Image.Image, str]], side: int = 224, text_height: int = 58
 ) -> Image.Image:
-    """Returns pictures as tiles of a sheet, each with its text below. side: of a tile, in pixels."""
+    """Returns pictures as tiles of a sheet, each with its text below. side: of a tile (px)."""
     columns = 6
     rows = math.ceil(len(shown) / columns)
     height = side + text_height

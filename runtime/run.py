@@ -37,6 +37,7 @@ from runtime.cli import ROOT, dashed, print0
 from runtime.files import parse_object, read_jsonl, read_text, write_whole
 from runtime.optim import Optimizer
 from runtime.parallel import Ranks
+from runtime.pictures import curves
 from runtime.readers import BadRow
 from runtime.registry import find
 from runtime.stats import Row, warnings_of
@@ -358,8 +359,8 @@ class Run:
         """Says what a signal to torchrun loses, unless its user has seen to it."""
         if "TORCHELASTIC_RUN_ID" in os.environ and TORCHRUN_LIMIT not in os.environ:
             print0(
-                "torchrun kills its ranks 30 s after Ctrl-C or SIGTERM; if an update or a checkpoint "
-                f"takes longer, start it with {TORCHRUN_LIMIT}=600"
+                "torchrun kills its ranks 30 s after Ctrl-C or SIGTERM; if an update or a "
+                f"checkpoint takes longer, start it with {TORCHRUN_LIMIT}=600"
             )
 
     @contextmanager
@@ -518,8 +519,6 @@ class Run:
     def curves(self, panels: dict[str, list[str]]) -> None:
         """Draws curves.png. panels: {title: names in metrics.jsonl}."""
         if self.ranks.is_main:
-            from runtime.pictures import curves
-
             curves(self.folder / "curves.png", self.read("metrics"), panels)
 
     def finish(self, done: int) -> None:

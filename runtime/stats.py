@@ -50,6 +50,26 @@ class StepStats:
         return {name: float(value) for name, value in total.values.items()}
 
 
+class Phases:
+    """Seconds that the phases of a step take."""
+
+    def __init__(self, ranks: Ranks):
+        self.ranks = ranks
+        self.start = ranks.clock()
+        self.last = self.start
+        self.found: Row = {}
+
+    def end(self, name: str) -> None:
+        """Ends a phase. The next one begins."""
+        now = self.ranks.clock()
+        self.found[f"seconds/{name}"] = now - self.last
+        self.last = now
+
+    def seconds(self) -> Row:
+        """{"seconds": of all phases, "seconds/sample": …}"""
+        return {"seconds": self.last - self.start, **self.found}
+
+
 def spread(rewards: torch.Tensor, texts: list[str]) -> Row:
     """How different the completions of one group are. rewards: (G,), G at least 2.
 
@@ -154,8 +174,8 @@ def check_first_step(
     """Checks what must be true just before the very first update. RuntimeError otherwise, before
     hours of compute.
 
-    totals: StepStats.total of the first update alone: loss, scored (the sum of the token weights),
-    and where they were measured gap_sum, logp_gap, kl, ratio_max, ratio_min. completions_lengths:
+    totals: StepStats.total of the first update alone: loss, weight (the sum of the token weights),
+    and where they were measured logp_gap_sum, logp_gap, kl, ratio_max, ratio_min. completions_lengths:
     in tokens. compute_dtype: the type in which the model computes. updates: optimizer updates of
     the step; if there is more than one, pi_old was computed in other packs than the update."""
     if compute_dtype != torch.float32:
@@ -166,7 +186,7 @@ def check_first_step(
         bounds = FLOAT32_ACCELERATOR
     ratio_bound = bounds.ratio if updates > 1 else SAME_TENSOR
 
-    mean_gap = totals.get("gap_sum", 0.0) / max(totals.get("scored", 0.0), 1e-9)
+    mean_gap = totals.get("logp_gap_sum", 0.0) / max(totals.get("weight", 0.0), 1e-9)
     largest_gap = totals.get("logp_gap", 0.0)
     # 1.05 and 1 / 1.05 are equally far from 1
     ratio_above = totals.get("ratio_max", 1.0) - 1

@@ -75,7 +75,7 @@ def test_a_pack_of_several_prompts_equals_one_sequence_under_a_dense_mask(prompt
 
 @pytest.mark.parametrize("freeze_vision", [True, False])
 def test_no_size_of_the_packs_changes_a_number(prompts, freeze_vision):
-    """Log-probabilities of policy and reference, and all gradients, against transformers row by row."""
+    """Log-probabilities of policy and reference, and all gradients, against transformers."""
     trainable = "language_model|lm_head" if freeze_vision else ""
     crm = random_crm(trainable=trainable, reference=True)
     groups = sample(crm, [replace(p, features=None) for p in prompts], 3, 16, seed=2)
