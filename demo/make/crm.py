@@ -240,8 +240,8 @@ def tiny_crm(
 ) -> CRM:
     """Returns a CRM with random weights, whose tokenizer is trained on texts.
 
-    prompt, resize: see CRM. sizes: fields of Shape. Every second vision layer sees the whole image, the others windows of
-    112 pixels."""
+    prompt, resize: see CRM. sizes: fields of Shape. Every second vision layer sees the whole image,
+    the others windows of 112 pixels."""
     torch.manual_seed(seed)
     shape = Shape(**sizes)
     tokenizer = tiny_tokenizer(texts, shape.vocab_size)
