@@ -41,7 +41,6 @@ from data import (
     model_size,
 )
 from runtime.cli import matcher
-from runtime.fsdp import Sharded
 from runtime.parallel import Ranks
 from runtime.pretrained import (
     on_device,
@@ -166,8 +165,8 @@ class CRM:
         self.lora: Any = None  # the PEFT model around self.model
         self.ref_model: torch.nn.Module | None = None  # a frozen copy of the start
         self.offload_reference = False
-        self.sharded: Sharded | None = None  # self.model, shared out over the ranks
-        self.ref_sharded: Sharded | None = None
+        self.sharded: Any = None  # runtime.fsdp.Sharded of self.model, with --parallel fsdp
+        self.ref_sharded: Any = None
         self.vision_is_frozen = False
         self.checkpointing = False
         self.compute_dtype = model.lm_head.weight.dtype
@@ -350,7 +349,9 @@ class CRM:
         vision_tower = self.model.model.visual.parameters()
         self.vision_is_frozen = not any(parameter.requires_grad for parameter in vision_tower)
 
-    def _shard(self, model: torch.nn.Module, ranks: Ranks) -> Sharded:
+    def _shard(self, model: torch.nn.Module, ranks: Ranks) -> Any:
+        from runtime.fsdp import Sharded  # FSDP takes 45 MB of memory, and most runs do without
+
         parts = [*model.model.visual.blocks, *model.model.language_model.layers]
         return Sharded(model, parts, ranks, self.compute_dtype)
 

@@ -460,28 +460,33 @@ def update_policy(
 # ---------------------------------------------------------------- what is logged
 
 
-def completion_records(rollout: Rollout, crm: CRM) -> list[dict]:
-    """Returns a record of each completion: its text for best_and_worst.jsonl, its numbers for
-    metrics.jsonl."""
-    of_group = {
-        "id": rollout.example.id,
-        "query": rollout.example.query,
-        **spread(rollout.rewards, rollout.texts),
-    }
+def completion_records(batch: list[Rollout], crm: CRM, ranks: Ranks) -> list[dict]:
+    """Returns a record of each completion of all ranks: its text for best_and_worst.jsonl, its
+    numbers for metrics.jsonl."""
     records = []
-    for g, text in enumerate(rollout.texts):
-        parsed = crm.answer_format.parse(text)
-        record = {
-            **of_group,
-            "text": text,
-            "reward": float(rollout.rewards[g]),
-            "length": int(rollout.lengths[g]),
-            "parse_ok": float(not parsed.problem),
-            "finished": float(rollout.finished[g]),
-            **rollout.terms[g],
+    for rollout in batch:
+        of_group = {
+            "id": rollout.example.id,
+            "query": rollout.example.query,
+            **spread(rollout.rewards, rollout.texts),
         }
-        records.append(record)
-    return records
+        for g, text in enumerate(rollout.texts):
+            record = {
+                **of_group,
+                "text": text,
+                "reward": float(rollout.rewards[g]),
+                "length": int(rollout.lengths[g]),
+                "parse_ok": float(not crm.answer_format.parse(text).problem),
+                "finished": float(rollout.finished[g]),
+                **rollout.terms[g],
+            }
+            records.append(record)
+    return ranks.gather(records)
+
+
+def best_and_worst(records: list[dict]) -> dict[str, dict]:
+    ordered = sorted(records, key=lambda record: record["reward"])
+    return {"best": ordered[-1], "worst": ordered[0]}
 
 
 def step_row(records: list[dict], totals: dict[str, float], grad_norms: list[float]) -> dict:
@@ -492,6 +497,7 @@ def step_row(records: list[dict], totals: dict[str, float], grad_norms: list[flo
         if not isinstance(value, str):
             columns[name] = [record[name] for record in records]
     row = {name: sum(values) / len(values) for name, values in columns.items()}
+    row["tokens"] = sum(columns["length"])
     row["length_min"] = min(columns["length"])
     row["length_max"] = max(columns["length"])
     finished = [record["length"] for record in records if record["finished"]]
@@ -639,10 +645,9 @@ def main(cfg: Config) -> None:
 
         # 2. Each completion's advantage over its group. Rewards are those of all ranks.
         rewards = torch.stack(ranks.gather([group.rewards for group in batch]))  # (P, G)
-        advantages = group_advantages(rewards, cfg.norm).to(ranks.device)
-        first = ranks.rank * len(batch)  # of this rank's rows
-        for i, group in enumerate(batch):
-            group.advantages = advantages[first + i]
+        advantages = group_advantages(rewards, cfg.norm).to(ranks.device)  # (P, G)
+        for group, of_group in zip(batch, ranks.share(list(advantages))):
+            group.advantages = of_group
 
         # 3. Log-probabilities under the reference model and, if a step makes several updates, under
         #    the policy that sampled. They are computed as the update will compute them, because the
@@ -674,12 +679,11 @@ def main(cfg: Config) -> None:
 
         # 5. Log, evaluate on held-out questions, save.
         done = step + 1
-        own_records = [record for group in batch for record in completion_records(group, crm)]
-        records = ranks.gather(own_records)
-        row = {"step": done, **step_row(records, stats.total(ranks), grad_norms), "lr": lr}
+        records = completion_records(batch, crm, ranks)
+        row = {"step": done, "lr": lr, **step_row(records, stats.total(ranks), grad_norms)}
         row |= phases.seconds()
+        row["tokens_per_second"] = row["tokens"] / row["seconds"]
         row["peak_memory_gb"] = peak_memory(ranks.device)
-        row["tokens_per_second"] = sum(record["length"] for record in records) / row["seconds"]
         stopped = run.stopped()
         if len(tests) > 0 and run.evaluation_is_due(done) and not stopped:
             is_last = done == cfg.steps
@@ -687,8 +691,7 @@ def main(cfg: Config) -> None:
             log_groups(run, done, tests, setup, own=list(zip(own_places, batch)))
         run.warn(row)
         run.log("metrics", row)
-        records.sort(key=lambda record: record["reward"])
-        run.log("best_and_worst", {"step": done, "best": records[-1], "worst": records[0]})
+        run.log("best_and_worst", {"step": done, **best_and_worst(records)})
         bar.set_postfix(reward=f"{row['reward']:.2f}", seconds=f"{row['seconds']:.2f}")
         if run.is_due(done, stopped):
             run.save(done, crm, optimizer)
