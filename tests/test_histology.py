@@ -1,4 +1,4 @@
-"""demo/histology: one of many alike and all of several, with masks of as many pieces as rows say."""
+"""demo/histology: one of many alike and all of several, whose masks have the pieces rows speak of."""
 
 import io
 from collections import defaultdict
