@@ -504,8 +504,9 @@ def step_row(records: list[dict], totals: dict[str, float], grad_norms: list[flo
     if finished:
         row["length_finished"] = sum(finished) / len(finished)
     not_terms = {"reward", "length", "parse_ok", "finished", "reward_std", "zero_std", "identical"}
-    for name in columns.keys() - not_terms:
-        row[f"{name}/std"] = float(np.std(columns[name]))
+    for name in columns:
+        if name not in not_terms:
+            row[f"{name}/std"] = float(np.std(columns[name]))
 
     totals = dict(totals)
     weight = max(totals.pop("weight"), 1e-9)  # the sum of all token weights, over all updates
