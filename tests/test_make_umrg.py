@@ -13,7 +13,7 @@ from PIL import Image
 
 from data import box_from_mask, load_samples
 from paper.make_umrg import clean, find, main, parse, split_of
-from paper.umrg_words import Item, problem, template
+from paper.umrg_words import Facts, Item, problem, template
 
 
 def picture(folder, name, size=(90, 70), box=(10, 12, 40, 50), value=200, seed=0):
@@ -67,7 +67,7 @@ def test_a_mask_turns_with_the_exif_orientation_of_its_image(tmp_path):
         find(tmp_path / "images", tmp_path / "masks", None),
         parse(["--images", str(tmp_path), "--masks", str(tmp_path), "--out", str(tmp_path)]),
     )
-    assert not dropped and kept[0].facts["box"] == box_from_mask(mask[::-1, ::-1])
+    assert not dropped and kept[0].facts.box == box_from_mask(mask[::-1, ::-1])
 
 
 def table(folder, lines):
@@ -141,22 +141,24 @@ def test_masks_find_their_image_and_category_by_name_and_pieces_can_be_left_out(
     for flag, box in (([], (10, 12, 80, 66)), (["--largest"], (10, 12, 40, 50))):
         args = parse(["--images", "i", "--masks", "m", "--out", "o", *flag])
         kept, _ = clean([items["scan00_liver_lobe.png"]], args)
-        assert kept[0].facts["box"] == box
+        assert kept[0].facts.box == box
 
 
-def item(category="left kidney", horizontal="left"):
-    return Item(
-        None,
-        None,
-        category,
-        facts={
-            "horizontal": horizontal,
-            "vertical": "upper",
-            "tone": "dark",
-            "shape": "rounded",
-            "area": 0.05,
-        },
+def item(category: str = "left kidney", horizontal: str = "left") -> Item:
+    """An item of which nothing but words is needed."""
+    facts = Facts(
+        size=(90, 70),
+        box=(10, 12, 40, 50),
+        points=((20, 20), (30, 40)),
+        area=0.05,
+        horizontal=horizontal,
+        vertical="upper",
+        tone="dark",
+        shape="rounded",
+        digest="",
+        mask=b"",
     )
+    return Item(None, None, category, facts=facts)
 
 
 @pytest.mark.parametrize(
