@@ -30,7 +30,7 @@ class StepStats:
         """Add the statistics of a micro-batch. They stay on their device, so that the host does not
         wait."""
         for name, value in values.items():
-            value = torch.as_tensor(value).detach().double()
+            value = torch.as_tensor(value, dtype=torch.float64).detach()
             if name not in self.values:
                 self.values[name] = value
             elif name in self.maxima:
@@ -111,7 +111,7 @@ WARNINGS: list[tuple[str, Callable[[Row, Row], bool]]] = [
         held_out_parse_rate_fell,
     ),
     (
-        "most completions are cut: raise --max-new-tokens or give --mask-truncated",
+        "most completions are cut: raise --max-new-tokens",
         lambda row, first_values: row.get("finished", 1) < 0.5,
     ),
     (
