@@ -175,9 +175,10 @@ def check_first_step(
     hours of compute.
 
     totals: StepStats.total of the first update alone: loss, weight (the sum of the token weights),
-    and where they were measured logp_gap_sum, logp_gap, kl, ratio_max, ratio_min. completions_lengths:
-    in tokens. compute_dtype: the type in which the model computes. updates: optimizer updates of
-    the step; if there is more than one, pi_old was computed in other packs than the update."""
+    and where they were measured logp_gap_sum, logp_gap, kl, ratio_max, ratio_min.
+    completions_lengths: in tokens. compute_dtype: the type in which the model computes. updates:
+    optimizer updates of the step; if there is more than one, pi_old was computed in other packs
+    than the update."""
     if compute_dtype != torch.float32:
         bounds = ROUNDED
     elif device_type == "cpu":
