@@ -419,11 +419,72 @@ def example_of(row: dict, decoded: tuple) -> Example:
 # ---------------------------------------------------------------- python data.py PATH
 
 SHOWN_PER_SPLIT = 12  # examples of a split on a contact sheet
+ROWS_TRIED = 60  # of a split, to see what the numbers of its boxes mean
 WHERE_IDS_COME_FROM = {
     ".jsonl": "the row's id, else the folder's name and the line",
     ".json": "the annotation's id, else its number",
     ".parquet": "extra_info's id, else its index, else the row's number",
 }
+
+
+def readings_of(box: Box, size: tuple[int, int]) -> dict[str, Box]:
+    """Returns what a box would be in pixels of an image of this (width, height), by what its four
+    numbers may mean. Each reading is named as a user would call it."""
+    width, height = size
+    x1, y1, x2, y2 = box
+    in_fractions = (x1 * width, y1 * height, x2 * width, y2 * height)
+    return {
+        "pixels": box,
+        "pixels of the model frame": to_image(box, Sizes(size, model_size(size))),
+        "0 to 1": in_fractions,
+        "0 to 1000": tuple(value / 1000 for value in in_fractions),
+        "x, y, width, height": (x1, y1, x1 + x2, y1 + y2),
+    }
+
+
+def coordinates_that_fit(rows: list[dict]) -> str:
+    """Returns one line where the boxes of some rows fit their masks, or where there are none their
+    images, better when they are read in another way than as pixels; "" where pixels fit."""
+    scores: dict[str, list[float]] = {}
+    with_box = [row for row in rows if is_a_box(row["bbox"])]
+    for i in evenly_spread(len(with_box), ROWS_TRIED):
+        row = with_box[i] | {"bbox": None, "points": None}
+        has_mask = row["mask"] is not None
+        if not has_mask:
+            row |= {"bbox": [0, 0, 1.5, 1.5], "points": [[0, 0], [1, 1]]}  # any that is allowed
+        try:
+            image, mask, _, _ = decode_row(row)
+        except BadRow:
+            continue  # it is reported as a bad row
+        for name, box in readings_of(with_box[i]["bbox"], image.size).items():
+            if has_mask:
+                score = rewards.box_iou(box, box_from_mask(mask))
+            else:
+                score = float(lies_inside(box, image.size))
+            scores.setdefault(name, []).append(score)
+    if not scores:
+        return ""
+    means = {name: float(np.mean(values)) for name, values in scores.items()}
+    best = max(means, key=means.get)
+    if means[best] < 0.5 or means[best] < means["pixels"] + 0.1:
+        return ""
+    return (
+        f"the boxes look like {best} (fit {means[best]:.2f}), not like pixels of the image as "
+        f"x1, y1, x2, y2 (fit {means['pixels']:.2f}); convert them"
+    )
+
+
+def is_a_box(value: Any) -> bool:
+    """Whether a row's bbox is a list of four numbers."""
+    if not isinstance(value, list) or len(value) != 4:
+        return False
+    return all(isinstance(number, int | float) for number in value)
+
+
+def lies_inside(box: Box, size: tuple[int, int]) -> bool:
+    """Whether a box is one, covers a pixel at least, and lies in an image of (width, height)."""
+    x1, y1, x2, y2 = box
+    return x1 >= 0 and y1 >= 0 and x2 >= x1 + 1 and y2 >= y1 + 1 and x2 <= size[0] and y2 <= size[1]
 
 
 def report_split(path: Path, split: str, known_problems: list[str]) -> list[tuple[Any, str]]:
@@ -449,6 +510,9 @@ def report_split(path: Path, split: str, known_problems: list[str]) -> list[tupl
     if split != "train" and not split.startswith(("test", "val")) and path.suffix != ".parquet":
         print('  a split of this name is only read where it is asked for: "train" trains, and')
         print('  "test" or "val" is held out')
+    hint = coordinates_that_fit(rows)
+    if hint:
+        print(f"  {hint}")
     print("  sizes:", ", ".join(f"{size} ({count})" for size, count in sizes.most_common(8)))
     good = [row for row in rows if not row["problem"]]
     example_row = good[0] if good else rows[0]

@@ -1,166 +1,244 @@
-"""The same reward and the same data on verl, EasyR1, TRL and ms-swift, for when one machine is not enough.
+"""The same reward and the same data on verl, EasyR1, TRL and ms-swift, for when one machine is not
+enough.
 
-    python -m extras.engines --data U-MRG-14K --split train --out train.parquet --resize square:840
+    python -m extras.engines --data U-MRG-14K --split train --out train.parquet \\
+                             --resize square:840
 
-One file for all four; it is no data set of ours, its prompts are filled in. Images come in the model frame (give the
-model's own --resize and --max-pixels): an engine's processor leaves their size alone, and box and points are pixels of
-it. Tags in a question that an engine would read as an image or a special token get a space: "< image>", "< |im_end|>".
-Each engine needs its own environment, with this checkout under the same absolute path on every node. mask_dice is
-not there: no engine carries masks.
+One file serves all four engines. It is no data set of ours, because prompts are filled in. Images
+come in the model frame (give the model's own --resize), so that an engine's processor leaves their
+size alone, and box and points are pixels of it. Tags in a question that an engine would read as an
+image or as a special token get a space: "< image>", "< |im_end|>".
 
-verl 0.9   sh recipes/verl_soft_7b.sh
-EasyR1     python -m verl.trainer.main config=examples/config.yaml data.train_files=train.parquet \\
-               data.prompt_key=problem data.answer_key=ground_truth data.format_prompt=null data.min_pixels=3136 \\
-               data.max_pixels=12845056 worker.reward.reward_function=$PWD/extras/engines.py:easyr1
-TRL        GRPOTrainer(MODEL, reward, train_dataset=trl_dataset("train.parquet"), args=GRPOConfig(beta=0.01, delta=3.0,
-               loss_type="grpo", num_generations=16, use_bias_correction_kl=False))     # from extras.engines import …
-ms-swift   swift rlhf --rlhf_type grpo --model MODEL --external_plugins extras/engines.py \\
-               --reward_funcs medreasoner_soft --dataset train.parquet --columns '{"prompt": "messages"}'
+Each engine needs its own environment, with this checkout under the same absolute path on every
+node. The term mask_dice is not there, because no engine carries masks.
+
+verl 0.9
+    sh recipes/verl_soft_7b.sh
+
+EasyR1
+    python -m verl.trainer.main config=examples/config.yaml \\
+        data.train_files=train.parquet data.prompt_key=problem data.answer_key=ground_truth \\
+        data.format_prompt=null data.min_pixels=3136 data.max_pixels=12845056 \\
+        worker.reward.reward_function=$PWD/extras/engines.py:easyr1
+
+TRL
+    from extras.engines import reward, trl_dataset
+    args = GRPOConfig(beta=0.01, delta=3.0, loss_type="grpo", num_generations=16,
+                      use_bias_correction_kl=False)
+    GRPOTrainer(MODEL, reward, train_dataset=trl_dataset("train.parquet"), args=args)
+
+ms-swift
+    swift rlhf --rlhf_type grpo --model MODEL --external_plugins extras/engines.py \\
+        --reward_funcs medreasoner_soft --dataset train.parquet --columns '{"prompt": "messages"}'
 """
 
 import io
 import json
 import re
 import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # engines load this file by its path
-from rewards import MODES, reward_terms, total_reward
-from runtime.cli import exit_on, flag, parse_args, print0
 
-REWARD_NAME, REWARD_TYPE = (
-    "medreasoner",
-    "sequential",
-)  # EasyR1 reads these: one completion per call
-TAG = re.compile(r"<(?=(image|video|audio)>|\|)")
+import rewards
+from rewards import MODES, Terms, total_reward
+from runtime.cli import exit_on, flag, parse_args, print0, use_embedded
+
+if TYPE_CHECKING:  # torch and datasets are not imported by the workers that compute rewards
+    from datasets import Dataset
+
+    from data import Example
+
+# EasyR1 reads these two: the function gets one completion per call
+REWARD_NAME = "medreasoner"
+REWARD_TYPE = "sequential"
+TAG = re.compile(r"<(?=(image|video|audio)>|\|)")  # what an engine does not read as text
+ROW_GROUP = 64  # rows that a reader has in memory at once
+MOVED = {"max_pixels": "give --resize aspect:PIXELS"}
+
+
+# ---------------------------------------------------------------- one reward, in four call shapes
 
 
 def score(
     text: str,
     ground_truth: str,
     mode: str = "soft",
-    weights: dict | None = None,
+    coefficients: dict[str, float] | None = None,
     official: bool = False,
-):
-    """(reward, terms) of one completion. ground_truth: JSON {"bbox_2d": [4], "point_2d": [[2], [2]], "frame": [w, h]},
-    in pixels of that frame; without "frame", as in U-MRG, of the 840 canvas. ValueError: unknown mode or term."""
+) -> tuple[float, Terms]:
+    """Returns the reward of one completion, and its terms.
+
+    ground_truth  JSON {"bbox_2d": [4], "point_2d": [[2], [2]], "size": [width, height]}, in pixels
+                  of an image of that size; without "size", as in U-MRG, of the 840 x 840 canvas
+    mode          see rewards.MODES
+    coefficients  {term: coefficient}, as --coefficients of train_grpo.py
+    official      compute the terms as the released code does, see extras/official_rewards.py
+    ValueError where the mode or a term is unknown."""
     truth = json.loads(ground_truth)
-    terms = reward_terms(text, truth["bbox_2d"], truth["point_2d"], official, truth.get("frame"))
-    return total_reward(terms, mode, dict(weights or {})), terms
+    box = truth["bbox_2d"]
+    points = truth["point_2d"]
+    if official:
+        from extras import official_rewards
+
+        terms = official_rewards.reward_terms(text, box, points)
+    else:
+        size = truth.get("size", truth.get("frame"))  # older exports say "frame"
+        terms = rewards.reward_terms(text, box, points, size)
+    return total_reward(terms, mode, coefficients), terms
 
 
 def compute_score(
-    data_source, solution_str, ground_truth, extra_info=None, **options
+    data_source: str,
+    solution_str: str,
+    ground_truth: str,
+    extra_info: dict[str, Any] | None = None,
+    **options: Any,
 ) -> dict[str, float]:
-    """verl. options, here and below: mode, weights, official."""
+    """Returns what verl wants of one completion. options: mode, coefficients, official."""
     total, terms = score(solution_str, ground_truth, **options)
     return {"score": total, **terms}
 
 
-def easyr1(reward_input: dict, **options) -> dict[str, float]:
+def easyr1(reward_input: dict[str, Any], **options: Any) -> dict[str, float]:
+    """Returns what EasyR1 wants of one completion. options: mode, coefficients, official."""
     total, terms = score(reward_input["response"], reward_input["ground_truth"], **options)
     return {"overall": total, **terms}
 
 
 def reward(
-    completions, ground_truth, mode="soft", weights=None, official=False, **_
+    completions: Sequence[str | list[dict[str, str]]],
+    ground_truth: Sequence[str],
+    mode: str = "soft",
+    coefficients: dict[str, float] | None = None,
+    official: bool = False,
+    **_: Any,
 ) -> list[float]:
-    """TRL and ms-swift, a batch: completions are strings, or [{"role", "content"}] each."""
-    texts = [
-        completion if isinstance(completion, str) else completion[-1]["content"]
-        for completion in completions
-    ]
-    return [
-        score(text, truth, mode, weights, official)[0]
-        for text, truth in zip(texts, ground_truth, strict=True)
-    ]
+    """Returns the rewards of a batch, for TRL and ms-swift.
+
+    completions: texts, or conversations [{"role", "content"}] that end with the completion."""
+    values = []
+    for completion, truth in zip(completions, ground_truth, strict=True):
+        text = completion
+        if not isinstance(completion, str):
+            text = completion[-1]["content"]
+        total, _ = score(text, truth, mode, coefficients, official)
+        values.append(total)
+    return values
 
 
 try:
     from swift.rewards import ORM, orms
 except ImportError:
     pass
-else:  # under ms-swift: --reward_funcs medreasoner_MODE
+else:  # this file runs under ms-swift, which now knows medreasoner_MODE for each mode
 
     class MedReasoner(ORM):
-        def __init__(self, args=None, mode="soft", **options):
+        """A reward of ms-swift."""
+
+        def __init__(self, args: Any = None, mode: str = "soft", **options: Any) -> None:
             super().__init__(args, **options)
             self.mode = mode
 
-        def __call__(self, completions, ground_truth, **_):
+        def __call__(
+            self, completions: Sequence[str], ground_truth: Sequence[str], **_: Any
+        ) -> list[float]:
             return reward(completions, ground_truth, self.mode)
 
-    orms.update({f"medreasoner_{mode}": partial(MedReasoner, mode=mode) for mode in MODES})
+    for name in MODES:
+        orms[f"medreasoner_{name}"] = partial(MedReasoner, mode=name)
 
 
-def rows(samples, template: str, split: str, resize: str, max_pixels: int):
-    """One dict per sample with the columns of every engine, the image as PNG in the model frame. BadRow."""
+# ---------------------------------------------------------------- the data
+
+
+def rows(
+    examples: "Sequence[Example]", template: str, split: str, resize: str
+) -> Iterator[dict[str, Any]]:
+    """Yields one dict per example, with the columns of every engine and the image as PNG in the
+    model frame.
+
+    template: of the prompt, see data.load_prompt; resize: see data.model_size. BadRow where an
+    example cannot be used."""
     from PIL import Image
 
-    from data import MIN_PIXELS, Frame, fill_prompt, model_size, to_model
+    from data import Sizes, fill_prompt, model_size, to_model
 
-    for index in range(len(samples)):
-        sample, png = samples[index], io.BytesIO()
-        frame = Frame(
-            sample.image.size, model_size(sample.image.size, resize, MIN_PIXELS, max_pixels)
-        )
-        sample.image.resize(frame.model, Image.Resampling.BICUBIC).save(png, "PNG")
-        truth = json.dumps(
-            {
-                "bbox_2d": to_model(sample.bbox, frame),
-                "point_2d": to_model(sample.points, frame),
-                "frame": frame.model,
-            }
-        )
-        text = TAG.sub("< ", fill_prompt(template, sample.query))
-        names = {
-            "id": sample.id,
-            "supercategory": sample.supercategory,
-            "category": sample.category,
+    for index in range(len(examples)):
+        example = examples[index]
+        sizes = Sizes(example.image.size, model_size(example.image.size, resize))
+        resized = example.image.resize(sizes.model, Image.Resampling.BICUBIC)
+        png = io.BytesIO()
+        resized.save(png, "PNG")
+        truth = {
+            "bbox_2d": to_model(example.bbox, sizes),
+            "point_2d": to_model(example.points, sizes),
+            "size": sizes.model,
+        }
+        ground_truth = json.dumps(truth)
+        text = TAG.sub("< ", fill_prompt(template, example.query))
+        about = {
+            "index": index,
+            "split": split,
+            "question": example.query,
+            "id": example.id,
+            "supercategory": example.supercategory,
+            "category": example.category,
         }
         yield {
-            "images": [{"bytes": png.getvalue(), "path": ""}],  # verl, ms-swift:
+            # verl, ms-swift; an engine that finds a file of a name in "path" would read that
+            "images": [{"bytes": png.getvalue(), "path": ""}],
             "prompt": [{"role": "user", "content": "<image>" + text}],
             "data_source": REWARD_NAME,
-            "reward_model": {"style": "rule", "ground_truth": truth},
-            "extra_info": {"index": index, "split": split, "question": sample.query, **names},
+            "reward_model": {"style": "rule", "ground_truth": ground_truth},
+            "extra_info": about,
+            # EasyR1
             "problem": "<image>" + text,
-            "ground_truth": truth,  # EasyR1
+            "ground_truth": ground_truth,
+            # TRL, which adds the image itself
             "trl_prompt": [{"role": "user", "content": text}],
-        }  # TRL adds the image itself
+        }
 
 
-def export(file: Path, source) -> int:
-    """Write what `rows` yields -> how many. The file appears whole or not at all."""
+def export(file: Path, source: Iterable[dict[str, Any]]) -> int:
+    """Writes what `rows` yields. Returns how many rows there are.
+
+    Where it fails there is no file."""
     import pyarrow as pa
     from pyarrow.parquet import ParquetWriter
 
-    def some():  # a row group: what a reader has in memory at once
-        return list(islice(source, 64))
-
-    table, temporary, count = pa.Table.from_pylist(some()), file.with_name(file.name + ".tmp"), 0
+    left = iter(source)
+    table = pa.Table.from_pylist(list(islice(left, ROW_GROUP)))
+    temporary = file.with_name(file.name + ".tmp")
     file.parent.mkdir(parents=True, exist_ok=True)
+    count = 0
     try:
         with ParquetWriter(temporary, table.schema) as writer:
-            while table.num_rows:
+            while table.num_rows > 0:
                 writer.write_table(table)
                 count += table.num_rows
-                table = pa.Table.from_pylist(some(), table.schema)
+                table = pa.Table.from_pylist(list(islice(left, ROW_GROUP)), table.schema)
         temporary.replace(file)
     finally:
         temporary.unlink(missing_ok=True)
     return count
 
 
-def trl_dataset(file: str | Path):
-    """An exported file as TRL's train_dataset; images are decoded when asked for."""
+def trl_dataset(file: str | Path) -> "Dataset":
+    """Returns an exported file as TRL's train_dataset. Images are decoded when asked for."""
     from datasets import Dataset, Image, List
 
-    data = Dataset.from_parquet(str(file)).select_columns(["trl_prompt", "images", "ground_truth"])
+    columns = ["trl_prompt", "images", "ground_truth"]
+    data = Dataset.from_parquet(str(file)).select_columns(columns)
     return data.rename_column("trl_prompt", "prompt").cast_column("images", List(Image()))
+
+
+# ---------------------------------------------------------------- the command
 
 
 @dataclass
@@ -168,30 +246,33 @@ class Config:
     data: str | None = flag(None, "folder or .parquet file, see data.py")
     split: str = flag("train", "split of --data")
     out: str = flag("required", "the .parquet file to write")
-    prompt: str = flag("reasoning", "reasoning, direct, or a text file with {query}")
-    resize: str = flag("aspect", "aspect, or square:SIDE")
-    max_pixels: int = flag(840 * 840, "largest image, model frame", low=56 * 56)
+    prompt: str = flag(
+        "reasoning", "reasoning, direct, a text file with {query}, or the text itself"
+    )
+    resize: str = flag("aspect", "aspect, aspect:MAX_PIXELS or square:SIDE")
     skip_bad_rows: bool = flag(False, "leave out rows that cannot be used, and count them")
 
 
 def main(cfg: Config) -> None:
-    from data import OneBox, answers_of, load_prompt, load_samples
+    from data import EMBEDDED, answer_format_of, load_prompt, load_samples
 
+    use_embedded(cfg, {"data": EMBEDDED["data"]})
     file = Path(cfg.out)
     with exit_on(ValueError, OSError):
-        if file.suffix != ".parquet" or file.exists():
-            raise ValueError(
-                f"--out {file}: {'is there already' if file.exists() else 'give a name in .parquet'}"
-            )
+        if file.suffix != ".parquet":
+            raise ValueError(f"--out {file}: give a name in .parquet")
+        if file.exists():
+            raise ValueError(f"--out {file}: is there already")
         template = load_prompt(cfg.prompt)
-        if answers_of(template) is not OneBox:
+        if answer_format_of(template).several:
             raise ValueError(
-                f"--prompt {cfg.prompt}: the reward here is of one box; several train with train_grpo.py"
+                f"--prompt {cfg.prompt}: the reward here is of one box; several train with "
+                "train_grpo.py"
             )
-        samples = load_samples(cfg.data, cfg.split, cfg.skip_bad_rows)
-        count = export(file, rows(samples, template, cfg.split, cfg.resize, cfg.max_pixels))
+        examples = load_samples(cfg.data, cfg.split, cfg.skip_bad_rows)
+        count = export(file, rows(examples, template, cfg.split, cfg.resize))
     print0(f"{count} questions -> {file}")
 
 
 if __name__ == "__main__":
-    main(parse_args(Config, __doc__, embedded=lambda config: ["data"]))
+    main(parse_args(Config, __doc__, moved=MOVED))

@@ -1,8 +1,11 @@
-"""Other data sets: small folders in their formats, every sample equal to what was put in, every fault named."""
+"""Other data sets: small folders in their formats, every example equal to what was put in, and
+every fault named."""
 
 import io
 import json
 import shutil
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -10,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data import box_from_mask, keypoints_from_mask, load_samples
+from data import Example, Sizes, box_from_mask, keypoints_from_mask, load_samples
 from extras.convert import main
 from extras.convert_folder import Folder
 from extras.convert_words import mentions, target, where_is
@@ -27,7 +30,7 @@ TABLE = {
 }
 
 
-def disc(x, y, r=5):
+def disc(x: int, y: int, r: int = 5) -> np.ndarray:
     ys, xs = np.mgrid[:H, :W]
     return (xs - x) ** 2 + (ys - y) ** 2 <= r * r
 
@@ -36,25 +39,69 @@ def disc(x, y, r=5):
 PLACES = {"Liver": disc(15, 30), "Left Lung": disc(45, 10), "Right Lung": disc(15, 10, 7)}
 
 
-def write_image(file, array=None):
+def write_image(file: Path, pixels: np.ndarray | None = None) -> None:
+    """Writes pixels, or a plain picture."""
+    if pixels is None:
+        pixels = np.full((H, W, 3), 90, np.uint8)
     file.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.full((H, W, 3), 90, np.uint8) if array is None else array).save(file)
+    Image.fromarray(pixels).save(file)
 
 
-def labelled(places):
+def labelled(places: dict[str, np.ndarray]) -> np.ndarray:
+    """Returns SLAKE's grey image of some labels."""
     grey = np.zeros((H, W), np.uint8)
     for value, label in TABLE.items():
-        grey[places.get(label, np.zeros((H, W), bool))] = int(value)
+        if label in places:
+            grey[places[label]] = int(value)
     return grey
 
 
-def ask(question, answer, lang="en", image="xmlab1", content="Position", qid=1, **more):
+class Converted:
+    """What a conversion wrote."""
+
+    def __init__(self, kind: str, source: Path) -> None:
+        self.folder = source.parent / "out"
+        main([kind, str(source), str(self.folder)])
+        self.report = json.loads((self.folder / "report.json").read_text(encoding="utf-8"))
+
+    def split(self, name: str) -> list[Example]:
+        return list(load_samples(self.folder, name))
+
+    def faults(self) -> dict[str, list[str]]:
+        """Returns {kind: names}."""
+        found = {}
+        for kind, fault in self.report["faults"].items():
+            assert fault["count"] == len(fault["names"]) > 0, kind
+            found[kind] = fault["names"]
+        return found
+
+
+def assert_it_is(example: Example, mask: np.ndarray) -> None:
+    """Asserts that an example's target is a mask that was put in."""
+    assert np.array_equal(example.mask, mask)
+    assert example.bbox == box_from_mask(mask)
+    assert example.points == keypoints_from_mask(mask)
+
+
+# ---------------------------------------------------------------- SLAKE
+
+
+def asked(
+    question: str,
+    answer: str,
+    language: str = "en",
+    image: str = "xmlab1",
+    content: str = "Position",
+    qid: int = 1,
+    **more: Any,
+) -> dict[str, Any]:
+    """Returns a row of SLAKE's json."""
     return {
         "img_id": 1,
         "img_name": f"{image}/source.jpg",
         "question": question,
         "answer": answer,
-        "q_lang": lang,
+        "q_lang": language,
         "location": "Chest",
         "modality": "X-Ray",
         "answer_type": "OPEN",
@@ -67,100 +114,91 @@ def ask(question, answer, lang="en", image="xmlab1", content="Position", qid=1, 
 
 
 TEST = [
-    ask("Which organ filters the blood of the gut?", "Liver", qid=1),
-    ask("Where is the liver?", "Lower left", qid=2),
-    ask("哪个器官最大？", "右肺", "zh", qid=3),
-    ask("Is the left lung healthy?", "Yes", qid=4),
+    asked("Which organ filters the blood of the gut?", "Liver", qid=1),
+    asked("Where is the liver?", "Lower left", qid=2),
+    asked("哪个器官最大？", "右肺", "zh", qid=3),
+    asked("Is the left lung healthy?", "Yes", qid=4),
 ]
 
 
+def write_json(file: Path, value: Any) -> None:
+    file.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
+
+
 @pytest.fixture
-def slake(tmp_path):
+def slake(tmp_path: Path) -> Path:
     root = tmp_path / "SLAKE"
+    boxes = []
+    for label, mask in PLACES.items():
+        x1, y1, x2, y2 = box_from_mask(mask)
+        boxes.append({label: [x1, y1, x2 - x1, y2 - y1]})
     for name in ("xmlab1", "xmlab2"):
         write_image(root / f"imgs/{name}/source.jpg")
         write_image(root / f"imgs/{name}/mask.png", labelled(PLACES))
-        boxes = {label: box_from_mask(mask) for label, mask in PLACES.items()}
-        (root / f"imgs/{name}/detection.json").write_text(
-            json.dumps([{label: [x, y, X - x, Y - y]} for label, (x, y, X, Y) in boxes.items()])
-        )
+        write_json(root / f"imgs/{name}/detection.json", boxes)
     (root / "mask.txt").write_text("".join(f"{value}:{name}\n" for value, name in TABLE.items()))
-    for name, rows in (
-        ("test", TEST),
-        ("validation", []),
-        ("train", [ask("Which organ beats?", "x", image="xmlab2")]),
-    ):
-        (root / f"{name}.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    write_json(root / "test.json", TEST)
+    write_json(root / "validation.json", [])
+    write_json(root / "train.json", [asked("Which organ beats?", "x", image="xmlab2")])
     return root
 
 
-def convert(kind, source):
-    out = source.parent / "out"
-    main([kind, str(source), str(out)])
-    return json.loads((out / "report.json").read_text()), lambda split: list(
-        load_samples(out, split)
-    )
-
-
-def faults(report) -> dict[str, list[str]]:
-    for kind, fault in report["faults"].items():
-        assert fault["count"] == len(fault["names"]) > 0, kind
-    return {kind: fault["names"] for kind, fault in report["faults"].items()}
-
-
-def has_what_was_put_in(sample, mask):
-    assert np.array_equal(sample.mask, mask) and sample.bbox == box_from_mask(mask)
-    assert sample.points == keypoints_from_mask(mask)
-
-
-# ---------------------------------------------------------------- SLAKE
-
-
 def test_slake_has_every_label_and_the_questions_that_fit_one(slake):
-    report, split = convert("slake", slake)
-    samples = split("test")
-    assert report["samples"]["test"] == {"explicit": 3 + 2, "implicit": 1} and len(samples) == 6
-    for sample in samples + split("test_zh") + split("train"):
-        has_what_was_put_in(sample, PLACES[sample.category])
-        assert sample.supercategory == "X-Ray Chest"
-    own = {sample.extra["qid"]: sample for sample in samples if "qid" in sample.extra}
-    assert {qid: (s.category, s.extra["kind"]) for qid, s in own.items()} == {
-        1: ("Liver", "implicit"),
-        2: ("Liver", "explicit"),
-        4: ("Left Lung", "explicit"),
-    }
-    assert own[1].query == TEST[0]["question"] and own[1].extra["answer"] == "Liver"
-    assert (report["images"], report["masks"]) == (2, 6)
-    assert faults(report) == {
+    converted = Converted("slake", slake)
+    examples = converted.split("test")
+    assert converted.report["samples"]["test"] == {"explicit": 3 + 2, "implicit": 1}
+    assert len(examples) == 6
+    for example in examples + converted.split("test_zh") + converted.split("train"):
+        assert_it_is(example, PLACES[example.category])
+        assert example.supercategory == "X-Ray Chest"
+    of_the_set = {}
+    for example in examples:
+        if "qid" in example.extra:
+            of_the_set[example.extra["qid"]] = example
+    assert sorted(of_the_set) == [1, 2, 4]
+    for qid, label, kind in (
+        (1, "Liver", "implicit"),
+        (2, "Liver", "explicit"),
+        (4, "Left Lung", "explicit"),
+    ):
+        assert of_the_set[qid].category == label
+        assert of_the_set[qid].extra["kind"] == kind
+    assert of_the_set[1].query == TEST[0]["question"]
+    assert of_the_set[1].extra["answer"] == "Liver"
+    assert converted.report["images"] == 2
+    assert converted.report["masks"] == 6
+    assert converted.faults() == {
         "question left out: it names no label": ["train.json, row 0: Which organ beats? x"]
     }
 
 
 def test_the_chinese_half_is_a_split_of_its_own(slake):
-    report, split = convert("slake", slake)
-    assert report["samples"]["test_zh"] == {"explicit": 3, "implicit": 1}
-    assert {sample.extra["language"] for sample in split("test_zh")} == {"zh"}
-    assert {sample.extra["language"] for sample in split("test")} == {"en"}
-    queries = {
-        sample.category: sample.query
-        for sample in split("test_zh")
-        if sample.extra["kind"] == "explicit"
-    }
+    converted = Converted("slake", slake)
+    assert converted.report["samples"]["test_zh"] == {"explicit": 3, "implicit": 1}
+    chinese = converted.split("test_zh")
+    assert {example.extra["language"] for example in chinese} == {"zh"}
+    assert {example.extra["language"] for example in converted.split("test")} == {"en"}
+    queries = {}
+    implicit = []
+    for example in chinese:
+        if example.extra["kind"] == "explicit":
+            queries[example.category] = example.query
+        else:
+            implicit.append((example.category, example.query))
     assert queries == {
         "Liver": "肝脏在哪里？",
         "Left Lung": "患者左侧的肺部在哪里？",
         "Right Lung": "患者右侧的肺部在哪里？",
     }
-    (implicit,) = (sample for sample in split("test_zh") if sample.extra["kind"] == "implicit")
-    assert (implicit.category, implicit.query) == ("Right Lung", "哪个器官最大？")
+    assert implicit == [("Right Lung", "哪个器官最大？")]
 
 
 def test_sides_are_the_patient_s_and_the_half_of_the_image_is_stated(slake, capsys):
-    report, split = convert("slake", slake)
-    lung = next(sample for sample in split("test") if sample.category == "Left Lung")
+    converted = Converted("slake", slake)
+    lung = next(x for x in converted.split("test") if x.category == "Left Lung")
     assert lung.query == "Where is the patient's left lung?"
     assert lung.extra["side"] == {"patient": "left", "image": "right"}
-    assert report["sides"] == {
+    assert converted.report["sides"] == {
         "patient's left: right half of the image": 2,
         "patient's right: left half of the image": 2,
     }
@@ -168,100 +206,150 @@ def test_sides_are_the_patient_s_and_the_half_of_the_image_is_stated(slake, caps
 
 
 def test_kinds_are_rows_of_the_tables(slake):
-    _, split = convert("slake", slake)
-    assert {prediction(sample, 0, [""], None)["wording"] for sample in split("test")} == {
-        "explicit",
-        "implicit",
-    }
+    wordings = set()
+    for example in Converted("slake", slake).split("test"):
+        sizes = Sizes(example.image.size, example.image.size)
+        wordings.add(prediction(example, 0, [""], sizes)["wording"])
+    assert wordings == {"explicit", "implicit"}
 
 
 @pytest.mark.parametrize(
-    "row, why",
+    "row, problem",
     [
-        (ask("Which organ is abnormal?", "Lung"), "it fits several labels"),
-        (ask("Is the heart here?", "No"), "its target is not in the mask"),
+        (asked("Which organ is abnormal?", "Lung"), "it fits several labels"),
+        (asked("Is the heart here?", "No"), "its target is not in the mask"),
         (
-            ask("What is the function of the liver?", "Detoxification", content="KG"),
+            asked("What is the function of the liver?", "Detoxification", content="KG"),
             "it is about KG",
         ),
-        (ask("Is it good?", "Yes"), "it names no label"),
-        (ask("Wo ist die Leber?", "Liver", "de"), "language 'de'"),
-        (ask("Is the liver well?", "Yes", base_type="kvqa"), "it is about Position"),
-        (ask("Where is the liver?", "x") | {"img_name": None}, "no question, or no img_name"),
-        (ask("Where is the liver?", "x"), "its image is in test, too"),
+        (asked("Is it good?", "Yes"), "it names no label"),
+        (asked("Wo ist die Leber?", "Liver", "de"), "language 'de'"),
+        (asked("Is the liver well?", "Yes", base_type="kvqa"), "it is about Position"),
+        (asked("Where is the liver?", "x", img_name=None), "no question, or no img_name"),
+        (asked(["Where?"], "x"), "no question, or no img_name"),
+        (
+            asked("Where is the liver?", "x", img_name="xmlab1/source.jpg"),
+            "its image is also in test",
+        ),
     ],
 )
-def test_a_question_that_is_left_out_is_named_with_the_reason(slake, row, why, capsys):
+def test_a_question_that_is_left_out_is_named_with_the_reason(slake, row, problem, capsys):
     rows = json.loads((slake / "train.json").read_text())
-    row |= {"img_name": row["img_name"] and f"xmlab{1 if 'too' in why else 2}/source.jpg"}
-    (slake / "train.json").write_text(json.dumps([*rows, row], ensure_ascii=False))
-    named = faults(convert("slake", slake)[0])[f"question left out: {why}"]
+    if row["img_name"] is not None and "also in" not in problem:
+        row = row | {"img_name": "xmlab2/source.jpg"}
+    write_json(slake / "train.json", [*rows, row])
+    kind = f"question left out: {problem}"
+    named = Converted("slake", slake).faults()[kind]
     assert any(name.startswith("train.json, row 1") for name in named)
-    assert f"question left out: {why}: {len(named)}: train.json, row" in capsys.readouterr().out
+    assert f"{kind}: {len(named)}: train.json, row" in capsys.readouterr().out
 
 
-def test_what_is_wrong_with_slake_s_files_is_named(slake):
+def test_a_label_a_mask_and_a_file_of_slake_that_is_wrong_is_named(slake):
     grey = labelled(PLACES | {"Heart": np.arange(W * H).reshape(H, W) < 3})
     grey[39, :20] = 37
-    write_image(
-        slake / "imgs/xmlab2/mask.png", np.repeat(grey[..., None], 3, 2)
-    )  # three equal channels: the same
-    (slake / "imgs/xmlab2/detection.json").write_text(
-        json.dumps(
-            [
-                {"Liver": [10, 25, 5, 11]},
-                {"Liver": [13, 25, 8, 11]},
-                {"Left Lung": [0, 0, 9, 9]},
-                {"Heart": [1, 1, 2, 2]},
-                {"Lung": [1, 1, 2, 2]},
-            ]
-        )
-    )
+    # three equal channels are the same as one
+    write_image(slake / "imgs/xmlab2/mask.png", np.repeat(grey[..., None], 3, 2))
     (slake / "validation.json").unlink()
-    names = {
-        "xmlab3": "no mask",
-        "xmlab4": "small",
-        "xmlab5": "coloured",
-        "xmlab6": "no image",
-        "xmlab7": "broken",
-    }
-    for name in (*names, "xmlab8"):
-        write_image(slake / f"imgs/{name}/source.jpg")
-        write_image(slake / f"imgs/{name}/mask.png", labelled(PLACES))
-    (slake / "imgs/xmlab3/mask.png").unlink()
-    write_image(slake / "imgs/xmlab4/mask.png", labelled(PLACES)[:30])
-    write_image(slake / "imgs/xmlab5/mask.png", np.uint8(np.indices((H, W, 3)).sum(0)))
-    (slake / "imgs/xmlab6/source.jpg").unlink()
-    (slake / "imgs/xmlab7/source.jpg").write_bytes(b"no image")
-    rows = [ask("Where is the liver?", "", image=name) for name in ("xmlab2", *names)]
-    (slake / "train.json").write_text(json.dumps(rows))
-    report, split = convert("slake", slake)
-    assert {sample.category for sample in split("train")} == set(PLACES) and len(
-        split("train")
-    ) == 4
-    named = faults(report)
-    assert named["unknown label"] == [
-        "xmlab2/mask.png: value 37, 20 pixels",
-        "xmlab2/detection.json: Lung",
-    ]
+    write_json(slake / "train.json", [asked("Where is the liver?", "", image="xmlab2")])
+    write_image(slake / "imgs/xmlab3/source.jpg")
+    converted = Converted("slake", slake)
+    assert {example.category for example in converted.split("train")} == set(PLACES)
+    named = converted.faults()
+    assert named["unknown label"] == ["xmlab2/mask.png: value 37, 20 pixels"]
+    assert named["wrong mask"] == ["xmlab2/mask.png: Heart has only 3 pixels"]
     assert named["missing file"] == ["validation.json, the questions of val"]
-    assert named["missing mask"] == ["xmlab3/mask.png (1 questions left out)"]
-    assert named["missing image"] == ["xmlab6/source.jpg (1 questions left out)"]
-    assert named["wrong image"][0].startswith(
-        "xmlab7/source.jpg (1 questions left out): is not an image"
-    )
-    assert named["image without a question"] == ["xmlab8"]
-    assert named["missing box"] == ["xmlab4/detection.json"]
+    assert named["image without a question"] == ["xmlab3"]
+
+
+@pytest.mark.parametrize(
+    "wrong, kind, says",
+    [
+        ("no mask", "missing mask", "xmlab2/mask.png (1 questions left out)"),
+        ("small mask", "wrong mask", "xmlab2/mask.png: is 60x30, its image 60x40"),
+        (
+            "coloured mask",
+            "wrong mask",
+            "xmlab2/mask.png (1 questions left out): is coloured, not grey",
+        ),
+        (
+            "transparent mask",
+            "wrong mask",
+            "xmlab2/mask.png (1 questions left out): has transparent pixels; save it as grey",
+        ),
+        ("no image", "missing image", "xmlab2/source.jpg (1 questions left out)"),
+        (
+            "broken image",
+            "wrong image",
+            "xmlab2/source.jpg (1 questions left out): is not an image",
+        ),
+    ],
+)
+def test_an_image_of_slake_whose_files_are_wrong_is_named(slake, wrong, kind, says):
+    folder = slake / "imgs/xmlab2"
+    if wrong == "no mask":
+        (folder / "mask.png").unlink()
+    elif wrong == "small mask":
+        write_image(folder / "mask.png", labelled(PLACES)[:30])
+    elif wrong == "coloured mask":
+        write_image(folder / "mask.png", np.uint8(np.indices((H, W, 3)).sum(0)))
+    elif wrong == "transparent mask":
+        rgba = np.full((H, W, 4), 70, np.uint8)
+        rgba[..., 3] = 255 * PLACES["Liver"]
+        write_image(folder / "mask.png", rgba)
+    elif wrong == "no image":
+        (folder / "source.jpg").unlink()
+    else:
+        (folder / "source.jpg").write_bytes(b"no image")
+    converted = Converted("slake", slake)
+    assert converted.faults()[kind][0].startswith(says)
+    assert "train" not in converted.report["samples"]
+
+
+def test_a_box_of_slake_that_is_not_the_mask_s_is_named(slake):
+    boxes = [
+        {"Liver": [10, 25, 5, 11]},
+        {"Liver": [13, 25, 8, 11]},  # both together are right
+        {"Left Lung": [0, 0, 9, 9]},
+        {"Heart": [1, 1, 2, 2]},
+        {"Lung": [1, 1, 2, 2]},
+    ]
+    write_json(slake / "imgs/xmlab2/detection.json", boxes)
+    (slake / "imgs/xmlab1/detection.json").unlink()
+    named = Converted("slake", slake).faults()
+    assert named["missing box"] == ["xmlab1/detection.json"]
+    assert named["unknown label"] == ["xmlab2/detection.json: Lung"]
     assert named["wrong box"] == [
         "xmlab2/detection.json: Left Lung [0, 0, 9, 9], in the mask (40.0, 5.0, 51.0, 16.0)",
         "xmlab2/detection.json: Heart is not in the mask",
     ]
-    wrong = named["wrong mask"]
-    assert wrong[0] == "xmlab2/mask.png: Heart has only 3 pixels" and "is coloured" in wrong[-1]
-    assert wrong[1:4] == ["xmlab4/mask.png: is 60x30, its image 60x40"] * 3
-    assert named["question left out: its target is not in the mask"] == [
-        "train.json, row 2: Where is the liver? "
-    ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[{"Liver": [1, 2, 3]}]',
+        '[{"Liver": ["1", "2", "3", "4"]}]',
+        '[{"Liver": [1, 2, 3, NaN]}]',
+        f'[{{"Liver": [1, 2, 3, {10**400}]}}]',
+        '[{"Liver": "abcd"}]',
+        '[{"Liver": null}]',
+        "{}",
+        "[3]",
+        "",
+    ],
+)
+def test_boxes_of_slake_that_cannot_be_read_are_a_fault_and_not_the_end(slake, text):
+    (slake / "imgs/xmlab2/detection.json").write_text(text)
+    converted = Converted("slake", slake)
+    assert converted.faults()["wrong box"][0].startswith("xmlab2/detection.json: ")
+    assert len(converted.split("train")) == 3
+
+
+def test_slake_s_files_may_have_a_byte_order_mark_and_windows_line_ends(slake):
+    table = (slake / "mask.txt").read_text()
+    (slake / "mask.txt").write_bytes(b"\xef\xbb\xbf" + table.replace("\n", "\r\n").encode())
+    (slake / "test.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(TEST).encode())
+    assert len(Converted("slake", slake).split("test")) == 6
 
 
 @pytest.mark.parametrize(
@@ -281,111 +369,127 @@ def test_what_is_wrong_with_slake_s_files_is_named(slake):
     ],
 )
 def test_what_a_text_names(text, found):
-    assert sorted(set().union(*mentions(list(TABLE.values()))(text))) == found
+    find = mentions(TABLE.values())
+    assert sorted(set().union(*find(text))) == found
 
 
 def test_one_lung_in_the_mask_is_the_lung():
-    find = mentions(list(TABLE.values()))
+    find = mentions(TABLE.values())
     assert target(find("the lung"), {"Left Lung", "Liver"}) == ("Left Lung", "")
-    assert target(find("heart or liver"), {"Liver"})[1] == "its target is not in the mask"
+    assert target(find("heart or liver"), {"Liver"}) == ("", "its target is not in the mask")
+
+
+def test_a_question_names_the_patient_s_side():
+    assert where_is("Right Femoral Head") == "Where is the patient's right femoral head?"
+    assert where_is("Bladder", "zh") == "膀胱在哪里？"
 
 
 # ---------------------------------------------------------------- BiomedParse
 
-PAIRS = {"a_1_CT_abdomen": ["liver", "left+kidney"], "b_pathology_breast": ["neoplastic+cells"]}
+BIOMED_MASKS = {  # what is not 0 is inside
+    "liver": disc(15, 30),
+    "left+kidney": disc(45, 10),
+    "neoplastic+cells": disc(9, 9) | disc(50, 30),
+}
+TARGETS = {
+    "test": {
+        "a_1_CT_abdomen": ["liver", "left+kidney"],
+        "b_pathology_breast": ["neoplastic+cells"],
+    },
+    "train": {"c_CT_abdomen": ["liver"]},
+}
 
 
 @pytest.fixture
-def biomed(tmp_path):
+def biomed(tmp_path: Path) -> Path:
     root = tmp_path / "DATA"
-    # in these files, what is not 0 is inside
-    masks = {
-        "liver": disc(15, 30),
-        "left+kidney": disc(45, 10),
-        "neoplastic+cells": disc(9, 9) | disc(50, 30),
-    }
-    for split, stems in (("test", PAIRS), ("train", {"c_CT_abdomen": ["liver"]})):
+    for split, targets_of in TARGETS.items():
         annotations = []
-        for stem, targets in stems.items():
+        for stem, targets in targets_of.items():
             write_image(root / split / f"{stem}.png")
             for name in targets:
-                write_image(
-                    root / f"{split}_mask" / f"{stem}_{name}.png", np.uint8(masks[name]) * 9
-                )
-                annotations.append(
-                    {
-                        "mask_file": f"{stem}_{name}.png",
-                        "file_name": f"{stem}.png",
-                        "image_id": 1,
-                        "sentences": [{"raw": f"the {name}", "sent": name, "sent_id": 1}],
-                    }
-                )
-        (root / f"{split}.json").write_text(json.dumps({"images": [], "annotations": annotations}))
-    return root, masks
+                mask_file = f"{stem}_{name}.png"
+                write_image(root / f"{split}_mask" / mask_file, np.uint8(BIOMED_MASKS[name]) * 9)
+                sentence = {"raw": f"the {name}", "sent": name, "sent_id": 1}
+                annotation = {
+                    "mask_file": mask_file,
+                    "file_name": f"{stem}.png",
+                    "image_id": 1,
+                    "sentences": [sentence],
+                }
+                annotations.append(annotation)
+        write_json(root / f"{split}.json", {"images": [], "annotations": annotations})
+    return root
 
 
 def test_biomedparse_is_read_from_names(biomed):
-    root, masks = biomed
-    report, split = convert("biomedparse", root)
-    assert (
-        report["samples"] == {"test": {"explicit": 3}, "train": {"explicit": 1}}
-        and not report["faults"]
-    )
-    for sample in split("test") + split("train"):
-        has_what_was_put_in(sample, masks[sample.category.replace(" ", "+")])
-    kidney, liver, cells = split("test")
+    converted = Converted("biomedparse", biomed)
+    assert converted.report["samples"] == {"test": {"explicit": 3}, "train": {"explicit": 1}}
+    assert not converted.report["faults"]
+    for example in converted.split("test") + converted.split("train"):
+        assert_it_is(example, BIOMED_MASKS[example.category.replace(" ", "+")])
+    kidney, liver, cells = converted.split("test")
     assert kidney.query == "Where is the patient's left kidney in this CT image of the abdomen?"
-    assert (
-        kidney.extra["side"] == {"patient": "left", "image": "right"} and "side" not in liver.extra
-    )
-    assert (cells.category, cells.supercategory) == ("neoplastic cells", "pathology breast")
+    assert kidney.extra["side"] == {"patient": "left", "image": "right"}
+    assert "side" not in liver.extra
+    assert cells.category == "neoplastic cells"
+    assert cells.supercategory == "pathology breast"
     assert cells.extra["sentences"] == ["the neoplastic+cells"]
 
 
 def test_several_sets_of_biomedparse_in_one_folder_stay_apart(biomed):
-    root, _ = biomed
-    (root.parent / "all").mkdir()
-    root.rename(root.parent / "all/one")
-    shutil.copytree(root.parent / "all/one", root.parent / "all/two")
-    report, split = convert("biomedparse", root.parent / "all")
-    assert (
-        len(split("test")) == 6
-        and len({sample.id for sample in split("test")}) == 6
-        and not report["faults"]
-    )
+    everything = biomed.parent / "all"
+    everything.mkdir()
+    biomed.rename(everything / "one")
+    shutil.copytree(everything / "one", everything / "two")
+    converted = Converted("biomedparse", everything)
+    examples = converted.split("test")
+    assert len(examples) == 6
+    assert len({example.id for example in examples}) == 6
+    assert not converted.report["faults"]
 
 
 def test_what_is_wrong_with_biomedparse_is_named(biomed):
-    root, _ = biomed
-    write_image(root / "train/a_1_CT_abdomen.png")
-    write_image(root / "train_mask/a_1_CT_abdomen_liver.png", np.uint8(disc(9, 9)))
-    write_image(root / "test/lonely_CT_chest.png")
-    write_image(root / "test_mask/orphan_CT_chest_lung.png", np.uint8(disc(9, 9)))
-    write_image(root / "test/d_CT_chest.png")
-    write_image(root / "test_mask/d_CT_chest_lung.png", np.zeros((H, W), np.uint8))
-    write_image(root / "test_mask/d_CT_chest_heart.png", np.ones((H, 20), np.uint8))
-    (root / "test_mask/d_CT_chest_rib.png").write_bytes(b"none")
-    write_image(root / "test_mask/d_CT_chest.png", np.uint8(disc(9, 9)))
-    (root / "train/c_CT_abdomen.png").write_bytes(b"none")
-    (root / "train.json").write_text("version 1")
-    said = json.loads((root / "test.json").read_text())
-    said["annotations"].append(said["annotations"][0] | {"mask_file": "gone.png"})
-    (root / "test.json").write_text(json.dumps(said))
-    report, split = convert("biomedparse", root)
-    assert len(split("test")) == 3 and list(report["samples"]) == ["test"]
-    named = faults(report)
-    assert named["missing mask"] == ["test_mask/gone.png, which test.json has"]
+    mask = np.uint8(disc(9, 9))
+    write_image(biomed / "train/a_1_CT_abdomen.png")
+    write_image(biomed / "train_mask/a_1_CT_abdomen_liver.png", mask)
+    write_image(biomed / "test/lonely_CT_chest.png")
+    write_image(biomed / "test_mask/orphan_CT_chest_lung.png", mask)
+    write_image(biomed / "test/d_CT_chest.png")
+    write_image(biomed / "test_mask/d_CT_chest_lung.png", np.zeros((H, W), np.uint8))
+    write_image(biomed / "test_mask/d_CT_chest_heart.png", np.ones((H, 20), np.uint8))
+    (biomed / "test_mask/d_CT_chest_rib.png").write_bytes(b"none")
+    write_image(biomed / "test_mask/d_CT_chest.png", mask)
+    write_image(biomed / "test_mask/d_CT_chest_+.png", mask)
+    (biomed / "train/c_CT_abdomen.png").write_bytes(b"none")
+    (biomed / "train.json").write_text("version 1")
+    said = json.loads((biomed / "test.json").read_text())
+    for odd_name in ("gone.png", 3):
+        said["annotations"].append(said["annotations"][0] | {"mask_file": odd_name})
+    write_json(biomed / "test.json", said)
+    converted = Converted("biomedparse", biomed)
+    assert len(converted.split("test")) == 3
+    assert list(converted.report["samples"]) == ["test"]
+    named = converted.faults()
+    assert named["missing mask"] == [
+        "test_mask/gone.png, which test.json has",
+        "test_mask/3, which test.json has",
+    ]
     assert named["missing image"] == [
         "test_mask/orphan_CT_chest_lung.png: no file in test/ begins its name"
     ]
     assert named["image without a mask"] == ["test/lonely_CT_chest.png"]
-    assert named["unknown label"] == ["test_mask/d_CT_chest.png: not IMG_MODALITY_SITE_TARGET"]
-    assert named["mask left out: its image is in test, too"] == [
+    assert named["unknown label"] == [
+        "test_mask/d_CT_chest.png: not IMG_MODALITY_SITE_TARGET",
+        "test_mask/d_CT_chest_+.png: not IMG_MODALITY_SITE_TARGET",
+    ]
+    assert named["mask left out: its image is also in test"] == [
         "train_mask/a_1_CT_abdomen_liver.png"
     ]
     assert named["mask left out: its image is wrong"] == ["train_mask/c_CT_abdomen_liver.png"]
     assert named["wrong image"][0].startswith("train/c_CT_abdomen.png: is not an image")
-    assert named["wrong sentences"][0].startswith("train.json") and len(named["wrong mask"]) == 3
+    assert named["wrong sentences"][0].startswith("train.json")
+    assert len(named["wrong mask"]) == 3
     assert "test_mask/d_CT_chest_heart.png: is 20x40, its image 60x40" in named["wrong mask"]
     assert "test_mask/d_CT_chest_lung.png: is empty" in named["wrong mask"]
 
@@ -393,15 +497,21 @@ def test_what_is_wrong_with_biomedparse_is_named(biomed):
 # ---------------------------------------------------------------- PanNuke
 
 
-def png(array) -> dict:
-    Image.fromarray(array).save(buffer := io.BytesIO(), "PNG")
+def struct_of(pixels: np.ndarray) -> dict[str, Any]:
+    """Returns an image as parquet has it."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
     return {"bytes": buffer.getvalue(), "path": None}
 
 
-def nuclei(masks, categories, tissue=3):
+BROKEN = {"bytes": b"none", "path": None}
+
+
+def row_of(masks: list[np.ndarray], categories: list, tissue: Any = 3) -> dict[str, Any]:
+    """Returns a row of PanNuke."""
     return {
-        "image": png(np.full((H, W, 3), 200, np.uint8)),
-        "instances": [png(mask) for mask in masks],
+        "image": struct_of(np.full((H, W, 3), 200, np.uint8)),
+        "instances": [struct_of(mask) for mask in masks],
         "categories": categories,
         "tissue": tissue,
     }
@@ -410,62 +520,65 @@ def nuclei(masks, categories, tissue=3):
 THREE = [disc(9, 9), disc(30, 20), disc(50, 30)]
 
 
-@pytest.fixture
-def pannuke(tmp_path):
-    (tmp_path / "PANNUKE").mkdir()
-    for fold in (1, 2, 3):
-        write_fold(tmp_path / "PANNUKE", fold, [nuclei(THREE, [0, 0, 1])])
-    return tmp_path / "PANNUKE"
-
-
-def write_fold(root, fold, rows):
+def write_fold(root: Path, fold: int, rows: list[dict]) -> None:
     pq.write_table(pa.Table.from_pylist(rows), root / f"fold{fold}-00000-of-00001.parquet")
 
 
+@pytest.fixture
+def pannuke(tmp_path: Path) -> Path:
+    root = tmp_path / "PANNUKE"
+    root.mkdir()
+    for fold in (1, 2, 3):
+        write_fold(root, fold, [row_of(THREE, [0, 0, 1])])
+    return root
+
+
 def test_pannuke_has_each_nucleus_and_all_of_a_class(pannuke):
-    report, split = convert("pannuke", pannuke)
-    assert (
-        report["samples"] == {"train": {"one": 6, "all": 4}, "test": {"one": 3, "all": 2}}
-        and not report["faults"]
-    )
-    assert (report["images"], report["masks"]) == (3, 15)
-    samples = {
-        (sample.extra["kind"], sample.category, i % 2): sample
-        for i, sample in enumerate(split("test"))
-    }
-    assert len(samples) == 5
-    one = [sample for sample in split("test") if sample.extra["kind"] == "one"]
-    for sample, mask in zip(one, THREE):
-        has_what_was_put_in(sample, mask)
-    assert [sample.extra["alike"] for sample in one] == [2, 2, 1]
-    assert [sample.query for sample in one[1:]] == [
+    converted = Converted("pannuke", pannuke)
+    counts = {"train": {"one": 6, "all": 4}, "test": {"one": 3, "all": 2}}
+    assert converted.report["samples"] == counts
+    assert not converted.report["faults"]
+    assert converted.report["images"] == 3
+    assert converted.report["masks"] == 15
+    examples = converted.split("test")
+    assert len(examples) == 5
+    single = [example for example in examples if example.extra["kind"] == "one"]
+    for example, mask in zip(single, THREE):
+        assert_it_is(example, mask)
+    assert [example.extra["alike"] for example in single] == [2, 2, 1]
+    assert [example.query for example in single[1:]] == [
         "Where is a neoplastic nucleus in this breast tissue?",
         "Where is an inflammatory nucleus in this breast tissue?",
     ]
-    both = next(sample for sample in split("test") if sample.category == "all neoplastic")
-    has_what_was_put_in(both, THREE[0] | THREE[1])
+    both = next(example for example in examples if example.category == "all neoplastic")
+    assert_it_is(both, THREE[0] | THREE[1])
     assert both.query == "Where are all the neoplastic nuclei in this breast tissue?"
 
 
+def test_numbers_of_a_column_with_gaps_are_read(pannuke):
+    """Parquet files made from tables with gaps have 3.0 for 3."""
+    write_fold(pannuke, 3, [row_of(THREE, [0.0, 0.0, 1.0], 3.0), row_of(THREE, [None] * 3, None)])
+    converted = Converted("pannuke", pannuke)
+    assert converted.report["samples"]["test"] == {"one": 3, "all": 2}
+    assert "in this breast tissue" in converted.split("test")[0].query
+    unknown = converted.faults()["unknown label"]
+    assert unknown[0].endswith("row 1: tissue None")
+    assert unknown[1].endswith("row 1, nucleus 0: category None")
+
+
 def test_what_is_wrong_with_pannuke_is_named(pannuke):
-    bad = nuclei(
-        [disc(9, 9), disc(9, 9), np.zeros((H, W), bool), np.ones((H, 14), bool)],
-        [0, 7, 1, 1],
-        tissue=40,
-    )
-    bad["instances"].append({"bytes": b"none", "path": None})
-    broken = nuclei(THREE, [0, 0, 1]) | {"image": {"bytes": b"none", "path": None}}
-    write_fold(
-        pannuke,
-        3,
-        [bad | {"categories": [0, 7, 1, 1, 4]}, nuclei(THREE, [0, 0]), nuclei([], []), broken],
-    )
-    report, split = convert("pannuke", pannuke)
-    assert [sample.query for sample in split("test")] == [
+    masks = [disc(9, 9), disc(9, 9), np.zeros((H, W), bool), np.ones((H, 14), bool)]
+    bad = row_of(masks, [0, 7, 1, 1, 4], tissue=40)
+    bad["instances"].append(BROKEN)
+    broken = row_of(THREE, [0, 0, 1]) | {"image": BROKEN}
+    write_fold(pannuke, 3, [bad, row_of(THREE, [0, 0]), row_of([], []), broken])
+    converted = Converted("pannuke", pannuke)
+    assert [example.query for example in converted.split("test")] == [
         "Where is a neoplastic nucleus?",
         "Where are all the neoplastic nuclei?",
     ]
-    named, file = faults(report), "fold3-00000-of-00001.parquet, row"
+    named = converted.faults()
+    file = "fold3-00000-of-00001.parquet, row"
     assert named["unknown label"] == [f"{file} 0: tissue 40", f"{file} 0, nucleus 1: category 7"]
     assert named["image without a nucleus"] == [f"{file} 2: 0 nuclei, 0 categories"]
     assert named["wrong image"][0].startswith(f"{file} 3 (3 nuclei left out): is not an image")
@@ -477,71 +590,109 @@ def test_what_is_wrong_with_pannuke_is_named(pannuke):
     assert named["wrong mask"][3] == f"{file} 1: 3 nuclei, 2 categories"
 
 
-# ---------------------------------------------------------------- refusals
+# ---------------------------------------------------------------- what is written
 
 
-def refused(capsys, *argv) -> str:
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85", "\x0b", "\x1c", "\ufeff", "\ud800"])
+def test_rows_end_at_a_newline_whatever_is_in_a_question(slake, mark, capsys):
+    """Some programs end a line at each of these, and UTF-8 has no half of a surrogate pair."""
+    questions = [
+        asked(f"Where{mark} is the liver?", f"Lower{mark}left", qid=2),
+        asked(f"What{mark} is it?", "x", qid=3),
+    ]
+    (slake / "test.json").write_text(json.dumps(questions))
+    converted = Converted("slake", slake)
+    content = (converted.folder / "samples.jsonl").read_bytes()
+    lines = content.decode("ascii").splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert (
+        len(rows)
+        == content.count(b"\n")
+        == sum(sum(kinds.values()) for kinds in converted.report["samples"].values())
+    )
+    assert questions[0]["question"] in [row["query"] for row in rows]
+    named = converted.faults()["question left out: it names no label"]
+    assert f"test.json, row 1: What{mark} is it? x" in named
+
+
+def test_the_report_can_be_read_by_people(slake):
+    write_json(slake / "train.json", [asked("好吗？", "是", "zh", image="xmlab2")])
+    converted = Converted("slake", slake)
+    assert "好吗？" in (converted.folder / "report.json").read_text(encoding="utf-8")
+
+
+# ---------------------------------------------------------------- what is rejected
+
+
+def rejected(capsys: pytest.CaptureFixture, *argv: object) -> str:
+    """Returns the one line with which a conversion ends, status 2."""
     capsys.readouterr()
-    with pytest.raises(SystemExit) as exit_, exit_on(ValueError, OSError):
-        main([str(a) for a in argv])
-    (line,) = capsys.readouterr().err.splitlines()
-    assert exit_.value.code == 2 and line.startswith("error: ")
-    return line
+    with pytest.raises(SystemExit) as exit_info, exit_on(ValueError, OSError):
+        main([str(word) for word in argv])
+    lines = capsys.readouterr().err.splitlines()
+    assert exit_info.value.code == 2
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def names_in(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir()]
 
 
 @pytest.mark.parametrize("kind", ["slake", "biomedparse", "pannuke"])
-def test_a_bad_source_is_refused_with_one_line_and_nothing_is_written(tmp_path, capsys, kind):
+def test_a_bad_source_is_one_line_and_nothing_is_written(tmp_path, capsys, kind):
     (tmp_path / "empty").mkdir()
-    assert "no such folder" in refused(capsys, kind, tmp_path / "nowhere", tmp_path / "out")
-    assert "empty" in refused(capsys, kind, tmp_path / "empty", tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+    out = tmp_path / "out"
+    assert "no such folder" in rejected(capsys, kind, tmp_path / "nowhere", out)
+    assert "empty" in rejected(capsys, kind, tmp_path / "empty", out)
+    assert names_in(tmp_path) == ["empty"]
 
 
 @pytest.mark.parametrize(
     "file, text, says",
     [
-        ("mask.txt", "70 Liver", "mask.txt, line 1"),
-        ("mask.txt", "70:Liver\n70:Lung", "mask.txt, line 2"),
+        ("mask.txt", "70 Liver", "mask.txt, line 1: not value:Name"),
+        ("mask.txt", "70:Liver\n70:Lung", "mask.txt, line 2: the value 70 was there before"),
         ("test.json", "{", "test.json: not JSON"),
         ("test.json", '{"a": 1}', "test.json: not a JSON list"),
         ("test.json", "[1]", "test.json: not a JSON list of objects"),
+        ("test.json", "[" * 100_000, "test.json: not JSON"),
+        ("test.json", f"[{{'x': {'9' * 5000}}}]".replace("'", '"'), "test.json: not JSON"),
     ],
 )
-def test_a_broken_slake_is_refused_with_one_line(slake, capsys, file, text, says):
+def test_a_broken_slake_is_one_line(slake, capsys, file, text, says):
     (slake / file).write_text(text)
-    assert says in refused(capsys, "slake", slake, slake.parent / "out")
-    assert [path.name for path in slake.parent.iterdir()] == ["SLAKE"]
+    assert says in rejected(capsys, "slake", slake, slake.parent / "out")
+    assert names_in(slake.parent) == ["SLAKE"]
 
 
 def test_a_disk_that_fills_up_at_the_end_leaves_nothing(slake, capsys, monkeypatch):
-    def full(self):
+    def full(self: Folder) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Folder, "finish", full)
-    assert "No space left" in refused(capsys, "slake", slake, slake.parent / "out")
-    assert [path.name for path in slake.parent.iterdir()] == ["SLAKE"]
+    assert "No space left" in rejected(capsys, "slake", slake, slake.parent / "out")
+    assert names_in(slake.parent) == ["SLAKE"]
 
 
-def test_parquet_that_is_not_pannuke_s_is_refused(pannuke, capsys):
+def test_parquet_that_is_not_pannuke_s_is_one_line(pannuke, capsys):
     file = pannuke / "fold3-00000-of-00001.parquet"
+    out = pannuke.parent / "out"
     pq.write_table(pa.table({"image": [1]}), file)
-    run = "pannuke", pannuke, pannuke.parent / "out"
-    assert "column categories, instances, tissue is missing" in refused(capsys, *run)
+    line = rejected(capsys, "pannuke", pannuke, out)
+    assert "column categories, instances, tissue is missing" in line
     file.write_bytes(b"PAR1")
-    assert "not a readable parquet file" in refused(capsys, *run)
+    assert "not a readable parquet file" in rejected(capsys, "pannuke", pannuke, out)
     file.rename(pannuke / "x.parquet")
-    assert "none of fold1" in refused(capsys, *run)
-    assert [path.name for path in pannuke.parent.iterdir()] == ["PANNUKE"]
+    assert "none of fold1" in rejected(capsys, "pannuke", pannuke, out)
+    assert names_in(pannuke.parent) == ["PANNUKE"]
 
 
-def test_an_out_that_exists_is_refused_and_left_alone(slake, capsys):
+def test_an_out_that_exists_is_left_alone(slake, capsys):
     out = slake.parent / "out"
     out.mkdir()
-    assert "is there already" in refused(capsys, "slake", slake, out) and not list(out.iterdir())
-    assert "no such folder" in refused(capsys, "slake", slake, slake.parent / "no/out")
-    assert "invalid choice" in refused(capsys, "coco", slake, slake.parent / "new")
-
-
-def test_a_question_names_the_patient_s_side():
-    assert where_is("Right Femoral Head") == "Where is the patient's right femoral head?"
-    assert where_is("Bladder", "zh") == "膀胱在哪里？"
+    assert "is there already" in rejected(capsys, "slake", slake, out)
+    assert names_in(out) == []
+    assert "no such folder" in rejected(capsys, "slake", slake, slake.parent / "no/out")
+    assert "invalid choice" in rejected(capsys, "coco", slake, slake.parent / "new")

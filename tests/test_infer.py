@@ -1,8 +1,13 @@
-"""infer.py: frames, voting, exit status, what is written and what is not. A fixed sampler and an Otsu threshold stand
-in for the two models, so that every number is known."""
+"""infer.py: coordinate frames, voting, exit status, what is written and what is not.
+
+A fixed sampler and an Otsu threshold stand in for the two models, so that every number is known."""
 
 import json
 import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,129 +17,215 @@ from test_asm import Otsu
 
 import asm
 import infer
-from crm import Group
+from crm import CRM, Group, Prompt
 from extras.boxes import write_boxes
 from runtime.cli import ROOT, parse_args
 
-W, H = 300, 200  # of the image; the model frame is a square of 112, so x and y scale differently
+W, H = 300, 200  # of the image
+SIDE = 112  # of the model frame, so x and y scale differently
+LEFT, RIGHT, TOP, BOTTOM = 120, 240, 100, 150  # of what is bright in the image
+X, Y = W / SIDE, H / SIDE  # pixels of the image per pixel of the model frame
+KEY_POINTS = ((30, 30), (60, 40))
+BOX = (10, 10, 50, 50)
 
 
-def completion(bbox, points=((30, 30), (60, 40)), think="a bright disc"):
-    (x1, y1), (x2, y2) = points
-    return (
-        f'<think>{think}</think><answer>{{"bbox": {list(bbox)}, "points_1": [{x1}, {y1}], '
-        f'"points_2": [{x2}, {y2}]}}</answer>'
-    )
+def completion(
+    bbox: Sequence[float],
+    points: Sequence[Sequence[float]] = KEY_POINTS,
+    think: str = "a bright disc",
+) -> str:
+    """Returns the text of a completion, in pixels of the model frame. The box may be malformed."""
+    first, second = points
+    fields = {"bbox": list(bbox), "points_1": list(first), "points_2": list(second)}
+    return f"<think>{think}</think><answer>{json.dumps(fields)}</answer>"
+
+
+def in_image(box: Sequence[float]) -> list[float]:
+    """Returns a box of the model frame in the image frame."""
+    x1, y1, x2, y2 = box
+    return [x1 * X, y1 * Y, x2 * X, y2 * Y]
 
 
 class Recorder(Otsu):
     """An Otsu threshold that writes down what it was asked."""
 
-    def __init__(self, asked):
-        self.asked = asked
+    def __init__(self) -> None:
+        self.asked: list[tuple[np.ndarray, Any, Any]] = []
 
-    def segment(self, image, boxes=None, points=None):
+    def segment(
+        self, image: np.ndarray, boxes: Any = None, points: Any = None, **options: Any
+    ) -> tuple[np.ndarray, np.ndarray]:
         self.asked.append((image, boxes, points))
         return super().segment(image, boxes, points)
 
 
-@pytest.fixture
-def ask(tmp_path, monkeypatch, capsys):
-    """ask(texts, flags) -> status, result.json, what was printed, what the segmenter was asked, what was sampled."""
-    picture = np.full((H, W, 3), 20, np.uint8)
-    picture[100:150, 120:240] = 220  # x 120 to 240, y 100 to 150
-    Image.fromarray(picture).save(tmp_path / "image.png")
-    asked, drawn, loaded = [], [], []
+RECORDER = Recorder()
+LOADED: list[dict[str, Any]] = []  # the options with which RECORDER was loaded
 
-    def load(path, device, **options):
-        loaded.append(options)
-        return Recorder(asked)
 
-    monkeypatch.setitem(asm.SEGMENTERS, "recorder", load)
+def load_recorder(path: str, device: Any, **options: Any) -> Recorder:
+    """An entry of asm.SEGMENTERS."""
+    LOADED.append(options)
+    return RECORDER
 
-    def run(texts, flags=""):
-        def sample(crm, prompts, G, max_new_tokens, temperature, seed):
-            drawn.append((prompts, G, max_new_tokens, temperature, seed))
+
+@dataclass
+class Drawn:
+    """What the sampler was asked for."""
+
+    prompt: Prompt
+    completions: int
+    max_new_tokens: int
+    temperature: float
+    seed: int
+
+
+@dataclass
+class Outcome:
+    """What a call of infer.py did."""
+
+    status: int
+    result: dict[str, Any]
+    out: str  # what was printed
+    err: str
+    asked: list[tuple[np.ndarray, Any, Any]]  # of the segmenter
+    drawn: Drawn  # of the sampler
+
+
+class Asker:
+    """Runs infer.py about one image, with completions that are given."""
+
+    def __init__(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    ) -> None:
+        self.image = folder / "image.png"
+        self.out = folder / "out"
+        self.monkeypatch = monkeypatch
+        self.capsys = capsys
+        picture = np.full((H, W, 3), 20, np.uint8)
+        picture[TOP:BOTTOM, LEFT:RIGHT] = 220
+        Image.fromarray(picture).save(self.image)
+
+    def __call__(self, texts: list[str] | Exception, flags: str = "") -> Outcome:
+        drawn = []
+
+        def sample(
+            crm: CRM,
+            prompts: list[Prompt],
+            G: int,
+            max_new_tokens: int,
+            temperature: float,
+            seed: int,
+        ) -> list[Group]:
+            drawn.append(Drawn(prompts[0], G, max_new_tokens, temperature, seed))
             if isinstance(texts, Exception):
                 raise texts
             empty = torch.zeros(G, 0)
-            return [
-                Group(
-                    prompts[0],
-                    empty.long(),
-                    torch.zeros(G).long(),
-                    empty,
-                    torch.ones(G).bool(),
-                    texts,
-                )
-            ]
+            lengths = torch.zeros(G).long()
+            finished = torch.ones(G).bool()
+            return [Group(prompts[0], empty.long(), lengths, empty, finished, texts)]
 
-        monkeypatch.setattr(infer, "sample", sample)
+        self.monkeypatch.setattr(infer, "sample", sample)
+        RECORDER.asked = []
         count = 1 if isinstance(texts, Exception) else len(texts)
-        argv = [
-            "--image",
-            str(tmp_path / "image.png"),
-            "--query",
-            "What is bright?",
-            "--asm",
-            "recorder",
-            "--out",
-            str(tmp_path / "out"),
-            "--resize",
-            "square:112",
-            "--samples",
-            str(count),
-            *shlex.split(flags),
-        ]
-        capsys.readouterr()
-        status = infer.main(parse_args(infer.Config, "", argv=argv))
-        result = json.loads((tmp_path / "out/result.json").read_text())
-        return status, result, capsys.readouterr(), asked, drawn, loaded
+        argv = ["--image", str(self.image), "--query", "What is bright?", "--asm", "recorder:"]
+        argv += ["--out", str(self.out), "--resize", f"square:{SIDE}"]
+        argv += ["--completions", str(count), *shlex.split(flags)]
+        self.capsys.readouterr()
+        status = infer.main(parse_args(infer.Config, "", argv=argv, moved=infer.MOVED))
+        result = json.loads((self.out / "result.json").read_text())
+        said = self.capsys.readouterr()
+        return Outcome(status, result, said.out, said.err, RECORDER.asked, drawn[0])
 
-    run.out = tmp_path / "out"
-    return run
+    def rejected(self, texts: list[str] | Exception, flags: str = "") -> str:
+        """Returns the one line of a call that ends with status 2."""
+        with pytest.raises(SystemExit) as exit_info:
+            self(texts, flags)
+        error = self.capsys.readouterr().err
+        assert exit_info.value.code == 2
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1
+        return error
+
+
+@pytest.fixture
+def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Asker:
+    monkeypatch.setitem(asm.SEGMENTERS, "recorder:", "test_infer.load_recorder")
+    LOADED.clear()
+    return Asker(tmp_path, monkeypatch, capsys)
+
+
+# ---------------------------------------------------------------- frames
 
 
 def test_box_and_points_are_scaled_from_the_model_frame_to_the_image_frame(ask):
-    status, result, said, asked, _, _ = ask([completion((42, 56, 84, 84), ((56, 28), (70, 63)))])
-    box = [42 * W / 112, 56 * H / 112, 84 * W / 112, 84 * H / 112]  # 112.5, 100, 225, 150
-    points = [
-        [56.5 * W / 112 - 0.5, 28.5 * H / 112 - 0.5],
-        [70.5 * W / 112 - 0.5, 63.5 * H / 112 - 0.5],
-    ]
-    assert status == 0 and result["size"] == [W, H]
-    assert result["bbox"] == pytest.approx(box) and np.array(result["points"]) == pytest.approx(
-        np.array(points)
-    )
-    image, boxes, clicks = asked[0]
-    assert (
-        image.shape == (H, W, 3)
-        and boxes == [pytest.approx(box)]
-        and np.array(clicks) == pytest.approx(np.array([points]))
-    )
-    assert "[112.5, 100.0, 225.0, 150.0]" in said.out and f"{W}x{H} pixels" in said.out
+    got = ask([completion((42, 56, 84, 84), ((56, 28), (70, 63)))])
+    box = [112.5, 100, 225, 150]
+    points = np.array([[56.5 * X - 0.5, 28.5 * Y - 0.5], [70.5 * X - 0.5, 63.5 * Y - 0.5]])
+    assert got.status == 0
+    assert got.result["size"] == [W, H]
+    assert got.result["bbox"] == pytest.approx(box)
+    assert np.array(got.result["points"]) == pytest.approx(points)
+    image, boxes, clicks = got.asked[0]
+    assert image.shape == (H, W, 3)
+    assert np.array(boxes) == pytest.approx(np.array([box]))
+    assert np.array(clicks) == pytest.approx(points[None])
+    assert "[112.5, 100.0, 225.0, 150.0]" in got.out
+    assert f"{W}x{H} pixels" in got.out
 
 
 def test_mask_and_overlay_show_the_answer_on_the_image_as_given(ask):
-    _, result, _, _, _, _ = ask([completion((42, 50, 95, 90))])
+    got = ask([completion((42, 50, 95, 90))])
     mask = np.asarray(Image.open(ask.out / "mask.png"))
     wanted = np.zeros((H, W), np.uint8)
-    wanted[100:150, 120:240] = 255
-    assert np.array_equal(mask, wanted) and result["mask_pixels"] == 50 * 120
-    picture = np.asarray(Image.open(ask.out / "overlay.png").convert("RGB")).astype(int)
-    assert picture.shape == (299, 448, 3)
-    x1, y1, x2, y2 = (np.array(result["bbox"]) * 448 / W).round().astype(int)
-    for x, y in (
-        (x1, (y1 + y2) // 2),
-        (x2, (y1 + y2) // 2),
-        ((x1 + x2) // 2, y1),
-        ((x1 + x2) // 2, y2),
-    ):
-        assert np.ptp(picture[y - 1 : y + 2, x - 1 : x + 2], axis=-1).max() > 100, (
-            x,
-            y,
-        )  # the box's yellow
-    assert np.ptp(picture[187, 240]) > 20 and np.ptp(picture[20, 20]) < 5  # tinted inside the mask
+    wanted[TOP:BOTTOM, LEFT:RIGHT] = 255
+    assert np.array_equal(mask, wanted)
+    assert got.result["mask_pixels"] == (BOTTOM - TOP) * (RIGHT - LEFT)
+    overlay = np.asarray(Image.open(ask.out / "overlay.png").convert("RGB")).astype(int)
+    assert overlay.shape == (299, 448, 3)
+    x1, y1, x2, y2 = (np.array(got.result["bbox"]) * 448 / W).round().astype(int)
+    middle_x = (x1 + x2) // 2
+    middle_y = (y1 + y2) // 2
+    for x, y in ((x1, middle_y), (x2, middle_y), (middle_x, y1), (middle_x, y2)):
+        near = overlay[y - 1 : y + 2, x - 1 : x + 2]
+        assert np.ptp(near, axis=-1).max() > 100, (x, y)  # the box's yellow
+    assert np.ptp(overlay[187, 240]) > 20  # tinted inside the mask
+    assert np.ptp(overlay[20, 20]) < 5
+
+
+def test_a_wild_box_stays_within_one_image_size_of_the_image(ask):
+    got = ask([completion((-1e9, -1e9, 1e9, 1e9), ((1e12, 5), (5, -1e12)))])
+    assert got.result["bbox"] == [-W, -H, 2 * W, 2 * H]
+    assert got.result["points"][0][0] == 2 * W
+    assert got.result["points"][1][1] == -H
+
+
+def test_the_prompt_holds_question_and_image_in_the_model_frame(ask):
+    square = ask([completion(BOX)], "--prompt direct").drawn.prompt
+    assert square.sizes.image == (W, H)
+    assert square.sizes.model == (SIDE, SIDE)
+    aspect = ask([completion(BOX)], "--prompt reasoning --resize aspect").drawn.prompt
+    assert len(square.ids) < len(aspect.ids)
+    assert aspect.sizes.model != (SIDE, SIDE)
+
+
+def test_the_question_is_in_the_prompt(ask):
+    plain = ask([completion(BOX)]).drawn.prompt
+    longer = "--query 'Where is the large bright structure on the left?'"
+    other = ask([completion(BOX)], longer).drawn.prompt
+    assert len(other.ids) > len(plain.ids)
+
+
+def test_a_limit_of_pixels_bounds_the_model_frame(ask):
+    areas = []
+    for limit in (4000, 40_000):
+        prompt = ask([completion(BOX)], f"--resize aspect:{limit}").drawn.prompt
+        width, height = prompt.sizes.model
+        areas.append(width * height)
+    assert areas[0] <= 4000 < areas[1] <= 40_000
+
+
+# ---------------------------------------------------------------- completions
 
 
 def test_the_completion_that_agrees_most_with_the_others_is_kept(ask):
@@ -145,121 +236,160 @@ def test_the_completion_that_agrees_most_with_the_others_is_kept(ask):
         completion((44, 40, 84, 80), think="to the right"),
         completion((36, 40, 76, 80), think="to the left"),
     ]
-    status, result, said, asked, _, _ = ask(texts)
-    assert status == 0 and result["reasoning"] == "in the middle" and result["text"] == texts[1]
-    assert result["bbox"] == pytest.approx([40 * W / 112, 40 * H / 112, 80 * W / 112, 80 * H / 112])
-    beside = 36 / 44  # IoU of two 40 px boxes, 4 px apart
-    assert result["agreement"] == pytest.approx((0 + beside + beside) / 3)
-    assert result["texts"] == texts and result["problem"] == "" and len(asked) == 1
-    assert (
-        "in the middle" in said.out
-        and "agreement  0.55" in said.out
-        and "5 completions" in said.out
-    )
+    got = ask(texts)
+    assert got.status == 0
+    assert got.result["reasoning"] == "in the middle"
+    assert got.result["text"] == texts[1]
+    assert got.result["bbox"] == pytest.approx(in_image((40, 40, 80, 80)))
+    shifted = 36 / 44  # IoU of two boxes of 40 px, 4 px apart
+    assert got.result["agreement"] == pytest.approx((0 + shifted + shifted) / 3)
+    assert got.result["texts"] == texts
+    assert got.result["completions"] == 5
+    assert got.result["problem"] == ""
+    assert len(got.asked) == 1
+    assert "in the middle" in got.out
+    assert "agreement  0.55" in got.out
+    assert "5 completions" in got.out
 
 
 def test_one_completion_has_no_agreement(ask):
-    _, result, said, _, _, _ = ask([completion((10, 10, 50, 50))])
-    assert result["agreement"] is None and "agreement" not in said.out
+    got = ask([completion(BOX)])
+    assert got.result["agreement"] is None
+    assert "agreement" not in got.out
 
 
-def test_a_box_beats_points_and_points_alone_are_enough(ask):
-    only_points = completion((50, 10, 10, 50))  # x2 < x1: the box is malformed
-    status, result, said, asked, _, _ = ask([only_points])
-    assert (
-        status == 0 and result["bbox"] is None and asked[-1][1] is None and len(asked[-1][2]) == 1
-    )
-    assert result["problem"] and result["problem"] in said.out
-    only_box = (
-        '<think>x</think><answer>{"bbox": [10, 10, 50, 50], "points_1": 3, "points_2": 4}</answer>'
-    )
-    status, result, _, asked, _, _ = ask([only_points, only_box])
-    assert (
-        status == 0 and result["points"] is None and asked[-1][2] is None and len(asked[-1][1]) == 1
-    )
-    assert result["text"] == only_box
+def test_points_alone_are_enough(ask):
+    got = ask([completion((50, 10, 10, 50))])  # x2 < x1: the box is malformed
+    _, boxes, points = got.asked[-1]
+    assert got.status == 0
+    assert got.result["bbox"] is None
+    assert boxes is None
+    assert len(points) == 1
+    assert got.result["problem"] == "box malformed"
+    assert "box malformed" in got.out
 
 
-def test_a_wild_box_stays_within_one_image_size_of_the_image(ask):
-    _, result, _, _, _, _ = ask([completion((-1e9, -1e9, 1e9, 1e9), ((1e12, 5), (5, -1e12)))])
-    assert result["bbox"] == [-W, -H, 2 * W, 2 * H]
-    assert result["points"][0][0] == 2 * W and result["points"][1][1] == -H
-
-
-def test_without_a_usable_completion_the_status_is_3_and_only_the_reason_is_written(ask):
-    ask([completion((10, 10, 50, 50))])
-    assert (ask.out / "mask.png").exists()
-    status, result, said, asked, _, _ = ask(["no answer here", "<answer>{}</answer>"])
-    assert status == 3 and len(asked) == 1 and result["problem"] == "no answer block"
-    assert result["texts"] == ["no answer here", "<answer>{}</answer>"]
-    assert [file.name for file in ask.out.iterdir()] == ["result.json"]  # no earlier mask is left
-    assert "no usable completion of 2: no answer block" in said.err and "mask" not in said.out
+def test_a_box_beats_points(ask):
+    only_points = completion((50, 10, 10, 50))
+    only_box = '<think>x</think><answer>{"bbox": [10, 10, 50, 50], "points_1": 3, "points_2": 4}'
+    only_box += "</answer>"
+    got = ask([only_points, only_box])
+    _, boxes, points = got.asked[-1]
+    assert got.status == 0
+    assert got.result["points"] is None
+    assert points is None
+    assert len(boxes) == 1
+    assert got.result["text"] == only_box
 
 
 @pytest.mark.parametrize(
-    "flags, count, drawn",
+    "flags, count, max_new_tokens, temperature, seed",
     [
-        ("", 1, (1, 512, 0.0, 0)),
-        ("", 3, (3, 512, 1.0, 0)),
-        ("--temperature 0.7 --seed 5 --max-new-tokens 9", 1, (1, 9, 0.7, 5)),
-        ("--temperature 0", 3, (3, 512, 0.0, 0)),
+        ("", 1, 512, 0.0, 0),
+        ("", 3, 512, 1.0, 0),
+        ("--temperature 0.7 --seed 5 --max-new-tokens 9", 1, 9, 0.7, 5),
+        ("--temperature 0", 3, 512, 0.0, 0),
     ],
 )
-def test_one_completion_is_the_most_likely_one_and_several_are_sampled(ask, flags, count, drawn):
-    assert ask([completion((10, 10, 50, 50))] * count, flags)[4][0][1:] == drawn
+def test_one_completion_is_the_most_likely_one_and_several_are_sampled(
+    ask, flags, count, max_new_tokens, temperature, seed
+):
+    drawn = ask([completion(BOX)] * count, flags).drawn
+    assert drawn.completions == count
+    assert drawn.max_new_tokens == max_new_tokens
+    assert drawn.temperature == temperature
+    assert drawn.seed == seed
 
 
-def test_the_prompt_holds_question_and_image_in_the_model_frame(ask):
-    (prompt,), *_ = ask([completion((10, 10, 50, 50))], "--prompt direct")[4][0]
-    assert prompt.frame.image == (W, H) and prompt.frame.model == (112, 112)
-    (other,), *_ = ask([completion((10, 10, 50, 50))], "--prompt reasoning --resize aspect")[4][1]
-    assert len(prompt.ids) < len(other.ids) and other.frame.model != (112, 112)
+def test_several_boxes_become_one_mask(ask):
+    boxes = [(42, 56, 56, 84), (70, 56, 84, 84)]
+    text = write_boxes([(box, ((50, 60), (52, 70))) for box in boxes])
+    got = ask([text], "--prompt boxes")
+    assert got.status == 0
+    assert len(got.result["regions"]) == 2
+    assert len(got.asked) == 2
+    first, second = (region["bbox"] for region in got.result["regions"])
+    assert first == pytest.approx(in_image(boxes[0]))
+    assert second == pytest.approx(in_image(boxes[1]))
+    assert got.result["bbox"] == [*first[:2], *second[2:]]
+    assert got.result["points"] is None
 
 
-def test_the_question_is_in_the_prompt(ask):
-    (plain,), *_ = ask([completion((10, 10, 50, 50))])[4][0]
-    (other,), *_ = ask(
-        [completion((10, 10, 50, 50))], "--query 'Where is the large bright structure on the left?'"
-    )[4][1]
-    assert len(other.ids) > len(plain.ids) and plain.ids.tolist() != other.ids.tolist()
-
-
-def test_the_pixel_limits_bound_the_model_frame(ask):
-    flags = (
-        "--resize aspect --max-pixels 3200 --min-pixels 3000",
-        "--resize aspect --min-pixels 100000 --max-pixels 200000",
-    )
-    areas = [
-        np.prod(ask([completion((10, 10, 50, 50))], flag)[4][-1][0][0].frame.model)
-        for flag in flags
-    ]
-    assert areas[0] <= 3200 and 100_000 <= areas[1] <= 200_000
+# ---------------------------------------------------------------- what is printed and written
 
 
 def test_the_models_in_use_are_printed_and_written(ask):
-    _, result, said, _, _, loaded = ask([completion((10, 10, 50, 50))], "--multimask")
+    got = ask([completion(BOX)], "--multimask")
     crm = str(ROOT / "demo/crm")
-    assert (
-        result["crm"] == crm
-        and result["asm"] == "recorder"
-        and result["query"] == "What is bright?"
-    )
-    assert f"CRM {crm}, ASM recorder" in said.out and loaded[-1]["multimask"] is True
-    assert ask([completion((10, 10, 50, 50))])[5][-1]["multimask"] is False
+    assert got.result["crm"] == crm
+    assert got.result["asm"] == "recorder:"
+    assert got.result["query"] == "What is bright?"
+    assert "no --crm given: demo/crm is used" in got.out
+    assert f"CRM {crm}, ASM recorder:" in got.out
+    ask([completion(BOX)])
+    assert [options["multimask"] for options in LOADED] == [True, False]
 
 
-def test_a_model_whose_logits_are_not_finite_is_one_line(ask, capsys):
-    with pytest.raises(SystemExit) as exit_:
-        ask(FloatingPointError("the model's logits are not finite"))
-    assert (
-        exit_.value.code == 2
-        and capsys.readouterr().err == "error: the model's logits are not finite\n"
-    )
+def test_without_a_usable_completion_the_status_is_3_and_only_the_reason_is_written(ask):
+    ask([completion(BOX)])
+    assert (ask.out / "mask.png").exists()
+    texts = ["no answer here", "<answer>{}</answer>"]
+    got = ask(texts)
+    assert got.status == 3
+    assert got.asked == []
+    assert got.result["problem"] == "no answer block"
+    assert got.result["texts"] == texts
+    assert [file.name for file in ask.out.iterdir()] == ["result.json"]  # no earlier mask is left
+    assert "no usable completion of 2: no answer block" in got.err
+    assert "mask" not in got.out
+
+
+def test_another_question_overwrites_the_files_of_the_last_one(ask):
+    first = ask([completion(BOX)]).result
+    second = ask([completion((20, 20, 90, 90))]).result
+    assert first["bbox"] != second["bbox"]
+    names = sorted(file.name for file in ask.out.iterdir())
+    assert names == ["mask.png", "overlay.png", "result.json"]
+
+
+@pytest.mark.parametrize("name", ["mask.png", "overlay.png", "result.json"])
+def test_a_file_that_was_not_written_here_is_left_alone(ask, name):
+    ask.out.mkdir()
+    file = ask.out / name
+    file.write_text('{"query": "of another program"}')
+    error = ask.rejected([completion(BOX)])
+    assert f"has a {name} that was not written here" in error
+    assert file.read_text() == '{"query": "of another program"}'
+    assert [path.name for path in ask.out.iterdir()] == [name]
+
+
+def test_other_files_in_the_folder_are_left_alone(ask):
+    ask.out.mkdir()
+    (ask.out / "notes.txt").write_text("mine")
+    ask([completion(BOX)])
+    ask(["garbage"])
+    assert (ask.out / "notes.txt").read_text() == "mine"
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def test_a_model_whose_logits_are_not_finite_is_one_line(ask):
+    error = ask.rejected(FloatingPointError("the model's logits are not finite"))
+    assert error == "error: the model's logits are not finite\n"
     assert list(ask.out.iterdir()) == []
 
 
+def test_a_prompt_longer_than_the_models_context_is_one_line(ask):
+    question = "Where is the bright structure? " * 3000
+    error = ask.rejected([completion(BOX)], f"--query '{question}'")
+    assert "the prompt has" in error
+    assert "the model reads" in error
+    assert not ask.out.exists()
+
+
 @pytest.mark.parametrize(
-    "flags, told",
+    "flags, says",
     [
         ("--image none.png", "--image none.png does not exist"),
         ("--query ' '", "--query is empty"),
@@ -268,29 +398,13 @@ def test_a_model_whose_logits_are_not_finite_is_one_line(ask, capsys):
         ("--resize square:5", "square:5"),
         ("--crm ./nowhere", "nowhere"),
         ("--out {image}", "image.png"),
+        ("--image {folder}", "python -m extras.scans takes it"),
+        ("--slice 3", "--slice has moved: python -m extras.scans takes it"),
+        ("--samples 3", "--samples has moved: it is called --completions"),
+        ("--max-pixels 9", "--max-pixels has moved: give --resize aspect:PIXELS"),
     ],
 )
-def test_bad_input_is_one_line_and_nothing_is_sampled_or_written(
-    ask, tmp_path, capsys, flags, told
-):
-    texts = [completion((10, 10, 50, 50))]
-    with pytest.raises(SystemExit) as exit_:
-        ask(texts, flags.format(image=tmp_path / "image.png"))
-    error = capsys.readouterr().err
-    assert (
-        exit_.value.code == 2
-        and error.startswith("error: ")
-        and error.count("\n") == 1
-        and told in error
-    )
+def test_bad_input_is_one_line_and_nothing_is_sampled_or_written(ask, tmp_path, flags, says):
+    flags = flags.format(image=ask.image, folder=tmp_path)
+    assert says in ask.rejected([completion(BOX)], flags)
     assert [file.name for file in tmp_path.iterdir()] == ["image.png"]
-
-
-def test_several_boxes_become_one_mask(ask):
-    boxes = [(42, 56, 56, 84), (70, 56, 84, 84)]
-    text = write_boxes([(box, ((50, 60), (52, 70))) for box in boxes])
-    status, result, _, asked, _, _ = ask([text], "--prompt multi")
-    assert status == 0 and len(result["regions"]) == len(asked) == 2
-    first, second = (region["bbox"] for region in result["regions"])
-    assert result["bbox"] == [*first[:2], *second[2:]] and result["points"] is None
-    assert first[0] == pytest.approx(42 * W / 112)
