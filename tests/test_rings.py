@@ -22,7 +22,7 @@ import scoring
 import train_grpo
 import train_sft
 from extras import official_rewards
-from runtime import readers, run
+from runtime import images, readers, run
 from runtime.cli import ROOT
 from runtime.registry import find
 
@@ -30,7 +30,7 @@ PAPER = ("rewards", "data", "crm", "sampling", "scoring", "train_grpo", "train_s
 PAPER += ("asm", "metrics", "evaluate", "infer")
 OUTER = ("extras", "paper", "bench", "demo", "learn", "tests", "tools")
 REGISTRIES = {
-    "readers": [readers.READERS, readers.SCAN_READERS],
+    "readers": [readers.READERS, images.SCAN_READERS],
     "segmenters": [asm.SEGMENTERS],
     "answer formats": [data.ANSWER_FORMATS],
     "trackers": [run.TRACKERS],
