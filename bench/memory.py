@@ -29,7 +29,7 @@ from crm import CHAT, LORA_TARGETS
 from data import MAX_PIXELS, MIN_PIXELS, fill_prompt, load_prompt, load_samples, model_size
 from runtime.cli import exit_on, flag, parse_args
 from runtime.optim import BUCKET
-from scoring import LOGITS_CHUNK
+from scoring import LOGITS_AT_ONCE
 
 GB = 1e9
 CONTEXT = 1.0  # GB that CUDA, cuBLAS and NCCL take: an assumption
@@ -192,7 +192,7 @@ def passes(n: Need, backward: bool) -> dict[str, float]:
     repeated = (
         n.G * (n.prompt + cfg.max_new_tokens) * 2 * c.num_key_value_heads * n.head_size * n.width
     )
-    chunk = LOGITS_CHUNK["cuda"]
+    chunk = LOGITS_AT_ONCE["cuda"]
     out = {
         "language layers": n.pack * (kept + layer_bytes(n) * (1 + backward))
         + repeated * (1 + backward),
