@@ -111,7 +111,7 @@ WARNINGS: list[tuple[str, Callable[[Row, Row], bool]]] = [
         held_out_parse_rate_fell,
     ),
     (
-        "most completions are cut: raise --max-new-tokens or give --mask-truncated",
+        "most completions are cut: raise --max-new-tokens",
         lambda row, first_values: row.get("finished", 1) < 0.5,
     ),
     (

@@ -20,9 +20,10 @@ import torch
 from conftest import Script
 from safetensors.torch import load_file
 from test_parallel import Torchrun, a_rank_is_killed, many, slow_work
-from test_scripts import ROOT, rows, run, without_times
+from test_scripts import ROOT, run, without_times
 
 from runtime import checkpoint
+from runtime.files import read_jsonl
 
 SMALL = (
     "train_grpo.py --crm demo/crm --data demo/data --steps 12 --save-every 2 --keep 2 --prompts 2 "
@@ -101,7 +102,7 @@ def rows_so_far(folder):
 
 
 def numbers(folder):
-    return [without_times(row) for row in rows(folder / "metrics.jsonl")]
+    return [without_times(row) for row in read_jsonl(folder / "metrics.jsonl")]
 
 
 def same_weights(a, b):
@@ -261,7 +262,7 @@ def test_a_slurm_job_saves_queues_itself_again_and_goes_on(tmp_path):
     words, _ = job.communicate(timeout=120)
     assert job.returncode == 0, words
     assert b"resuming from" in words
-    assert [row["step"] for row in rows(folder / "metrics.jsonl")] == [1, 2]
+    assert [row["step"] for row in read_jsonl(folder / "metrics.jsonl")] == [1, 2]
     assert len((tmp_path / "requeued").read_text().splitlines()) == 1  # it is done
 
     job = slurm(tmp_path, work, "--lr 1 --out", folder)
