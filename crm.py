@@ -47,6 +47,7 @@ from runtime.pretrained import (
     read_pretrained,
     read_settings,
     read_side_files,
+    settings_file,
     write_pretrained,
 )
 
@@ -111,6 +112,7 @@ def load_crm(
         "max_pixels": max_pixels,
     }
     settings = read_settings(path)
+    check_remembered(path, settings)
     for key, value in given.items():
         if value is not None:
             settings[key] = value
@@ -118,6 +120,17 @@ def load_crm(
     crm = CRM(model, tokenizer, image_processor, **settings)
     crm.side_files = read_side_files(path)
     return crm
+
+
+def check_remembered(path: str | Path, settings: dict[str, Any]) -> None:
+    """ValueError, which names the file, for a prompt or a resize that no CRM has. settings: what
+    the checkpoint remembers."""
+    try:
+        load_prompt(settings.get("prompt", "reasoning"))
+        model_size((56, 56), settings.get("resize", "aspect"))
+    except ValueError as error:
+        file = settings_file(path)
+        raise ValueError(f"{file}: correct or remove the file: {error}") from None
 
 
 class CRM:
@@ -360,9 +373,9 @@ class CRM:
         parameters = list(self.model.parameters())
         total = sum(parameter.numel() for parameter in parameters)
         trains = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-        what = "weights"
+        which = ""
         if self.lora is not None:
-            what = "LoRA weights in the language model"
+            which = ", LoRA matrices in the language model"
         vision = "is frozen" if self.vision_is_frozen else "trains as well"
         reference = "none"
         if self.lora is not None:
@@ -370,7 +383,7 @@ class CRM:
         elif self.ref_model is not None:
             reference = "a frozen copy of the start"
         return (
-            f"{trains:,} of {total:,} {what} train; the vision tower {vision}; "
+            f"{trains:,} of {total:,} weights train{which}; the vision tower {vision}; "
             f"reference model: {reference}"
         )
 

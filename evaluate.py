@@ -31,12 +31,13 @@ from tqdm import tqdm
 import metrics
 from asm import ASM, load_asm, overlay, segment_regions
 from crm import CRM, Group, load_crm
-from data import EMBEDDED, BadRow, Example, Examples, clip_to, load_prompt, load_samples
+from data import EMBEDDED, BadRow, Example, Examples, clip_to, load_samples
 from rewards import PIXEL_TERMS, total_reward
 from runtime.cli import exit_on, flag, parse_args, print0, use_embedded
 from runtime.files import parse_object, read_jsonl, read_text, write_whole
 from runtime.parallel import Ranks
 from runtime.pictures import Picture, grid
+from runtime.pretrained import file_of
 from runtime.run import Run
 from sampling import sample
 
@@ -226,7 +227,9 @@ def add_masks(p: dict, example: Example, asm: ASM | None) -> dict:
 # ---------------------------------------------------------------- predictions of a CRM
 
 
-def from_model(cfg: Config, examples: Examples, asm: ASM | None, ranks: Ranks) -> list[dict]:
+def from_model(
+    cfg: Config, crm: CRM, examples: Examples, asm: ASM | None, ranks: Ranks
+) -> list[dict]:
     """Returns the CRM's predictions, one for each example, in order.
 
     Each rank appends its own to a file in --out, so that an interruption loses one batch at most.
@@ -238,7 +241,6 @@ def from_model(cfg: Config, examples: Examples, asm: ASM | None, ranks: Ranks) -
     left = [i for i in range(len(examples)) if i not in done]
     own = left[ranks.rank :: ranks.world]
     if own:
-        crm = load_crm(cfg.crm, ranks.device, ranks.dtype(cfg.dtype), cfg.prompt, cfg.resize)
         kinds = {"": (cfg.completions, temperature_of(cfg))}
         answered = ask(crm, examples, own, kinds, cfg.max_new_tokens, cfg.seed, cfg.batch)
         bar = tqdm(answered, total=len(own), disable=not ranks.is_main, ncols=100)
@@ -289,33 +291,56 @@ def in_order(rows: list[dict], n: int, out: Path) -> list[dict]:
     return rows
 
 
-def fingerprint(cfg: Config, examples: Examples) -> str:
-    """Returns a digest of the weights and of the data: other ones under the same path are other
-    questions to another model."""
+def checkpoint_files(crm: str) -> list[Path]:
+    """Returns the files of a checkpoint, a folder or a hub name: weights, tokenizer, settings."""
+    config = file_of(crm, "config.json")
+    if config is None:
+        return []
+    return [file for file in sorted(config.parent.iterdir()) if file.is_file()]
+
+
+def fingerprint(files: Sequence[Path], examples: Examples) -> str:
+    """Returns a digest of files and of the data: other weights, questions, images or masks under
+    the same path are another evaluation."""
     digest = hashlib.blake2b(digest_size=12)
-    for file in sorted(Path(cfg.crm).glob("*.safetensors")):
-        with open(file, "rb") as opened:
-            digest.update(hashlib.file_digest(opened, "blake2b").digest())
+    for file in files:
+        add_file(digest, file)
     for row in examples.rows:
         parts = [row["id"], row["query"], row["bbox"], row["points"]]
         digest.update(json.dumps(parts, default=str).encode())
         for source in (row["image"], row["mask"]):
             if isinstance(source, Path):
-                digest.update(f"{source.name} {source.stat().st_size}".encode())
+                add_file(digest, source)
+            elif callable(source):  # of a parquet file or a scan
+                digest.update(source() or b"")
+            elif source is not None:
+                digest.update(source)
     return digest.hexdigest()
 
 
-def claim_folder(cfg: Config, examples: Examples, ranks: Ranks) -> None:
-    """Writes config.json into --out. ValueError where the folder holds something else: files that
-    no evaluation wrote, or an evaluation with other flags, weights or data."""
-    out = Path(cfg.out)
+def add_file(digest: Any, file: Path) -> None:
+    """Adds a file's content to a digest of hashlib."""
+    with open(file, "rb") as opened:
+        digest.update(hashlib.file_digest(opened, "blake2b").digest())
+
+
+def claim_folder(out: Path, config: dict[str, Any], ranks: Ranks) -> None:
+    """Writes config.json into --out. Arguments and errors as in `check_folder`."""
+    check_folder(out, config, ranks)
+    if ranks.is_main:
+        out.mkdir(parents=True, exist_ok=True)
+        write_whole(out / "config.json", json.dumps(config, indent=2) + "\n")
+    ranks.wait()
+
+
+def check_folder(out: Path, config: dict[str, Any], ranks: Ranks) -> None:
+    """ValueError where --out holds something else: files that no evaluation wrote, or an evaluation
+    with other flags, weights or data.
+
+    config: the flags and a "fingerprint"; only that of the main rank counts."""
     problem = ""
     if ranks.is_main:
-        config = asdict(cfg) | {"fingerprint": fingerprint(cfg, examples)}
         problem = why_not_ours(out, config)
-        if not problem:
-            out.mkdir(parents=True, exist_ok=True)
-            write_whole(out / "config.json", json.dumps(config, indent=2) + "\n")
     problems = [text for text in ranks.gather([problem]) if text]
     if problems:
         raise ValueError(f"--out {out}: {problems[0]}")
@@ -411,7 +436,6 @@ def evaluate(cfg: Config) -> None:
     start = time.perf_counter()
     ranks = Ranks.start()
     use_embedded(cfg, EMBEDDED)
-    load_prompt(cfg.prompt or "reasoning")  # a wrong one is an error before anything is written
     out = Path(cfg.out)
     examples = load_samples(cfg.data, cfg.split, cfg.skip_bad_rows)
     if cfg.limit:
@@ -420,8 +444,13 @@ def evaluate(cfg: Config) -> None:
     asm = None
     if cfg.asm != "none":
         asm = load_asm(cfg.asm, ranks.device)
-    claim_folder(cfg, examples, ranks)
-    rows = from_model(cfg, examples, asm, ranks)
+    # before anything is written: a checkpoint that does not load must not claim the folder
+    crm = load_crm(cfg.crm, ranks.device, ranks.dtype(cfg.dtype), cfg.prompt, cfg.resize)
+    config = asdict(cfg)
+    if ranks.is_main:
+        config["fingerprint"] = fingerprint(checkpoint_files(cfg.crm), examples)
+    claim_folder(out, config, ranks)
+    rows = from_model(cfg, crm, examples, asm, ranks)
     if ranks.is_main:
         write_results(rows, examples, out)
         for path in out.glob("part-*.jsonl"):

@@ -25,7 +25,7 @@ from scipy.special import stdtrit  # quantiles of Student's t
 
 from data import ANSWER_FORMATS, ONE_BOX, AnswerFormat, Example, Sizes, to_image
 from rewards import Answer, box_iou, parse_answer, point_dice, point_dice_published
-from runtime.files import write_whole
+from runtime.files import parse_object, read_text, write_whole
 from runtime.registry import find
 
 Metric = tuple[str, Callable[[dict], float | None]]  # title, function of a prediction
@@ -60,7 +60,7 @@ def prediction(
         "index": index,
         "size": example.image.size,
         "query": example.query,
-        "image": hashlib.blake2b(example.image.tobytes(), digest_size=8).hexdigest(),
+        "image": image_digest(example),
         "supercategory": example.supercategory,
         "category": example.category,
         "names": names_of(example),
@@ -81,11 +81,17 @@ def placed(bbox: Any, points: Any, sizes: Sizes) -> dict[str, Any]:
     }
 
 
+def image_digest(example: Example) -> str:
+    """Returns a digest of the pixels: questions about one image have the same."""
+    return hashlib.blake2b(example.image.tobytes(), digest_size=8).hexdigest()
+
+
 def names_of(example: Example) -> list[str]:
     names = example.extra.get("names")
     if not isinstance(names, list):
         return []
-    return [str(name).lower() for name in names]
+    lower = [str(name).strip().lower() for name in names]
+    return [name for name in lower if name]  # every text has an empty name
 
 
 def wording_of(example: Example) -> str | None:
@@ -542,8 +548,11 @@ def read_predictions(folder: str | Path) -> list[dict]:
         raise ValueError(
             f"{folder}: no predictions.jsonl in there; evaluate.py --out {folder} makes it"
         )
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-    if not rows or "completions" not in rows[0]:
+    rows = []
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if line:
+            rows.append(parse_object(line, f"{path}, line {number}"))
+    if not rows or any("completions" not in row for row in rows):
         raise ValueError(f"{path}: empty, or of an older version; run the evaluation again")
     return rows
 

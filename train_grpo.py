@@ -675,7 +675,9 @@ def main(cfg: Config) -> None:
             grad_norms.append(norm)
             if step == 0 and update == 0:
                 lengths = [length for group in batch for length in group.lengths.tolist()]
-                check_first_step(stats.total(ranks), lengths, crm.compute_dtype, updates)
+                check_first_step(
+                    stats.total(ranks), lengths, crm.compute_dtype, updates, ranks.device.type
+                )
         phases.end("update")
 
         # 5. Log, evaluate on held-out questions, save.
@@ -703,6 +705,8 @@ def main(cfg: Config) -> None:
     if done == cfg.steps and len(tests) > 0:
         print0(metrics.changes(run.read("held_out"), run.read("metrics")))
     run.finish(done)
+    if len(tests) > 0:
+        print0(f"its groups as a page: python -m extras.rollouts {run.folder}")
     ranks.stop()
 
 

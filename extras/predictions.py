@@ -1,195 +1,339 @@
-"""predictions.jsonl: what evaluate.py keeps of every question, and predictions that another model made.
+"""Score the completions of another model, as evaluate.py scores those of a CRM.
 
-A line of predictions.jsonl is what metrics.prediction returns, with masks as COCO's run lengths: scoring needs nothing
-else.
+    python -m extras.predictions gpt.jsonl --data U-MRG-14K --frame norm1000 --out eval/gpt
 
-A line of --predictions is one of
-    {"id": "mine-3", "text": "<think>…</think><answer>{…}</answer>"}              a completion, as our prompts ask for it
-    {"id": "mine-3", "bbox": [30, 40, 90, 95], "points": [[50, 60], [70, 80]]}    x1, y1, x2, y2; x, y of each point
-with ids of the data set (python data.py PATH shows one), in the frame that --frame names: pixels of the image file,
-norm1000 (0 to 1000 along each side), or model (as --crm resizes images). If no line has points, none were asked for:
-their metrics are left out, and a line with a good box is no refusal. The same holds for boxes. A question without a line
-is a refusal.
+A line of the file is one of
+    {"id": "mine-3", "text": "<think>…</think><answer>{…}</answer>"}
+    {"id": "mine-3", "bbox": [30, 40, 90, 95], "points": [[50, 60], [70, 80]]}
+A text is a completion as our prompts ask for it. A box is x1, y1, x2, y2, and a point is x, y. The
+ids are those of the data set; python data.py PATH shows one.
+
+--frame names what the coordinates were written in:
+    pixels     pixels of the image file
+    norm1000   0 to 1000 along each side of the image
+    model      pixels of the image as --crm resizes it
+The boxes are read in each of these frames, and as fractions of the image, and are compared with the
+true boxes. Where another frame fits clearly better than the given one, a line says which.
+
+If no line has points, none were asked for. Their metrics are left out then, and a line with a good
+box is no refusal. The same holds for boxes. A question without a line is a refusal.
+
+Writes predictions.jsonl, summary.json, table.md and examples.png into --out. evaluate.py --rescore
+and --compare take that folder.
 """
 
+import argparse
 import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
+from tqdm import tqdm
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from data import MAX_PIXELS, MIN_PIXELS, Frame, model_size
-from extras.several import add_siblings
-from metrics import prediction
-from runtime.cli import print0
-from runtime.files import read_text, write_whole
-from runtime.pretrained import remembered_frame
+from asm import load_asm
+from data import (
+    EMBEDDED,
+    MAX_PIXELS,
+    MIN_PIXELS,
+    Example,
+    Examples,
+    Sizes,
+    load_samples,
+    model_size,
+    to_image,
+)
+from evaluate import add_masks, claim_folder, fingerprint, write_results
+from metrics import FEW, paired_interval, prediction
+from rewards import Box, box_iou, parse_answer
+from runtime.cli import Parser, exit_on, print0, show_every_character, use_embedded
+from runtime.files import parse_object, read_text
+from runtime.parallel import Ranks
+from runtime.pretrained import read_settings
 
-FORM = {"text": str, "bbox": list, "points": list}  # of a line of --predictions
+KINDS = {"text": str, "bbox": list, "points": list}  # of the values of a line
+FRAMES = ("pixels", "norm1000", "model")
+FRACTIONS = "fractions"  # 0 to 1 along each side: tried, but not read
+BETTER = 0.05  # mean IoU by which another frame must fit better to be named
+OUTSIDE = 1.02  # a box leaves its image from this share of the image's side on
+NO_PREDICTION = "no prediction"  # the problem of a question without a line
+OUTPUTS = ("config.json", "predictions.jsonl", "summary.json", "table.md", "examples.png")
 
-
-def read_predictions(folder: str | Path) -> list[dict]:
-    path = Path(folder) / "predictions.jsonl"
-    if not path.is_file():
-        raise ValueError(
-            f"{folder}: no predictions.jsonl in there; evaluate.py --out {folder} makes it"
-        )
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    if not rows or "completions" not in rows[0]:
-        raise ValueError(f"{path}: empty, or of an older version; run the evaluation again")
-    return add_siblings(rows)
-
-
-def finished(out: Path) -> list[dict]:
-    """The predictions in an --out folder, of this run and of interrupted ones. A line that a kill cut off is
-    removed, so that its question is asked again."""
-    if (out / "predictions.jsonl").exists():
-        return read_predictions(out)
-    rows = []
-    for path in sorted(out.glob("part-*.jsonl")):
-        text = path.read_text()
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:
-            write_whole(path, whole)
-        rows += [json.loads(line) for line in whole.splitlines()]
-    return rows
+# ---------------------------------------------------------------- the file
 
 
-def in_order(rows: list[dict], n: int, out: Path) -> list[dict]:
-    """The rows by index; ValueError unless they are those of questions 0 to n - 1, each once."""
-    rows = sorted(rows, key=lambda row: row["index"])
-    indexes = [row["index"] for row in rows]
-    if indexes != list(range(n)):
-        missing, extra = len(set(range(n)) - set(indexes)), len(indexes) - len(set(indexes))
-        raise ValueError(
-            f"--out {out}: {missing} of {n} questions are missing, {extra} are there twice; remove "
-            "part-*.jsonl in it and run again"
-        )
-    return rows
+def read_given(path: str | Path) -> tuple[dict[str, dict], list[str]]:
+    """Returns {id: line}, and what was asked for: "bbox", "points" or both.
 
-
-def shown(p: dict) -> dict:
-    """The kept completion, or the first one if none can be used."""
-    return p["completions"][p["kept"] or 0]
-
-
-def encode_mask(mask: np.ndarray) -> dict:
-    """(H, W) bool -> COCO's run lengths by column, {"size": [H, W], "counts": [outside, inside, …]}."""
-    flat = mask.flatten(order="F")
-    ends = np.flatnonzero(np.diff(flat)) + 1
-    counts = np.diff([0, *ends, len(flat)]).tolist()
-    return {"size": list(mask.shape), "counts": [0, *counts] if flat[0] else counts}
-
-
-def decode_mask(rle: dict) -> np.ndarray:
-    """The inverse of encode_mask."""
-    inside = np.arange(len(rle["counts"])) % 2 == 1
-    return np.repeat(inside, rle["counts"]).reshape(rle["size"], order="F")
-
-
-# ---------------------------------------------------------------- of another model
-
-
-def read_given(path: str) -> tuple[dict[str, dict], list[str]]:
-    """--predictions -> {id: line}, and what was asked for: "bbox", "points" or both. ValueError names a line
-    that does not have the form described above."""
-    given, asked = {}, set()
-    for number, line in enumerate(
-        read_text(path).split("\n"), 1
-    ):  # splitlines() would split texts, too
+    ValueError names a line that is not as the text at the top of this file says."""
+    given: dict[str, dict] = {}
+    asked: set[str] = set()
+    # not splitlines(): it also cuts at separators that JSON allows inside of a string
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
-        where = f"--predictions {path}, line {number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            raise ValueError(f"{where}: not JSON") from None
-        row = row if isinstance(row, dict) else {}
-        parts = {key for key, kind in FORM.items() if row.get(key) is not None}
-        if (
-            type(row.get("id")) not in (str, int)
-            or not parts
-            or not all(isinstance(row[key], FORM[key]) for key in parts)
-        ):
+        where = f"{path}, line {number}"
+        row = parse_object(line, where)
+        name = row.get("id")
+        parts = {key for key in KINDS if row.get(key) is not None}
+        if type(name) not in (str, int) or not has_kinds(row, parts):
             raise ValueError(
                 f"{where}: an object with id (text or number) and with text (text), bbox (list) "
                 "or points (list) is needed"
             )
-        if str(row["id"]) in given:
-            raise ValueError(f"{where}: id {row['id']!r} has an earlier line; one line per id")
-        given[str(row["id"])] = row
+        if str(name) in given:
+            raise ValueError(f"{where}: id {name!r} has an earlier line; one line per id")
+        given[str(name)] = row
         asked |= {"bbox", "points"} if "text" in parts else parts
     if not given:
-        raise ValueError(f"--predictions {path}: no line in it")
+        raise ValueError(f"{path}: no line in it")
     return given, sorted(asked)
 
 
-def model_sizes(cfg) -> tuple[str, int, int]:
-    """resize, min_pixels and max_pixels of data.model_size, as load_crm(cfg.crm) has them."""
-    try:
-        largest = Qwen2VLImageProcessorPil.from_pretrained(cfg.crm).size["longest_edge"]
-    except (OSError, ValueError):
+def has_kinds(row: dict, parts: set[str]) -> bool:
+    """Whether a line has at least one of the KINDS, and each of them with its type."""
+    if not parts:
+        return False
+    return all(isinstance(row[key], KINDS[key]) for key in parts)
+
+
+def check_ids(given: Mapping[str, dict], ids: Sequence[str], args: argparse.Namespace) -> None:
+    """ValueError where a line is about a question that the data does not have."""
+    unknown = given.keys() - set(ids)
+    if unknown:
         raise ValueError(
-            f"--crm {cfg.crm}: --frame model needs its preprocessor_config.json"
-        ) from None
-    saved = remembered_frame(cfg.crm)
-    return (
-        cfg.resize or saved.get("resize", "aspect"),
-        cfg.min_pixels or saved.get("min_pixels", MIN_PIXELS),
-        cfg.max_pixels or saved.get("max_pixels", min(MAX_PIXELS, largest)),
+            f"{args.file}: {len(unknown)} of {len(given)} ids are not in --data {args.data}, split "
+            f"{args.split}, the first: {min(unknown)!r}; those there look like {ids[0]!r}"
+        )
+
+
+def completion_text(row: dict | None) -> str:
+    """Returns a line as a completion, so that there is one parser; "" for no line."""
+    if row is None:
+        return ""
+    if row.get("text") is not None:
+        return row["text"]
+    fields = {"bbox": row.get("bbox")}
+    for number, point in enumerate(row.get("points") or [], 1):
+        fields[f"points_{number}"] = point
+    return f"<answer>{json.dumps(fields)}</answer>"
+
+
+# ---------------------------------------------------------------- the frame
+
+
+@dataclass(frozen=True)
+class Resize:
+    """How a checkpoint resizes images, see data.model_size."""
+
+    resize: str = "aspect"
+    min_pixels: int = MIN_PIXELS
+    max_pixels: int = MAX_PIXELS
+
+
+def resize_of(crm: str | None, resize: str | None) -> Resize:
+    """Returns how load_crm(crm, resize=resize) resizes images; as any CRM does where there is
+    none."""
+    if crm is None:
+        return Resize(resize or "aspect")
+    try:
+        processor = Qwen2VLImageProcessorPil.from_pretrained(crm)
+    except (OSError, ValueError):
+        raise ValueError(f"--crm {crm}: --frame model needs its preprocessor_config.json") from None
+    settings = read_settings(crm)
+    largest = min(MAX_PIXELS, processor.size["longest_edge"])
+    return Resize(
+        resize or settings.get("resize", "aspect"),
+        settings.get("min_pixels", MIN_PIXELS),
+        settings.get("max_pixels", largest),
     )
 
 
-def from_file(cfg, samples) -> list[dict]:
-    """Another model's predictions, one for each sample, in order. ValueError, one line, for ids that the data
-    does not have and for a wrong frame."""
-    where, ids = f"--predictions {cfg.predictions}", samples.ids()
-    given, asked = read_given(cfg.predictions)
-    if unknown := list(given.keys() - set(ids)):
-        raise ValueError(
-            f"{where}: {len(unknown)} of {len(given)} ids are not in --data {cfg.data}, split "
-            f"{cfg.split}, the first: {min(unknown)!r}; those there look like {ids[0]!r}"
+def sizes_in(frame: str, size: tuple[int, int], resize: Resize) -> Sizes:
+    """Returns an image's size in pixels, and in a frame in which coordinates may be written."""
+    if frame == "norm1000":
+        return Sizes(size, (1000, 1000))
+    if frame == FRACTIONS:
+        return Sizes(size, (1, 1))
+    if frame == "model":
+        size_there = model_size(size, resize.resize, resize.min_pixels, resize.max_pixels)
+        return Sizes(size, size_there)
+    return Sizes(size, size)
+
+
+class FrameCheck:
+    """How well the boxes of a file fit the true ones, in each frame they may be written in."""
+
+    def __init__(self, frame: str, resize: Resize):
+        self.frame = frame
+        self.resize = resize
+        self.ious: dict[str, list[float]] = {name: [] for name in (*FRAMES, FRACTIONS)}
+        self.images: list[str] = []  # what image each box is about
+        self.outside = 0  # boxes that leave their image
+        self.fractions = 0  # boxes that would be less than a pixel
+
+    def add(self, box: Box, example: Example, image: str) -> None:
+        """Counts a box, as it was written. image: which image the question is about."""
+        size = example.image.size
+        for name, ious in self.ious.items():
+            placed = to_image(box, sizes_in(name, size, self.resize))
+            ious.append(box_iou(placed, example.bbox))
+        self.images.append(image)
+        _, _, right, bottom = to_image(box, sizes_in(self.frame, size, self.resize))
+        if right > OUTSIDE * size[0] or bottom > OUTSIDE * size[1]:
+            self.outside += 1
+        if max(box) <= 1:
+            self.fractions += 1
+
+    def better_frame(self) -> str:
+        """Returns one line about a frame that fits clearly better than the given one; "" where
+        there is none."""
+        if not self.images:
+            return ""
+        means = {name: sum(ious) / len(ious) for name, ious in self.ious.items()}
+        best = max(means, key=means.get)
+        gain = paired_interval(self.ious[self.frame], self.ious[best], self.images)
+        by_chance = gain.images >= FEW and gain.low <= 0
+        if gain.mean < BETTER or by_chance:
+            return ""
+        fix = f"give --frame {best}"
+        if best == FRACTIONS:
+            fix = "write them times 1000 and give --frame norm1000"
+        return (
+            f"the boxes look like {best} (mean IoU {means[best]:.2f}), not like {self.frame} "
+            f"({means[self.frame]:.2f}): {fix}"
         )
-    sizes = model_sizes(cfg) if cfg.frame == "model" else None
-    rows, boxes, outside, fractions = [], 0, 0, 0
-    for i, name in enumerate(ids):
-        sample, row = samples[i], given.get(name, {"text": ""})
-        size = sample.image.size
-        if sizes:
-            frame = Frame(size, model_size(size, *sizes))
-        else:
-            frame = Frame(size, size if cfg.frame == "pixels" else (1000, 1000))
-        text = row.get("text")
-        if text is None:  # written as a completion, so that there is one parser
-            fields = {"bbox": row.get("bbox")}
-            fields |= {f"points_{n}": point for n, point in enumerate(row.get("points") or [], 1)}
-            text = f"<answer>{json.dumps(fields)}</answer>"
-        p = prediction(sample, i, [text], frame) | {"asked": asked}
+
+    def reject_impossible(self, file: str) -> None:
+        """ValueError where most boxes cannot be in the given frame."""
+        boxes = len(self.images)
+        better = self.better_frame()
+        if self.fractions > boxes / 2:
+            raise ValueError(
+                f"{file}: the boxes look like fractions of the image; write them times 1000 and "
+                "give --frame norm1000"
+            )
+        if self.outside > boxes / 2:
+            raise ValueError(
+                f"{file}: {self.outside} of {boxes} boxes leave their image, so --frame "
+                f"{self.frame} is wrong; {better or 'give the frame they were written in'}"
+            )
+
+
+# ---------------------------------------------------------------- the predictions
+
+
+def predictions_from(
+    given: Mapping[str, dict],
+    asked: Sequence[str],
+    examples: Examples,
+    frame: str,
+    resize: Resize,
+) -> tuple[list[dict], FrameCheck]:
+    """Returns a prediction (see metrics.prediction) for each example, in order, and how the boxes
+    fit. One image at a time is in memory."""
+    check = FrameCheck(frame, resize)
+    rows = []
+    for i, name in enumerate(examples.ids()):
+        example = examples[i]
+        text = completion_text(given.get(name))
+        p = prediction(example, i, [text], sizes_in(frame, example.image.size, resize))
+        p["asked"] = list(asked)
         (completion,) = p["completions"]
         if name not in given:
-            completion["problem"] = "no prediction"
+            completion["problem"] = NO_PREDICTION
         elif len(asked) == 1:  # what was not asked for cannot be missing
-            completion["problem"] = "" if completion[asked[0]] else f"{asked[0]} malformed"
-        if completion["bbox"]:
-            boxes += 1
-            outside += any(v > 1.02 * side for v, side in zip(completion["bbox"][2:], size))
-            fractions += cfg.frame == "pixels" and max(completion["bbox"]) <= 1
+            (part,) = asked
+            completion["problem"] = f"{part} malformed" if completion[part] is None else ""
+        written = parse_answer(text).bbox
+        if written is not None:
+            check.add(written, example, p["image"])
         rows.append(p)
-    if outside > boxes / 2:
-        raise ValueError(
-            f"{where}: {outside} of {boxes} boxes leave their image, so --frame {cfg.frame} is "
-            "wrong; give the frame they were written in"
-        )
-    if boxes and fractions == boxes:
-        raise ValueError(
-            f"{where}: the boxes look like fractions of the image; give pixels, or thousandths and --frame norm1000"
-        )
-    print0(
-        f"{len(ids) - len(given)} of {len(ids)} questions have no prediction (refusals), "
-        f"{outside} boxes leave their image"
+    return rows, check
+
+
+# ---------------------------------------------------------------- the command
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    show_every_character()
+    parser = Parser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        fromfile_prefix_chars="@",
+        allow_abbrev=False,
     )
-    return add_siblings(rows)
+    parser.add_argument("file", metavar="FILE", help="completions, one JSON object per line")
+    parser.add_argument("--data", help="folder or .parquet file, see data.py")
+    parser.add_argument("--split", default="test", help="split of --data (test)")
+    parser.add_argument("--limit", type=int, default=0, help="questions, the first ones (0: all)")
+    parser.add_argument(
+        "--skip-bad-rows", action="store_true", help="leave out rows that cannot be used"
+    )
+    parser.add_argument(
+        "--frame", choices=FRAMES, default="pixels", help="of the coordinates (pixels)"
+    )
+    parser.add_argument("--crm", help="of --frame model: the checkpoint that resizes images")
+    parser.add_argument(
+        "--resize", help="of --frame model: aspect, aspect:MAX_PIXELS or square:SIDE"
+    )
+    parser.add_argument("--asm", help="segmenter for the mask's Dice, or none")
+    parser.add_argument("--out", default="eval", help="folder for what is written (eval)")
+    args = parser.parse_args(argv)
+    if args.limit < 0:
+        parser.error(f"--limit {args.limit}: must be at least 0")
+    return args
+
+
+def check_out(out: Path, file: Path) -> None:
+    """ValueError where the file itself would be overwritten."""
+    if file.resolve() in [(out / name).resolve() for name in OUTPUTS]:
+        raise ValueError(f"--out {out}: {file} would be overwritten; give another --out")
+
+
+def score_file(args: argparse.Namespace) -> None:
+    """Scores a file and writes everything into --out. ValueError where something does not fit;
+    nothing is written then."""
+    ranks = Ranks.start()
+    out = Path(args.out)
+    check_out(out, Path(args.file))
+    given, asked = read_given(args.file)
+    defaults = {"data": EMBEDDED["data"], "asm": EMBEDDED["asm"]}
+    if args.frame == "model":
+        defaults["crm"] = EMBEDDED["crm"]
+    use_embedded(args, defaults)
+    examples = load_samples(args.data, args.split, args.skip_bad_rows)
+    if args.limit > 0:
+        examples = examples[: args.limit]
+    examples.check()
+    check_ids(given, examples.ids(), args)
+
+    resize = resize_of(args.crm, args.resize)
+    rows, check = predictions_from(given, asked, examples, args.frame, resize)
+    check.reject_impossible(args.file)
+    missing = len(examples) - len(given)
+    print0(
+        f"{missing} of {len(examples)} questions have no prediction (refusals), {check.outside} "
+        "boxes leave their image"
+    )
+    asm = None
+    if args.asm != "none":
+        asm = load_asm(args.asm, ranks.device)
+    config = vars(args) | {"fingerprint": fingerprint([Path(args.file)], examples)}
+    claim_folder(out, config, ranks)
+    for row in tqdm(rows, ncols=100):
+        add_masks(row, examples[row["index"]], asm)
+    write_results(rows, examples, out)
+    better = check.better_frame()
+    if better:
+        print0(better)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    with exit_on(ValueError, OSError):
+        score_file(args)
 
 
 if __name__ == "__main__":
-    print(__doc__)
+    main()

@@ -1,4 +1,6 @@
-"""Files: what comes from others is read as data only, and a kill while writing leaves the old file or the new one."""
+"""Files: what comes from others is read as data only, and a kill while writing leaves the old file
+or the new one.
+"""
 
 import errno
 import json
@@ -24,7 +26,8 @@ UNREADABLE = (  # what torch.load raises on garbage, found by fuzzing
     OSError,
 )
 
-NO_FSYNC_OF_FOLDERS = (  # what file systems answer that cannot do it: network, FUSE and some overlay ones
+# What file systems answer that cannot fsync a folder: network, FUSE and some overlay ones.
+NO_FSYNC_OF_FOLDERS = (
     errno.EINVAL,
     errno.ENOTSUP,
     errno.EOPNOTSUPP,
@@ -39,8 +42,8 @@ NO_FSYNC_OF_FOLDERS = (  # what file systems answer that cannot do it: network, 
 def read_torch(file: str | Path, device: str | torch.device = "cpu", mmap: bool = False) -> Any:
     """What torch.save wrote: plain tensors and containers. Nothing in the file is run.
 
-    With mmap the tensors stay on disk until they are used, and the ranks of a machine share the memory.
-    Raises ValueError, which names the file, and OSError where there is none.
+    With mmap the tensors stay on disk until they are used, and the ranks of a machine share the
+    memory. Raises ValueError, which names the file, and OSError where there is none.
     """
     open(file, "rb").close()  # a missing file is an OSError of its own
     try:
@@ -64,8 +67,8 @@ def read_text(path: str | Path) -> str:
 def read_jsonl(path: Path) -> list[dict]:
     """One JSON object per line; an empty list where there is no file.
 
-    A last line without its newline was torn by a kill and is left out. Raises ValueError, which names the
-    line, for anything else that is no JSON object.
+    A last line without its newline was torn by a kill and is left out. Raises ValueError, which
+    names the line, for anything else that is no JSON object.
     """
     if not path.exists():
         return []
@@ -87,7 +90,9 @@ def parse_object(text: str, where: str | Path) -> dict:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write under a temporary name, then rename: a reader sees the old file or the new one, never a part."""
+    """Write under a temporary name, then rename: a reader sees the old file or the new one, never a
+    part.
+    """
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     to_disk(temporary)
@@ -95,7 +100,10 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def to_disk(path: Path) -> None:
-    """fsync a file or a folder. A folder on a file system that cannot do it is left to that file system."""
+    """fsync a file or a folder.
+
+    A folder on a file system that cannot do it is left to that file system.
+    """
     is_folder = path.is_dir()
     try:
         _fsync(path)
@@ -113,7 +121,10 @@ def _fsync(path: Path) -> None:
 
 
 def read_safetensors(file: str | Path) -> dict[str, torch.Tensor]:
-    """{name: tensor} of a safetensors file. Raises ValueError, which names the file, if it is none."""
+    """{name: tensor} of a safetensors file.
+
+    Raises ValueError, which names the file, if it is none.
+    """
     try:
         return safetensors.torch.load_file(file)
     except safetensors.SafetensorError as error:
@@ -125,7 +136,8 @@ def load_weights(
 ) -> None:
     """Copy {name: tensor} into the model.
 
-    Raises ValueError, which names source and the keys that are missing, unexpected or of another shape.
+    Raises ValueError, which names source and the keys that are missing, unexpected or of another
+    shape.
     """
     named = {str(name): tensor for name, tensor in weights.items()}
     try:

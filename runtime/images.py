@@ -1,8 +1,9 @@
 """Image and mask files, read as data only: an allow-list of formats, one-line errors.
 
-`load_image` is the one function that reads an image, `load_mask` the one that reads a mask. A mask file says
-by its numbers which pixels are the target, so its numbers are looked at before anything is converted. Where
-they could be read in two ways, ValueError says so: a wrong target would be trained on without a word.
+`load_image` is the one function that reads an image, `load_mask` the one that reads a mask. A mask
+file says by its numbers which pixels are the target, so its numbers are looked at before anything
+is converted. Where they could be read in two ways, ValueError says so: a wrong target would be
+trained on without a word.
 """
 
 import io
@@ -14,7 +15,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -26,7 +26,7 @@ FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM")  # Pillow starts 
 MIN_SIDE = 14  # an image smaller than one patch of Qwen2.5-VL holds nothing to ground
 MAX_RATIO = 200  # of an image's sides, the limit of Qwen's own resize
 
-SCAN_READERS = {  # single files that Pillow cannot read: read(path, choice, is_mask) -> PNG bytes
+SCAN_READERS = {  # single files that Pillow cannot read: read(path, choice, is_mask, image)
     ".dcm": "extras.scans.read_png",
     ".nii": "extras.scans.read_png",
     ".nii.gz": "extras.scans.read_png",
@@ -47,7 +47,12 @@ TURNS = {  # its values, and what makes an image upright
 SIDEWAYS = (5, 6, 7, 8)  # those that exchange width and height
 
 FEW_COLOURS = 256  # a mask with more has been through JPEG or the like
-MAX_LEFT = 32  # of 255, by which a pixel of a mask may differ from shades of its one colour
+JPEG_NOISE = 2  # of 255, between neighbours in an even area
+NOISE = 4 / 255  # of full scale, what a good JPEG leaves in even areas
+MIN_SOLID = (
+    0.1  # of a label's pixels are the middle of an even square of 3 x 3; of JPEG's noise, fewer
+)
+MAX_LEFT = 48  # of 255, by which a pixel of a mask may differ from shades of its one colour
 
 BROKEN = (  # what Pillow's decoders raise on broken files, found by fuzzing
     OSError,
@@ -65,8 +70,8 @@ BROKEN = (  # what Pillow's decoders raise on broken files, found by fuzzing
     zlib.error,
 )
 
-# Pillow warns of odd tags and of sizes; what matters of it is an error here. Set once for the process, because
-# warnings.catch_warnings is not safe in threads.
+# Pillow warns of odd tags and of sizes; what matters of it is an error here. Set once for the
+# process, because warnings.catch_warnings is not safe in threads.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
@@ -76,12 +81,13 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 def load_image(source: Source) -> Image.Image:
     """An upright RGB image from a file or its bytes; of a scan (DICOM, NIfTI) the middle slice.
 
-    Numbers beyond 8 bits are stretched to black and white, see `_stretch`. Transparent pixels become black, as
-    nothing is known of what lies behind them. Raises ValueError, one line, for what is none of FORMATS or
-    broken, a side under MIN_SIDE pixels, several pages, NaN, an image without any visible pixel, 16-bit colours
-    that 8 bits cannot show, and what Pillow takes for a decompression bomb (over 89M pixels).
+    Numbers beyond 8 bits are stretched to black and white, see `_stretch`. Transparent pixels
+    become black, as nothing is known of what lies behind them. Raises ValueError, one line, for
+    what is none of FORMATS or broken, a side under MIN_SIDE pixels, several pages, NaN, an image
+    without any visible pixel, 16-bit colours that 8 bits cannot show, and what Pillow takes for a
+    decompression bomb (over 89M pixels).
     """
-    picture = _decode(_pixels_of_scan(source, is_mask=False))
+    picture = _decode(_slice_of_scan(source))
     image = picture.image
     if min(image.size) < MIN_SIDE:
         width, height = picture.stored_size
@@ -105,8 +111,9 @@ def load_image(source: Source) -> Image.Image:
 def _stretch(values: np.ndarray) -> np.ndarray:
     """(H, W) numbers of any range -> uint8, from their minimum to their maximum.
 
-    An end that lies farther from the middle 99.8 % of the pixels than these are wide is a defect, such as one
-    hot pixel at 65,535 in an image of 12 bits. It would blacken all others, so the stretch stops before it.
+    An end that lies farther from the middle 99.8 % of the pixels than these are wide is a defect,
+    such as one hot pixel at 65,535 in an image of 12 bits. It would blacken all others, so the
+    stretch stops before it.
     """
     if not np.isfinite(values).all():
         raise ValueError("has NaN or infinite pixels; replace them by numbers")
@@ -136,13 +143,14 @@ def _is_nearly_black(image: Image.Image) -> bool:
 def load_mask(source: Source, of: Source | None = None) -> np.ndarray:
     """(H, W) bool, upright: the target of a mask file or its bytes. One file has one target.
 
-    of: the mask's image. If that is turned by EXIF, a mask of its stored size is turned with it, unless the
-    mask has an orientation of its own. Raises ValueError, one line, as load_image, and for several labels.
+    of: the mask's image. If that is turned by EXIF, a mask of its stored size is turned with it,
+    unless the mask has an orientation of its own. Raises ValueError, one line, as load_image, and
+    for several labels.
     """
-    picture = _decode(_pixels_of_scan(source, is_mask=True))
+    picture = _decode(_slice_of_scan(source, is_mask=True, of=of))
     if picture.has_deep_colours:
         raise ValueError("has colours of 16 bits; save the mask as grey of 8 or 16 bits")
-    mask = _target(picture.image)
+    mask = _target(picture.image, picture.is_jpeg)
     if of is None or picture.orientation is not None:
         return mask
     orientation, stored_size = _orientation_and_size(of)
@@ -151,7 +159,7 @@ def load_mask(source: Source, of: Source | None = None) -> np.ndarray:
     return np.asarray(Image.fromarray(mask).transpose(TURNS[orientation]))
 
 
-def _target(image: Image.Image) -> np.ndarray:
+def _target(image: Image.Image, is_jpeg: bool) -> np.ndarray:
     """(H, W) bool: which pixels of a decoded mask are meant, by the kind of its numbers."""
     if image.mode == "P":
         return _target_of_palette(image)
@@ -160,15 +168,15 @@ def _target(image: Image.Image) -> np.ndarray:
     if image.has_transparency_data:
         return _target_of_alpha(np.asarray(_convert(image, "RGBA")))
     if image.mode in ("1", "L"):
-        return _target_of_greys(np.asarray(image))
-    return _target_of_colours(np.asarray(_convert(image, "RGB")))
+        return _target_of_greys(np.asarray(image), is_jpeg)
+    return _target_of_colours(np.asarray(_convert(image, "RGB")), is_jpeg)
 
 
-def _target_of_greys(values: np.ndarray) -> np.ndarray:
+def _target_of_greys(values: np.ndarray, is_jpeg: bool = False) -> np.ndarray:
     """(H, W) numbers, as stored -> bool.
 
-    One number besides 0 is the target, whatever it is. Several are a mask from 0 to full scale with soft edges,
-    cut at half, or labels, which ValueError names.
+    One number besides 0 is the target, whatever it is. Several are a mask from 0 to full scale with
+    soft edges, cut at half, or labels, which ValueError names.
     """
     if not np.isfinite(values).all():
         raise ValueError("has NaN or infinite pixels; replace them by numbers")
@@ -181,14 +189,15 @@ def _target_of_greys(values: np.ndarray) -> np.ndarray:
         return values > 0
     if full is None:
         raise _several(labels)
-    if _are_labels(values / full):
-        filled = np.unique(values[_filled(values, 3)])
+    if _are_labels(values, full, is_jpeg):
+        filled = np.unique(values[_filled(values)])
         raise _several(filled[filled != 0] if len(labels) > 5 else labels)
     return values > full / 2
 
 
 def _full_scale(kind: np.dtype, highest: float) -> float | None:
-    """The number that stands for "all of this pixel" in a mask with soft edges; None where there is none.
+    """The number that stands for "all of this pixel" in a mask with soft edges; None where there is
+    none.
 
     It is the end of a usual range whose upper half is in use: 1.0 of a float, 8 bits, 16 bits.
     """
@@ -200,42 +209,46 @@ def _full_scale(kind: np.dtype, highest: float) -> float | None:
     return None
 
 
-def _are_labels(shares: np.ndarray) -> bool:
-    """Whether an (H, W) mask of several numbers, as shares of full scale, is a map of labels.
+def _are_labels(values: np.ndarray, full: float, is_jpeg: bool) -> bool:
+    """Whether an (H, W) mask of several numbers from 0 to full is a map of labels.
 
-    A half tone (in 8 bits 32 to 223) that fills a square of 3 x 3 pixels is a label. Blurring, resizing and
-    JPEG give many half tones, but lines of them; where a slow gradient turns, a square may be even, but then
-    what is around it is nearly the same.
+    A half tone (in 8 bits 32 to 223) that fills a square of 3 x 3 pixels is a label. Blurring,
+    resizing and JPEG give many half tones, but lines of them; where a slow gradient turns, a square
+    may be even, but then what is around it is nearly the same.
 
-    Without any half tone there is no soft edge. Then numbers near 0 and near full scale are the noise of JPEG,
-    which is on both sides, or they are labels, as 0, 1 and 255: one side is exact, or each number fills a square.
+    Without any half tone there is no soft edge. Then further numbers near 0 or near full scale are
+    labels, as 0, 1 and 255, if they fill squares. JPEG leaves noise there, but on both sides, and
+    little of it is even.
     """
-    low, high = 1 / 8, 7 / 8
-    filled = _filled(shares, 3)
-    halftone = (shares > low) & (shares < high)
+    low, high = full / 8, full * 7 / 8
+    halftone = (values > low) & (values < high)
+    filled = _filled(values)
+    if is_jpeg:
+        filled = maximum_filter(values, 3) - minimum_filter(values, 3) <= JPEG_NOISE
     squares = filled & halftone
     if squares.any():
-        around = maximum_filter(shares, 5) - minimum_filter(shares, 5)
-        is_gradient = (around > 0) & (around < 1 / 16)
+        around = maximum_filter(values, 5).astype(float) - minimum_filter(values, 5)
+        is_gradient = (around > 0) & (around < low)
         return bool((squares & ~is_gradient).any())
-    if halftone.any():
+    if halftone.any() or is_jpeg:
         return False
-    numbers, solid = np.unique(shares), np.unique(shares[filled])
-    lows, highs = (numbers <= low).sum(), (numbers >= high).sum()
-    solid_lows, solid_highs = (solid <= low).sum(), (solid >= high).sum()
-    if lows == 1 and solid_highs > 1:
-        return True
-    if highs == 1 and solid_lows > 1:
-        return True
-    return len(numbers) > 2 and len(numbers) == len(solid)
+    lowest, highest = values.min(), values.max()
+    near_black = (values > lowest) & (values <= low)
+    near_white = (values > lowest) & (values < highest) & (values >= high)
+    near = near_black | near_white
+    if near_black.any() and near_white.any():
+        near &= (values > NOISE * full) & (values < full - NOISE * full)
+    return bool(near.any() and filled[near].mean() > MIN_SOLID)
 
 
-def _filled(values: np.ndarray, side: int) -> np.ndarray:
-    """(H, W) bool: the middles of squares of side x side pixels, all inside, that have one number."""
-    margin = side // 2
-    inside = np.zeros(values.shape, bool)
-    inside[margin:-margin, margin:-margin] = True
-    return inside & (maximum_filter(values, side) == minimum_filter(values, side))
+def _filled(values: np.ndarray) -> np.ndarray:
+    """(H, W) bool: the middles of squares of 3 x 3 pixels, all inside, that have one number."""
+    middle = values[:, 1:-1]
+    across = (values[:, :-2] == middle) & (middle == values[:, 2:])
+    down = (middle[:-2] == middle[1:-1]) & (middle[1:-1] == middle[2:])
+    filled = np.zeros(values.shape, bool)
+    filled[1:-1, 1:-1] = across[:-2] & across[1:-1] & across[2:] & down
+    return filled
 
 
 def _several(labels: np.ndarray) -> ValueError:
@@ -247,9 +260,9 @@ def _several(labels: np.ndarray) -> ValueError:
 def _target_of_palette(image: Image.Image) -> np.ndarray:
     """A palette image -> (H, W) bool.
 
-    A palette's colours are there to tell labels apart, so its indices are the labels and 0 is the background.
-    Two kinds of file only use a palette to be small: a grey mask, of which the greys count, and a shape of one
-    colour, of which the alpha counts.
+    A palette's colours are there to tell labels apart, so its indices are the labels and 0 is the
+    background. Two kinds of file only use a palette to be small: a grey mask, of which the greys
+    count, and a shape of one colour, of which the alpha counts.
     """
     indices = np.asarray(image)
     used, first = np.unique(indices, return_index=True)
@@ -262,8 +275,8 @@ def _target_of_palette(image: Image.Image) -> np.ndarray:
         return _target_of_greys(table[indices])
     if len(used) > 1 and used[0] == 0 and brightness[0] > 127 and (brightness[1:] < 32).all():
         raise ValueError(
-            "has a palette whose background, index 0, is bright and whose labels are black or transparent; "
-            "save it as grey, 255 on the target"
+            "has a palette whose background, index 0, is bright and whose labels are black or "
+            "transparent; save it as grey, 255 on the target"
         )
     is_grey = (colours[:, :3] == greys[:, None]).all() and (alpha == 255).all()
     if is_grey and len(np.unique(greys)) == len(used):
@@ -276,8 +289,11 @@ def _target_of_palette(image: Image.Image) -> np.ndarray:
 
 
 def _target_of_alpha(rgba: np.ndarray) -> np.ndarray:
-    """(H, W, 4) uint8 -> bool. Where all that can be seen has one colour, the shape is in the alpha; otherwise
-    the colours are looked at, over black."""
+    """(H, W, 4) uint8 -> bool.
+
+    Where all that can be seen has one colour, the shape is in the alpha; otherwise the colours are
+    looked at, over black.
+    """
     colours, alpha = rgba[..., :3], rgba[..., 3]
     if not alpha.any():
         raise ValueError("is transparent everywhere; save the mask as grey, 255 on the target")
@@ -288,22 +304,25 @@ def _target_of_alpha(rgba: np.ndarray) -> np.ndarray:
     if (visible == visible[0]).all():
         if visible[0].max() < 32 and hidden.max(initial=0) > 127:
             raise ValueError(
-                "is black where it is opaque and bright where it is transparent; save the mask as grey, "
-                "255 on the target"
+                "is black where it is opaque and bright where it is transparent; save the mask as "
+                "grey, 255 on the target"
             )
         return _target_of_greys(alpha)
     over_black = np.uint8(np.round(colours * (alpha[..., None] / 255)))
     return _target_of_colours(over_black)
 
 
-def _target_of_colours(rgb: np.ndarray) -> np.ndarray:
-    """(H, W, 3) uint8 -> bool: one colour on black, with soft edges or without. ValueError for several.
+def _target_of_colours(rgb: np.ndarray, is_jpeg: bool = False) -> np.ndarray:
+    """(H, W, 3) uint8 -> bool: one colour on black, with soft edges or without.
 
-    Each colour is taken apart: how much of the commonest bright colour it has, which is its grey, and what is
-    left. In a file of few colours nothing may be left; JPEG blurs colours at edges, so in a file of many only
-    what fills a square counts.
+    Each colour is taken apart: how much of the commonest bright colour it has, which is its grey,
+    and what is left. In a file of few colours nothing may be left; JPEG blurs colours at edges, so
+    in a file of many only what fills a square counts.
     """
-    codes = rgb.astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32)
+    if (rgb == rgb[..., :1]).all():
+        return _target_of_greys(rgb[..., 0], is_jpeg)
+    red, green, blue = np.moveaxis(rgb.astype(np.int32), 2, 0)
+    codes = red << 16 | green << 8 | blue
     used, counts = np.unique(codes, return_counts=True)
     colours = np.stack([used >> 16, used >> 8 & 255, used & 255], axis=1)
     brightness = colours.max(axis=1)
@@ -318,15 +337,13 @@ def _target_of_colours(rgb: np.ndarray) -> np.ndarray:
     left = abs(colours - share[:, None] * main).max(axis=1)
     other = left > MAX_LEFT
     if len(used) > FEW_COLOURS:
-        other &= np.isin(used, codes[_filled(codes, 3)])
+        other &= np.isin(used, codes[_filled(codes)])
     if other.any():
         raise _several(np.stack([main, *colours[other]]))
     is_grey = main.max() - main.min() <= MAX_LEFT
-    full = (
-        main.max() if is_grey else 255
-    )  # how bright a colour is meant to be is not known, but white is
-    greys = rgb @ main / (main @ main) * full
-    return _target_of_greys(np.uint8(np.round(greys).clip(0, 255)))
+    full = main.max() if is_grey else 255  # a grey is as bright as it is; a colour stands for white
+    greys = np.uint8(np.round(share * full).clip(0, 255))
+    return _target_of_greys(greys[np.searchsorted(used, codes)], is_jpeg)
 
 
 # ---------------------------------------------------------------- files
@@ -340,6 +357,7 @@ class _Picture:
     orientation: int | None
     stored_size: tuple[int, int]
     has_deep_colours: bool
+    is_jpeg: bool
 
 
 def _decode(source: Source) -> _Picture:
@@ -347,6 +365,7 @@ def _decode(source: Source) -> _Picture:
     with _opened(source) as image:
         has_pages = _has_pages_of_one_size(image)
         has_deep_colours = _has_deep_colours(image)
+        is_jpeg = image.format in ("JPEG", "MPO")
         if has_pages:
             loaded, orientation = image, None
         else:
@@ -354,45 +373,78 @@ def _decode(source: Source) -> _Picture:
     if has_pages:
         raise ValueError("has several pages or frames of one size; save the one that is meant")
     stored_size = _stored_size(loaded.size, orientation)
-    return _Picture(loaded, orientation, stored_size, has_deep_colours)
+    return _Picture(loaded, orientation, stored_size, has_deep_colours, is_jpeg)
 
 
 def _load_upright(image: Image.Image) -> tuple[Image.Image, int | None]:
     """(the decoded image, upright, and the orientation that it had, or None).
 
-    Not ImageOps.exif_transpose: it writes all tags back, which fails where one of them is odd, and only the
-    orientation matters here.
+    Not ImageOps.exif_transpose: it writes all tags back, which fails where one of them is odd, and
+    only the orientation matters here.
     """
     if image.format == "TIFF":
-        orientation = _pop_orientation(image)
+        orientation = _orientation_of(image)
+        _keep_only_orientation(image, orientation)
         image.load()  # Pillow turns a TIFF by itself
         return image, orientation
     image.load()  # the tags of a PNG may come after its pixels
-    orientation = _pop_orientation(image)
+    orientation = _orientation_of(image)
     if orientation in TURNS:
         return image.transpose(TURNS[orientation]), orientation
     return image, orientation
 
 
-def _pop_orientation(image: Image.Image) -> int | None:
-    """The value of the tag, None where there is none that can be read. All other tags are taken from the image."""
-    tags: Any = {}
-    orientation = None
+def _orientation_of(image: Image.Image) -> int | None:
+    """The orientation, 1 to 8, of an image by its EXIF or XMP; None where there is none to read."""
+    found = []
     with suppress(*BROKEN):
-        tags = image.getexif()
-        orientation = tags.get(ORIENTATION)
+        if image.format == "TIFF":
+            found.append(image.tag_v2.get(ORIENTATION))
+        else:
+            found.append(_orientation_in(image.info["exif"]))
+    with suppress(*BROKEN):  # Pillow looks in more places, but loses all tags after an odd one
+        found.append(image.getexif().get(ORIENTATION))
+    for value in found:
+        for known in range(1, 9):
+            if value == known:
+                return known
+    return None
+
+
+def _orientation_in(exif: bytes) -> int | None:
+    """The number of the tag in the first directory of EXIF, None where it has none."""
+    exif = exif.removeprefix(b"Exif\0\0")
+    order = "<" if exif[:2] == b"II" else ">"
+    (directory,) = struct.unpack_from(f"{order}I", exif, 4)
+    (count,) = struct.unpack_from(f"{order}H", exif, directory)
+    for entry in range(directory + 2, directory + 2 + 12 * count, 12):
+        tag, kind = struct.unpack_from(f"{order}HH", exif, entry)
+        if tag == ORIENTATION:
+            number = {3: "H", 4: "I"}[kind]
+            return struct.unpack_from(f"{order}{number}", exif, entry + 8)[0]
+    return None
+
+
+def _keep_only_orientation(image: Image.Image, orientation: int | None) -> None:
+    """Take all other tags from a TIFF before Pillow follows them to turn it."""
+    with suppress(*BROKEN):
+        image.getexif()  # reads them, up to an odd one
+    tags = image.getexif()  # returns what was read
     for tag in list(tags):
-        if tag != ORIENTATION:
-            del tags[tag]
-    return orientation
+        del tags[tag]
+    if orientation is not None:
+        tags[ORIENTATION] = orientation
 
 
 def _orientation_and_size(source: Source) -> tuple[int | None, tuple[int, int]]:
-    """(orientation or None, width and height as stored) of an image, from its header. A scan has no orientation."""
+    """(orientation or None, width and height as stored) of an image, from its header.
+
+    A scan has no orientation.
+    """
     if not isinstance(source, bytes) and is_scan(Path(source)):
         return None, (0, 0)
     with _opened(source) as image:
-        orientation = _pop_orientation(image)
+        orientation = _orientation_of(image)
         size = image.size
         if image.format != "TIFF":
             return orientation, size
@@ -406,9 +458,11 @@ def _stored_size(upright: tuple[int, int], orientation: int | None) -> tuple[int
 
 
 def _has_pages_of_one_size(image: Image.Image) -> bool:
-    """Whether a second page or frame has the size of the first, so that nobody knows which one is meant.
+    """Whether a second page or frame has the size of the first, so that nobody knows which one is
+    meant.
 
-    The pages of a pyramid are the same picture in other sizes, and those of a JPEG (MPO) are previews.
+    The pages of a pyramid are the same picture in other sizes, and those of a JPEG (MPO) are
+    previews.
     """
     if image.format in ("GIF", "WEBP", "PNG"):
         return getattr(image, "n_frames", 1) > 1
@@ -425,7 +479,9 @@ def _has_pages_of_one_size(image: Image.Image) -> bool:
 
 
 def _has_deep_colours(image: Image.Image) -> bool:
-    """Whether the file has colours, or grey with alpha, of more than 8 bits: Pillow keeps the upper 8 of them."""
+    """Whether the file has colours, or grey with alpha, of more than 8 bits: Pillow keeps the upper
+    8 of them.
+    """
     if len(image.getbands()) == 1 or not image.tile:
         return False
     decoder, _, _, args = image.tile[0]
@@ -443,8 +499,11 @@ def _convert(image: Image.Image, mode: str) -> Image.Image:
 
 @contextmanager
 def _opened(source: Source) -> Iterator[Image.Image]:
-    """A Pillow image, not yet decoded. What Pillow raises for broken, hostile or huge files is one ValueError;
-    inside the block there must be only Pillow's work."""
+    """A Pillow image, not yet decoded.
+
+    What Pillow raises for broken, hostile or huge files is one ValueError; inside the block there
+    must be only Pillow's work.
+    """
     if not isinstance(source, bytes) and not Path(source).is_file():
         raise ValueError("does not exist")
     file = io.BytesIO(source) if isinstance(source, bytes) else source
@@ -467,22 +526,24 @@ def _opened(source: Source) -> Iterator[Image.Image]:
 
 
 def is_scan(path: Path) -> bool:
-    """Whether a path is for SCAN_READERS: a folder, which is a DICOM series, a file with one of their endings,
-    or one that begins as DICOM does."""
+    """Whether a path is for SCAN_READERS: a folder, which is a DICOM series, a file with one of
+    their endings, or one that begins as DICOM does.
+    """
     return _scan_ending(path) is not None
 
 
-def read_scan(path: Path, choice: dict, is_mask: bool = False) -> bytes:
+def read_scan(path: Path, choice: dict, is_mask: bool = False, image: Path | None = None) -> bytes:
     """One slice of a scan as PNG. choice: {"slice": 45} and the like, for the reader of the scan.
 
-    A mask may be an ordinary picture beside a scan; its bytes are returned as they are.
+    A mask may be an ordinary picture beside a scan; its bytes are returned as they are. image: the
+    file of a mask's image, where its reader may want to compare positions.
     """
     ending = _scan_ending(path)
     if ending is None and (is_mask or not choice):
         return path.read_bytes()
     if ending is None:
         raise ValueError('is neither DICOM nor NIfTI; leave out "scan"')
-    return find(SCAN_READERS[ending])(path, choice, is_mask)
+    return find(SCAN_READERS[ending])(path, choice, is_mask, image)
 
 
 def _scan_ending(path: Path) -> str | None:
@@ -498,19 +559,22 @@ def _scan_ending(path: Path) -> str | None:
     return ".dcm" if begins_as_dicom else None
 
 
-def _pixels_of_scan(source: Source, is_mask: bool) -> Source:
+def _slice_of_scan(source: Source, is_mask: bool = False, of: Source | None = None) -> Source:
     """The PNG of a scan's middle slice; any other source as it is."""
-    if not isinstance(source, bytes) and is_scan(Path(source)):
-        return read_scan(Path(source), {}, is_mask)
-    return source
+    if isinstance(source, bytes) or not is_scan(Path(source)):
+        return source
+    image = Path(of) if isinstance(of, (str, Path)) else None
+    return read_scan(Path(source), {}, is_mask, image)
 
 
 # ---------------------------------------------------------------- without decoding
 
 
 def headers_fit(row: dict) -> bool:
-    """Whether image and mask of a row (see readers.py) are pictures of one page and one size, before EXIF turns
-    them, with box and points in pixels inside. True where no header is at hand: of bytes, functions, scans."""
+    """Whether image and mask of a row (see readers.py) are pictures of one page and one size,
+    before EXIF turns them, with box and points in pixels inside. True where no header is at hand:
+    of bytes, functions, scans.
+    """
     sizes = []
     for file in (row["image"], row["mask"]):
         if not isinstance(file, Path) or is_scan(file):

@@ -169,7 +169,7 @@ class Optimizer:
         (folder / "optimizer").mkdir(exist_ok=True)
         for quantity, tensors in self._state().items():
             values = {}
-            places = {}
+            places = {"format": "pt"}  # metadata must not be empty
             for name, tensor in tensors.items():
                 rows = rows_of(tensor)
                 is_copy = part > 1 and not isinstance(tensor, DTensor)

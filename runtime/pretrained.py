@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGene
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import cached_file
 
+from runtime.checkpoint import checkpoints
 from runtime.files import parse_object, read_text
 
 LOADING_ERRORS = (  # what from_pretrained raises on a broken folder, found by trying many
@@ -52,11 +53,10 @@ def read_pretrained(
 def _check_folder(path: str | Path) -> None:
     """ValueError for a path that is no checkpoint, before anything looks for it on the hub."""
     folder = Path(path)
-    checkpoints = sorted(folder.glob("step_*[0-9]"))
-    if checkpoints:
+    of_run = list(checkpoints(folder).values())
+    if of_run:
         raise ValueError(
-            f"--crm {path}: is the folder of a run; give a checkpoint in it, such as "
-            f"{checkpoints[-1]}"
+            f"--crm {path}: is the folder of a run; give a checkpoint in it, such as {of_run[-1]}"
         )
     if not (folder / "config.json").is_file():
         looks_like_a_path = str(path).startswith((".", "/", "~")) or str(path).count("/") > 1
@@ -106,22 +106,30 @@ def read_side_files(path: str | Path) -> dict[str, bytes]:
     return found
 
 
+def settings_file(path: str | Path) -> Path | None:
+    """Returns the settings.json of a checkpoint, or frame.json of an older one; None without."""
+    for name in SETTINGS_FILES:
+        file = file_of(path, name)
+        if file is not None:
+            return file
+    return None
+
+
 def read_settings(path: str | Path) -> dict[str, Any]:
     """Returns the resize, min_pixels, max_pixels and prompt that a checkpoint was trained with.
 
     {} where it does not say. ValueError where its settings.json says something else."""
-    for name in SETTINGS_FILES:
-        file = file_of(path, name)
-        if file is not None:
-            settings = parse_object(read_text(file), file)
-            for key, value in settings.items():
-                if type(value) is not SETTINGS_TYPES.get(key):
-                    raise ValueError(
-                        f"{file}: {key}: {value!r} is not what save writes there; correct or "
-                        "remove the file"
-                    )
-            return settings
-    return {}
+    file = settings_file(path)
+    if file is None:
+        return {}
+    settings = parse_object(read_text(file), file)
+    for key, value in settings.items():
+        if type(value) is not SETTINGS_TYPES.get(key):
+            raise ValueError(
+                f"{file}: {key}: {value!r} is not what save writes there; correct or remove the "
+                "file"
+            )
+    return settings
 
 
 def write_pretrained(

@@ -1,24 +1,25 @@
 """Readers: how a path becomes rows, and what makes a row usable.
 
-reader(path, split) -> (rows of that split, names of all splits); no image is decoded. A row is a dict.
-Coordinates are pixels of the upright image:
-  query                                 the question
-  image, mask                           a path, bytes, or a function that returns bytes; mask may be None
-  bbox, points                          [x1, y1, x2, y2] and [[x, y], [x, y]], or None: taken from the mask
+reader(path, split) -> (rows of that split, names of all splits). No image is decoded. A row is a
+dict; coordinates are pixels of the upright image:
+  query                                the question
+  image, mask                          a path, bytes, or a function that returns bytes; or no mask
+  bbox, points                         [x1, y1, x2, y2] and [[x, y], [x, y]], or None: from the mask
 and where there is more to say than DEFAULTS does:
-  where                                 "file, line 3": how messages call it
-  id, supercategory, category, think    strings
-  extra                                 a dict of whatever else the data has
-  problem                               "" or what could not be read, as in "image: is missing"
-To add a reader, write the function and name it in READERS, by the pattern of a path or of what is in a folder.
-`check_row` and `decode_row` are the only places that decide whether a row can be used.
+  where                                "file, line 3": how messages call it
+  id, supercategory, category, think   strings
+  extra                                a dict of whatever else the data has
+  problem                              "" or what could not be read, as in "image: is missing"
+To add a reader, write the function and name it in READERS, by the pattern of a path or of what a
+folder has in it. `check_row` and `decode_row` are the only places that decide whether a row can be
+used.
 """
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from runtime.files import parse_object, read_text
 from runtime.images import (
     MAX_RATIO,
     SCAN_READERS,  # noqa: F401  the other registry of what can be read, defined where it is used
+    Source,
     load_image,
     load_mask,
     read_scan,
@@ -75,22 +77,23 @@ class BadRow(ValueError):
 def read_rows(path: Path, split: str | None) -> tuple[list[Row], list[str]]:
     """(complete rows of a split, names of all splits), by the first reader that fits the path.
 
-    split None: no rows, only the names of the splits. Raises ValueError where no reader fits, a file cannot be
-    read, or the split has no row.
+    split None: no rows, only the names of the splits. Raises ValueError where no reader fits, a
+    file cannot be read, or the split has no row.
     """
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder")
     rows, splits = _reader_of(path)(path, split or "")
     if split is not None and not rows:
+        there = ", ".join(splits) or "none"
         raise ValueError(
-            f"{path}: no sample in split {split!r}; the splits there: {', '.join(splits) or 'none'} "
+            f"{path}: no sample in split {split!r}; the splits there: {there} "
             "(training wants train and test; evaluate.py has --split)"
         )
     return [_complete(row, path, number) for number, row in enumerate(rows, 1)], splits
 
 
 def _reader_of(path: Path) -> Any:
-    """The function in READERS for a file, by its own name or that of what it links to, or for a folder."""
+    """The function in READERS for a folder, or for a file by its name or that of a link's end."""
     for pattern, entry in READERS.items():
         if path.is_file():
             fits = path.absolute().match(pattern) or path.resolve().match(pattern)
@@ -104,25 +107,29 @@ def _reader_of(path: Path) -> Any:
 
 
 def _complete(row: Row, path: Path, number: int) -> Row:
-    """A row with all keys, its question without a mark for the image, its trace without its tags."""
+    """A row with all keys, its question without "<image>", its trace without its tags."""
     row = DEFAULTS | {"where": f"{path}, row {number}", "id": f"{path.stem}-{number}"} | row
     if isinstance(row["query"], str):
         row["query"] = re.sub(r"^(\s*<image>)+\s*", "", row["query"])  # as chat data marks it
-    if isinstance(row["think"], str):
-        row["think"] = _without_its_tags(row["think"])
+    for key in ("id", "supercategory", "category", "think"):
+        row[key] = "" if row[key] is None else str(row[key])
+    row["think"] = _without_its_tags(row["think"])
     return row
 
 
 def _without_its_tags(trace: str) -> str:
-    """A reasoning trace without one pair of <think> tags around all of it: the tags belong to the prompt."""
-    inside = re.fullmatch(r"\s*<think>(.*)</think>\s*", trace, re.DOTALL)
+    """A reasoning trace without one pair of <think> tags around all of it, which a prompt adds."""
+    inside = re.fullmatch(r"\s*<think>(.*)</think>\s*", trace, re.DOTALL | re.IGNORECASE)
     if inside is None:
         return trace
     return inside[1].strip()
 
 
 def files_in(folder: Path, pattern: str) -> list[Path]:
-    """The sorted files of a pattern in a folder; "**/*.ending" is any depth, links to folders followed once."""
+    """The sorted files of a pattern in a folder; "**/*.ending" is any depth.
+
+    Links to folders are followed, but no folder is visited twice.
+    """
     if not pattern.startswith("**/"):
         return sorted(file for file in folder.glob(pattern) if file.is_file())
     found, seen = [], set()
@@ -137,8 +144,9 @@ def files_in(folder: Path, pattern: str) -> list[Path]:
 def leads_out(name: str, folder: Path, root: Path) -> bool:
     """Whether the name of a file, as data gives it, leads from a folder out of root.
 
-    A link in the folder is the user's own work, and where it points is the user's business: the cache of a hub
-    consists of links. Only the name itself is looked at: it may be absolute or have ".." in it.
+    A link in the folder is the user's own work, and where it points is the user's business: the
+    cache of a hub consists of links. Only the name itself is looked at: it may be absolute or have
+    ".." in it.
     """
     if not Path(name).is_absolute() and ".." not in Path(name).parts:
         return False
@@ -158,12 +166,12 @@ def names_in(fields: dict) -> dict[str, str]:
 
 
 def read_folder(path: Path, split: str) -> tuple[list[Row], list[str]]:
-    """samples.jsonl beside images/ and masks/: one JSON object per line, which ends at a newline and nowhere else.
+    """samples.jsonl beside images/ and masks/: one JSON object per line, which ends at "\\n" only.
 
     Keys: image, query, and mask or bbox + points; optional id, split ("train" if missing or null),
-    supercategory, category, think. A mask has one target and its image's size (see runtime/images.py). File
-    names are relative to images/ and masks/. For DICOM and NIfTI, "scan": {"slice": 45} has keys of
-    extras.scans.ScanConfig, and the mask may be NIfTI on the same grid.
+    supercategory, category, think. A mask has one target and its image's size (see
+    runtime/images.py). File names are relative to images/ and masks/. For DICOM and NIfTI, "scan":
+    {"slice": 45} has keys of extras.scans.ScanConfig, and the mask may be NIfTI on the same grid.
     """
     file = path / "samples.jsonl" if path.is_dir() else path
     text = read_text(file)
@@ -211,15 +219,19 @@ def _folder_row(file: Path, number: int, fields: dict, problem: str) -> Row:
     except (ValueError, OSError) as error:
         row["problem"] = row["problem"] or f"{key}: {error}"
         return row
-    if "scan" in fields:
-        row["image"] = partial(read_scan, row["image"], fields["scan"])
-        if row["mask"] is not None:
-            row["mask"] = partial(read_scan, row["mask"], fields["scan"], is_mask=True)
+    if fields.get("scan") is not None:
+        image, mask, choice = row["image"], row["mask"], fields["scan"]
+        row["image"] = partial(read_scan, image, choice)
+        if mask is not None:
+            row["mask"] = partial(read_scan, mask, choice, is_mask=True, image=image)
     return row
 
 
 def file_in(folder: Path, name: Any) -> Path:
-    """The file of that name in the folder. Raises ValueError if there is none or the name leads out of it."""
+    """The file of that name in the folder.
+
+    Raises ValueError if there is none or the name leads out of it.
+    """
     if name is None or name == "":
         raise ValueError("is missing")
     if not isinstance(name, str):
@@ -227,6 +239,8 @@ def file_in(folder: Path, name: Any) -> Path:
     if leads_out(name, folder, folder):
         raise ValueError(f"{name} is outside {folder}; put the file there")
     file = folder / name
+    if file == folder:
+        raise ValueError(f"{name!r} is not a file name")
     if not file.exists():
         doubled = name.startswith(f"{folder.name}/")
         advice = f'; leave out "{folder.name}/"' if doubled else ""
@@ -240,9 +254,10 @@ def file_in(folder: Path, name: Any) -> Path:
 def read_parquet(path: Path, split: str) -> tuple[list[Row], list[str]]:
     """The U-MRG schema, the paper's own, in {split}*.parquet, or in one file of any name.
 
-    Columns: prompt [{role, content: question}], images and masks [{bytes, path}] (one image, one mask as in
-    runtime/images.py; masks may be missing), extra_info {id, supercategory, category}, reward_model
-    {ground_truth: JSON {"bbox_2d": [4], "point_2d": [[2], [2]]}}. A list of one may be the thing itself.
+    Columns: prompt [{role, content: question}], images and masks [{bytes, path}] (one image, one
+    mask as in runtime/images.py; masks may be missing), extra_info {id, supercategory, category},
+    reward_model {ground_truth: JSON {"bbox_2d": [4], "point_2d": [[2], [2]]}}. A list of one may be
+    the thing itself.
     """
     files = [path] if path.is_file() else files_in(path, "**/*.parquet")
     groups = _RowGroups()
@@ -266,7 +281,7 @@ def _parquet_rows(file: Path, groups: "_RowGroups", rows_before: int) -> list[Ro
         records = opened.read(columns=texts).to_pylist()
         lengths = [opened.metadata.row_group(g).num_rows for g in range(opened.num_row_groups)]
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = _first_line(error)
         raise ValueError(f"{file}: not a readable parquet file ({reason})") from None
     places = [(group, offset) for group, length in enumerate(lengths) for offset in range(length)]
     rows = []
@@ -280,7 +295,7 @@ def _parquet_rows(file: Path, groups: "_RowGroups", rows_before: int) -> list[Ro
 
 
 def _parquet_row(record: dict, where: str, number: int) -> Row:
-    """A record without its images. number: counts the rows of all files, an id where the record has none."""
+    """A record without its images. number counts rows of all files: the id where there is none."""
     truth, problem = {}, ""
     try:
         truth = parse_object(record["reward_model"]["ground_truth"], "reward_model.ground_truth")
@@ -304,7 +319,7 @@ def _parquet_row(record: dict, where: str, number: int) -> Row:
 
 
 def question_in(prompt: Any) -> str | None:
-    """The text of the last message of the user, or of a lone message of any role, or a plain text itself."""
+    """The text of the user's last message, or of a lone message of any role; or a text itself."""
     if isinstance(prompt, str):
         return prompt
     messages = prompt if isinstance(prompt, list) else [prompt]
@@ -321,10 +336,10 @@ def question_in(prompt: Any) -> str | None:
 
 
 def bytes_in(cell: Any) -> bytes | None:
-    """The bytes of a cell of images or masks: {bytes, path}, the bytes alone, or a list of one of these.
+    """The bytes of a cell of images or masks: {bytes, path}, bytes alone, or a list of one of them.
 
-    None where there are none. A text is never taken for a path: a data set names no file of this machine.
-    Raises ValueError for several.
+    None where there are none. A text is never taken for a path: a data set names no file of this
+    machine. Raises ValueError for several.
     """
     if isinstance(cell, list):
         if len(cell) > 1:
@@ -336,10 +351,11 @@ def bytes_in(cell: Any) -> bytes | None:
 
 
 class _RowGroups:
-    """Row groups of parquet files with their images, as bytes, decoded once and kept while CACHED_BYTES last.
+    """Row groups of parquet files with their images, as bytes, decoded once and kept while
+    CACHED_BYTES last.
 
-    Parquet has no way to a single row: images of a row group are compressed together. So a data set beyond
-    CACHED_BYTES wants small row groups (100 rows, as the datasets library writes them).
+    Parquet has no way to a single row: images of a row group are compressed together. So a data set
+    beyond CACHED_BYTES wants small row groups (100 rows, as the datasets library writes them).
     """
 
     def __init__(self) -> None:
@@ -361,7 +377,7 @@ class _RowGroups:
         try:
             return ParquetFile(file).read_row_group(group, columns=["images", "masks"])
         except pyarrow.ArrowException as error:
-            reason = str(error).splitlines()[0]
+            reason = _first_line(error)
             raise ValueError(f"row group {group} cannot be read ({reason})") from None
 
 
@@ -385,7 +401,7 @@ def _problem_of(row: Row) -> str:
     for key in ("query", "id", "supercategory", "category", "think"):
         if not _is_text(row[key]):
             return f"{key}: has half of a character (a lone surrogate); write the whole one"
-    tag = re.search(r"</?(think|answer)>", row["think"])
+    tag = re.search(r"</?(think|answer)>", row["think"], re.IGNORECASE)
     if tag:
         return f"think: has the tag {tag[0]} in it; give the reasoning alone"
     if not bbox and "box" in row["extra"]:
@@ -402,7 +418,9 @@ def _problem_of(row: Row) -> str:
 
 
 def _is_text(value: Any) -> bool:
-    """Whether a string can be written as UTF-8: JSON may have half of a character in it, as "\\ud800"."""
+    """Whether a string can be written as UTF-8: JSON may have half of a character in it, as
+    "\\ud800".
+    """
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -428,17 +446,18 @@ def _are_two_points(points: Any) -> bool:
 
 
 def decode_row(row: Row) -> Decoded:
-    """(image, mask, bbox, points) of a row, in pixels of the upright image: RGB, (H, W) bool, floats.
+    """(image, mask, bbox, points) of a row, in pixels of the upright image: RGB, (H, W) bool,
+    floats.
 
-    mask is None where the row has none; bbox and points are None where they are to be taken from the mask.
-    Raises BadRow for what cannot be used, also for what `check_row` sees.
+    mask is None where the row has none; bbox and points are None where they are to be taken from
+    the mask. Raises BadRow for what cannot be used, also for what `check_row` sees.
     """
     check_row(row)
-    image = _decoded_image(row)
+    image, image_source = _decoded_image(row)
     width, height = image.size
     if max(width, height) > MAX_RATIO * min(width, height):
         raise _bad(row, f"image: of {width}x{height} is too long and thin; crop it")
-    mask = _decoded_mask(row)
+    mask = _decoded_mask(row, image_source)
     if mask is None and not (row["bbox"] and row["points"]):
         raise _bad(row, NO_TARGET)
     if mask is not None and mask.shape != (height, width):
@@ -459,22 +478,23 @@ def decode_row(row: Row) -> Decoded:
     return image, mask, bbox, points
 
 
-def _decoded_image(row: Row) -> Image.Image:
+def _decoded_image(row: Row) -> tuple[Image.Image, Source]:
+    """(the image, what it was decoded from)."""
     try:
         source = _source(row["image"])
         if source is None:
             raise ValueError("has no bytes")
-        return load_image(source)
+        return load_image(source), source
     except (ValueError, OSError) as error:
         raise _bad(row, f"image: {_first_line(error)}") from None
 
 
-def _decoded_mask(row: Row) -> np.ndarray | None:
+def _decoded_mask(row: Row, image_source: Source) -> np.ndarray | None:
     try:
         source = _source(row["mask"])
         if source is None:
             return None
-        return load_mask(source, of=_source(row["image"]))
+        return load_mask(source, of=image_source)
     except (ValueError, OSError) as error:
         raise _bad(row, f"mask: {_first_line(error)}") from None
 
@@ -548,24 +568,26 @@ def _first_line(error: Exception) -> str:
 def number_repeated_ids(rows: list[Row]) -> list[str]:
     """Makes the ids of rows unique: a, a#2, a#3. Returns one message per repetition."""
     taken = {row["id"] for row in rows}
-    seen, messages = set(), []
+    occurrences, messages = Counter(), []
     for row in rows:
         name = row["id"]
-        if name in seen:
-            numbered = (f"{name}#{number}" for number in count(2))
-            row["id"] = next(other for other in numbered if other not in taken)
-            taken.add(row["id"])
-            messages.append(
-                _printable(
-                    f"{row['where']}, id: {name!r} is there already; called {row['id']} from here on"
-                )
-            )
-        seen.add(name)
+        occurrences[name] += 1
+        if occurrences[name] == 1:
+            continue
+        while f"{name}#{occurrences[name]}" in taken:
+            occurrences[name] += 1
+        row["id"] = f"{name}#{occurrences[name]}"
+        taken.add(row["id"])
+        message = f"{row['where']}, id: {name!r} is there already; called {row['id']} from here on"
+        messages.append(_printable(message))
     return messages
 
 
 def usable_rows(rows: list[Row], problems: list[str]) -> Iterator[tuple[Row, Decoded]]:
-    """Yields each row that can be used, with `decode_row` of it. Adds the messages of the others to problems."""
+    """Yields each row that can be used, with `decode_row` of it.
+
+    Adds the messages of the others to problems.
+    """
     for row in rows:
         try:
             decoded = decode_row(row)

@@ -1,7 +1,7 @@
 """Registries: visible dicts {name: "module.function"} through which optional code is reached.
 
-A registry names a function by a string, so that nothing is imported until it is needed, and so that the
-module may be absent. Readers of data sets and of scans are in runtime/readers.py.
+A registry names a function by a string, so that nothing is imported until it is needed, and so that
+the module may be absent. Readers of data sets and of scans are in runtime/readers.py.
 """
 
 from importlib import import_module
@@ -11,7 +11,8 @@ from typing import Any
 def find(entry: str) -> Any:
     """The function or object that an entry such as "extras.coco.read" names.
 
-    Raises ValueError, one line, where its module, a package that the module imports, or the name is missing.
+    Raises ValueError, one line, where its module, a package that the module imports, or the name is
+    missing.
     """
     module_name, _, name = entry.rpartition(".")
     try:

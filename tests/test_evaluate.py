@@ -1,38 +1,54 @@
-"""evaluate.py: numbers by hand, predictions of other models, interruptions, late ranks."""
+"""evaluate.py: numbers by hand, interruptions, late ranks, what tells two evaluations apart."""
 
 import json
 import os
+import shutil
 import time
-import weakref
 
 import numpy as np
 import pytest
-from conftest import noise_image, ranks
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from test_scripts import ROOT, rows, run
+import torch
+from conftest import Script, noise_image, ranks
+from matplotlib.figure import Figure
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import crm as crm_module
 import evaluate
-from data import Frame, Sample, load_samples, model_size, to_model
-from evaluate import METRICS
-from extras import pictures, predictions, tables
-from extras.predictions import decode_mask, encode_mask
-from runtime.cli import parse_args
+import metrics
+from asm import load_asm
+from data import EMBEDDED, Example, Examples, load_samples
+from metrics import decode_mask, encode_mask
+from runtime.files import read_jsonl
+from runtime.parallel import Ranks
 
-NO_MASK = {"bbox": None, "points": None, "text": "", "problem": "no answer block"}
+REFUSAL = {"bbox": None, "points": None, "text": "", "problem": "no answer block"}
+BOX = (10, 10, 20, 20)
+PAIR = ((12, 12), (18, 18))
 
 
-def line(i, bboxes, truth=(0, 0, 10, 10), points=None, dice=None, **more):
-    completions = [
-        NO_MASK if b is None else {"text": "", "bbox": b, "points": points, "problem": ""}
-        for b in bboxes
-    ]
-    kept = next((k for k, b in enumerate(bboxes) if b), None)
-    return {
+def run(*command, check=0):
+    """A script in a process of its own -> (stdout, stderr). Its exit status must be `check`."""
+    script = Script(*command)
+    out, error = script.communicate(timeout=400)
+    assert script.returncode == check, (command, script.returncode, out[-2000:], error[-3000:])
+    return out, error
+
+
+def line(i, bboxes, truth=(0, 0, 10, 10), points=None, **more):
+    """A prediction, with a completion for each box; None: a refusal."""
+    completions = []
+    for bbox in bboxes:
+        completion = REFUSAL
+        if bbox is not None:
+            completion = {"text": "", "bbox": bbox, "points": points, "problem": ""}
+        completions.append(completion)
+    usable = [k for k, bbox in enumerate(bboxes) if bbox is not None]
+    p = {
         "id": str(i),
         "index": i,
         "size": [100, 100],
+        "image": f"image {i}",
         "supercategory": "A",
         "category": "a",
         "wording": None,
@@ -41,39 +57,50 @@ def line(i, bboxes, truth=(0, 0, 10, 10), points=None, dice=None, **more):
         "truth": {"bbox": list(truth), "points": [[2, 2], [8, 8]], "mask": None},
         "asked": ["bbox", "points"],
         "completions": completions,
-        "kept": kept,
-        "dice": dice,
+        "kept": usable[0] if usable else None,
+        "dice": None,
         "mask": None,
-    } | more
+    }
+    return p | more
 
 
 def save(folder, lines):
     folder.mkdir()
-    (folder / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    text = "".join(json.dumps(row) + "\n" for row in lines)
+    (folder / "predictions.jsonl").write_text(text)
     return folder
+
+
+class Few(list):
+    """Examples in memory, as load_samples gives them."""
+
+    def ids(self):
+        return [example.id for example in self]
+
+
+def few(n=2, size=(100, 80)):
+    return Few(Example(f"q{i}", noise_image(*size, i), "?", BOX, PAIR) for i in range(n))
+
+
+# ---------------------------------------------------------------- tables of predictions
 
 
 def test_tables_of_a_hand_made_file_equal_numbers_by_hand(tmp_path):
     dice = {"points": 0.5, "box": 0.25, "one": 0.75, "both": 1.0}
-    folder = save(
-        tmp_path / "e",
-        [
-            line(0, [[0, 0, 10, 10]], points=[[2, 2], [8, 8]], dice=dice),  # IoU 1, pDice 1
-            line(1, [[0, 0, 5, 10]], supercategory="B", category="b", dice=None),  # IoU 0.5
-            line(
-                2,
-                [[20, 20, 30, 30]],
-                supercategory="B",
-                category="b",
-                dice=dict.fromkeys(dice, 0.0),
-            ),  # IoU 0
-            line(3, [None], dice=dict.fromkeys(dice, 0.0)),
-        ],
-    )  # a refusal
+    no_dice = dict.fromkeys(dice, 0.0)
+    other = {"supercategory": "B", "category": "b"}
+    lines = [
+        line(0, [[0, 0, 10, 10]], points=[[2, 2], [8, 8]], dice=dice),  # IoU 1, pDice 1
+        line(1, [[0, 0, 5, 10]], **other),  # IoU 0.5
+        line(2, [[20, 20, 30, 30]], **other, dice=no_dice),  # IoU 0
+        line(3, [None], dice=no_dice),
+    ]
+    folder = save(tmp_path / "e", lines)
     out, _ = run("evaluate.py --rescore", folder)
     summary = json.loads((folder / "summary.json").read_text())
-    mean = {key: value["mean"] for key, value in summary["all"].items() if key != "n" and value}
-    assert mean == pytest.approx(
+    whole = summary["all"]
+    means = {name: whole[name]["mean"] for name in metrics.METRICS if whole[name] is not None}
+    assert means == pytest.approx(
         {
             "iou": 0.375,
             "iou50": 0.5,
@@ -89,407 +116,181 @@ def test_tables_of_a_hand_made_file_equal_numbers_by_hand(tmp_path):
         },
         abs=1e-6,
     )
-    assert summary["all"]["iou_parsed"]["n"] == 3 and summary["all"]["named"] is None
-    assert summary["all"]["n"] == 4 and summary["all"]["dice_box"]["n"] == 3
-    assert (
-        summary["supercategory"]["B"]["iou"]["mean"] == 0.25 and summary["category"]["a"]["n"] == 2
-    )
+    assert whole["n"] == 4
+    assert whole["iou_parsed"]["n"] == 3
+    assert whole["dice_box"]["n"] == 3
+    assert whole["named"] is None
+    assert summary["supercategory"]["B"]["iou"]["mean"] == 0.25
+    assert summary["category"]["a"]["n"] == 2
     assert summary["refusals"] == {"no answer block": 1}
     text = (folder / "table.md").read_text()
-    assert (
-        "| all | 4 | 37.5 [–]" in text
-        and "1 × no answer block" in text
-        and "| B | 2 | 25.0 [–]" in text
-    )
-    assert "named" not in text and "voted" not in text
+    for cell in ("| all | 4 | 37.5 [–]", "- 1 × no answer block", "| B | 2 | 25.0 [–]"):
+        assert cell in text
+    for absent in ("named", "voted"):
+        assert absent not in text
     assert "| all | 4 |" in out
-
-
-def test_several_completions_are_averaged_voted_and_passed_at_n():
-    row = line(0, [[0, 0, 5, 10], None, [0, 0, 5, 10], [0, 0, 10, 10]])
-    score = evaluate.scores(row)
-    assert (
-        score["iou"] == (0.5 + 0 + 0.5 + 1) / 4
-        and score["refused"] == 0.25
-        and score["iou50"] == 0.75
-    )
-    assert score["voted"] == 0.5 and score["best"] == 1 and score["pass"] == 1
-    assert tables.summarise([row], METRICS)["all"]["pass"]["mean"] == 1
-    assert tables.summarise([line(0, [[0, 0, 5, 10]])], METRICS)["all"]["pass"] is None
-
-
-def test_names_and_wordings_get_their_columns_where_the_data_has_them():
-    def asked(i, think, wording):
-        row = line(i, [[0, 0, 5 * (1 + i), 10]], wording=wording, names=["liver"])
-        row["completions"][0]["text"] = f"<think>{think}</think>"
-        return row
-
-    summary = tables.summarise(
-        [asked(0, "The Liver", "seen"), asked(1, "a spleen", "unseen")], METRICS
-    )
-    assert summary["all"]["named"]["mean"] == 0.5 and summary["all"]["iou_named"] == {
-        "mean": 0.5,
-        "low": 0.5,
-        "high": 0.5,
-        "n": 1,
-    }
-    assert (
-        summary["wording"]["unseen"]["named"]["mean"] == 0
-        and summary["wording"]["unseen"]["iou_named"] is None
-    )
-    text = tables.table(summary, METRICS)
-    assert "| named right | IoU, named right |" in text and "*by wording*" in text
 
 
 def test_a_new_metric_is_one_line_and_rescores_an_old_run_from_its_masks(
     tmp_path, monkeypatch, capsys
 ):
-    mask, truth = np.zeros((20, 30), bool), np.zeros((20, 30), bool)
-    mask[2:9, 3:8], truth[2:9, 5:11] = True, True
+    mask = np.zeros((20, 30), bool)
+    mask[2:9, 3:8] = True
+    truth = np.zeros((20, 30), bool)
+    truth[2:9, 5:11] = True
     row = line(0, [[3, 2, 8, 9]], mask=encode_mask(mask))
     row["truth"]["mask"] = encode_mask(truth)
     folder = save(tmp_path / "e", [row])
-    monkeypatch.setitem(
-        evaluate.METRICS,
-        "area",
-        (
-            "area",
-            lambda p: float(decode_mask(p["mask"]).sum() / decode_mask(p["truth"]["mask"]).sum()),
-        ),
-    )
+
+    def area(p):
+        return float(decode_mask(p["mask"]).sum() / decode_mask(p["truth"]["mask"]).sum())
+
+    monkeypatch.setitem(metrics.METRICS, "area", ("area", area))
     evaluate.main(evaluate.Config(rescore=str(folder)))
-    assert json.loads((folder / "summary.json").read_text())["all"]["area"]["mean"] == 35 / 42
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["all"]["area"]["mean"] == 35 / 42
     assert "| area |" in capsys.readouterr().out
 
 
-@given(st.integers(1, 12), st.integers(1, 12), st.randoms())
-@settings(max_examples=60, deadline=None)
-def test_masks_come_back_from_their_run_lengths(height, width, random):
-    mask = np.array([[random.random() < 0.5 for _ in range(width)] for _ in range(height)])
-    for m in (mask, mask & False, mask | True):
-        rle = json.loads(json.dumps(encode_mask(m)))
-        assert sum(rle["counts"]) == m.size and (decode_mask(rle) == m).all()
-    assert encode_mask(np.array([[0, 1], [1, 1]], bool)) == {
-        "size": [2, 2],
-        "counts": [1, 3],
-    }  # COCO's: by column
+def test_2500_predictions_score_in_20_seconds_without_a_model(tmp_path):
+    dice = {"points": 0.1, "box": 0.2, "one": 0.2, "both": 0.3}
+    lines = []
+    for i in range(2500):
+        names = {"supercategory": f"S{i % 15}", "category": f"c{i % 108}"}
+        lines.append(line(i, [[0, 0, 5 + i % 5, 10]], **names, dice=dice))
+    folder = save(tmp_path / "e", lines)
+    start = time.perf_counter()
+    summary = metrics.report(metrics.read_predictions(folder), folder)
+    assert time.perf_counter() - start < 20
+    assert summary["all"]["iou"]["mean"] == pytest.approx(0.7)
+
+
+# ---------------------------------------------------------------- --compare
 
 
 def test_compare_pairs_the_questions_and_names_those_in_only_one(tmp_path):
     a = save(tmp_path / "a", [line(i, [[0, 0, 5, 10]]) for i in range(30)])
     b = save(tmp_path / "b", [line(i, [[0, 0, 10, 10]]) for i in reversed(range(30))])
     out, _ = run("evaluate.py --compare", a, b)
-    assert "IoU                    50.0 -> 100.0   +50.0 [+50.0, +50.0]" in out
+    assert "IoU                   50.0 -> 100.0   +50.0 [+50.0, +50.0]" in out
     c = save(tmp_path / "c", [line(i, [[0, 0, 5, 10]]) for i in range(29)])
     _, error = run("evaluate.py --compare", a, c, check=2)
-    assert "1 questions are in only one, first 29" in error
-    _, error = run("evaluate.py --rescore", tmp_path / "nothing", check=2)
-    assert "no predictions.jsonl" in error
-
-
-def test_2500_predictions_score_in_20_seconds_without_a_model(tmp_path):
-    lines = [
-        line(
-            i,
-            [[0, 0, 5 + i % 5, 10]],
-            supercategory=f"S{i % 15}",
-            category=f"c{i % 108}",
-            dice={"points": 0.1, "box": 0.2, "one": 0.2, "both": 0.3},
-        )
-        for i in range(2500)
-    ]
-    folder, start = save(tmp_path / "e", lines), time.perf_counter()
-    evaluate.tables.report(evaluate.read_predictions(folder), evaluate.METRICS, folder)
-    assert time.perf_counter() - start < 20
-
-
-# ---------------------------------------------------------------- predictions of other models
-
-
-@pytest.fixture(scope="module")
-def tests():
-    return load_samples("demo/data", "test")[:6]
-
-
-def answers(tests, frame):
-    """Perfect ones, in a frame."""
-    for sample in tests:
-        size = sample.image.size
-        target = {"pixels": size, "norm1000": (1000, 1000), "model": model_size(size)}[frame]
-        there = Frame(size, target)
-        yield {
-            "id": sample.id,
-            "bbox": to_model(sample.bbox, there),
-            "points": to_model(sample.points, there),
-        }
-
-
-def predicted(tmp_path, lines, flags, check=0, name="p"):
-    file = tmp_path / f"{name}.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in lines))
-    return run(
-        "evaluate.py --limit 6 --asm none --predictions",
-        file,
-        "--out",
-        tmp_path / name,
-        flags,
-        check=check,
-    )
-
-
-@pytest.mark.parametrize("frame", ["pixels", "norm1000", "model"])
-def test_perfect_predictions_are_perfect_in_the_frame_they_were_written_in(tmp_path, tests, frame):
-    predicted(tmp_path, answers(tests, frame), f"--frame {frame}")
-    for row in rows(tmp_path / "p/predictions.jsonl"):
-        score = evaluate.scores(row)
-        assert score["iou"] == pytest.approx(1, abs=1e-6) and score["pdice"] == pytest.approx(
-            1, abs=1e-6
-        )
-
-
-def test_missing_predictions_are_refusals_that_are_counted_and_reported(tmp_path, tests):
-    out, _ = predicted(tmp_path, list(answers(tests, "pixels"))[:4], "")
-    summary = json.loads((tmp_path / "p/summary.json").read_text())
-    assert "2 of 6 questions have no prediction" in out and summary["refusals"] == {
-        "no prediction": 2
-    }
-    assert summary["all"]["iou"]["mean"] == pytest.approx(4 / 6)
+    assert "1 questions are in only one, the first is 29" in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
-    "change, flags, says",
+    "change, says",
     [
-        (
-            lambda a: a + [dict(a[0], id="nobody")],
-            "",
-            "'nobody'; those there look like 'test_00000'",
-        ),
-        (lambda a: a + [a[2]], "", "line 7: id"),
-        (lambda a: a, "--frame model --resize square:56", "--frame model is wrong"),
-        (lambda a: [{"bbox": [1, 2, 3, 4]}], "", "line 1: an object with id"),
-        (lambda a: [{"id": a[0]["id"]}], "", "line 1: an object with id"),
-        (lambda a: a[:1] + [{"id": "x", "points": 5}], "", "line 2: an object with id"),
-        (lambda a: [{"id": "x", "text": 5, "bbox": [1, 2, 3, 4]}], "", "line 1: an object with id"),
-        (lambda a: [], "", "p.jsonl: no line in it"),
-        (
-            lambda a: [{"id": a[0]["id"], "bbox": [0.1, 0.2, 0.9, 0.95]}],
-            "",
-            "look like fractions of the image; give pixels",
-        ),
-    ],
-    ids=[
-        "unknown",
-        "repeated",
-        "frame",
-        "no id",
-        "no answer",
-        "points 5",
-        "text 5",
-        "empty",
-        "fractions",
+        ({"truth": {"bbox": [0, 0, 10, 11], "points": [[2, 2], [8, 8]]}}, "another truth"),
+        ({"truth": {"bbox": [0, 0, 10, 10], "points": [[2, 2], [8, 9]]}}, "another truth"),
+        ({"query": "!"}, "another query"),
+        ({"image": "another"}, "another image"),
     ],
 )
-def test_predictions_that_cannot_be_meant_are_refused_with_one_line_and_nothing_written(
-    tmp_path, tests, change, flags, says
-):
-    _, error = predicted(tmp_path, change(list(answers(tests, "pixels"))), flags, check=2)
-    assert says in error and error.count("\n") == 1 and not (tmp_path / "p").exists()
+def test_compare_does_not_pair_questions_of_different_data(tmp_path, change, says):
+    a = save(tmp_path / "a", [line(i, [[0, 0, 5, 10]]) for i in range(6)])
+    lines = [line(i, [[0, 0, 5, 10]]) for i in range(6)]
+    lines[4] |= change
+    b = save(tmp_path / "b", lines)
+    with pytest.raises(ValueError, match=f"question 4 has {says}"):
+        metrics.compare(metrics.read_predictions(a), metrics.read_predictions(b))
 
 
-def test_the_example_that_the_help_prints_is_a_line_that_can_be_read(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        parse_args(evaluate.Config, evaluate.__doc__, argv=["--help"])
-    out, _ = run("-m extras.predictions --help")
-    for text in (capsys.readouterr().out, out):
-        line = next(
-            line for line in text.splitlines() if line.strip().startswith('{"id": "mine-3", "bbox"')
-        )
-        assert "python data.py PATH" in text
-        (tmp_path / "p.jsonl").write_text(line[: line.rindex("}") + 1].strip())
-        given, asked = predictions.read_given(str(tmp_path / "p.jsonl"))
-        assert asked == ["bbox", "points"] and len(given["mine-3"]["points"]) == 2
+def test_compare_takes_an_evaluation_with_masks_and_one_without(tmp_path):
+    before = [line(i, [[0, 0, 5, 10]]) for i in range(6)]
+    after = [line(i, [[0, 0, 10, 10]]) for i in range(6)]
+    for p in after:
+        p["truth"]["mask"] = encode_mask(np.ones((2, 2), bool))
+    lines = metrics.compare(before, after)
+    assert "50.0 -> 100.0" in lines[0]
 
 
-class Few(list):
-    """Samples in memory, as load_samples gives them."""
-
-    skipped = ()
-
-    def ids(self):
-        return [sample.id for sample in self]
-
-
-def few(n=2, size=(100, 80)):
-    return Few(
-        Sample(f"q{i}", noise_image(*size, i), "?", (10, 10, 20, 20), ((12, 12), (18, 18)))
-        for i in range(n)
-    )
-
-
-def from_lines(tmp_path, *given, samples=None, **flags):
-    file = tmp_path / "p.jsonl"
-    file.write_text("\n".join(map(json.dumps, given)))
-    config = evaluate.Config(predictions=str(file), data="d", asm="none", out="x", **flags)
-    return predictions.from_file(config, samples or few())
-
-
-ODD = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
-    lambda x: (
-        st.lists(x, max_size=5)
-        | st.dictionaries(st.sampled_from(["id", "bbox", "points", "a"]), x, max_size=3)
-    ),
-    max_leaves=8,
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        (None, "no predictions.jsonl"),
+        ("", "empty, or of an older version"),
+        ('{"id": "a"}\n', "empty, or of an older version"),
+        ('{"completions": []}\n{"id"\n', "predictions.jsonl, line 2: not JSON"),
+        ("[1]\n", "predictions.jsonl, line 1: not a JSON object"),
+    ],
 )
-
-
-@given(st.dictionaries(st.sampled_from(["id", "text", "bbox", "points"]), ODD) | ODD)
-@settings(max_examples=300, deadline=None)
-def test_odd_types_give_one_line_or_a_refusal(tmp_path_factory, odd):
-    if isinstance(odd, dict) and "id" in odd:
-        odd["id"] = "q0" if isinstance(odd["id"], str) else odd["id"]
-    try:
-        p = from_lines(tmp_path_factory.mktemp("odd"), odd, {"id": "q1", "text": ""})[0]
-    except ValueError as error:
-        assert "p.jsonl" in str(error) and "\n" not in str(error)
-    else:
-        assert all(
-            value is None or 0 <= value <= 2
-            for value in evaluate.scores(p | {"dice": None}).values()
-        )
-        json.dumps(p)
-
-
-def test_what_was_not_asked_for_is_no_refusal_and_has_no_score(tmp_path):
-    boxes = from_lines(
-        tmp_path, {"id": "q0", "bbox": [10, 10, 20, 20]}, {"id": "q1", "bbox": [1, 2, "x", 4]}
-    )
-    first, second = (evaluate.scores(p | {"dice": None}) for p in boxes)
-    assert (
-        first["iou"] == 1
-        and first["refused"] == 0
-        and first["pdice"] is None
-        and first["iou_parsed"] == 1
-    )
-    assert second["iou"] == 0 and second["refused"] == 1 and second["pdice"] is None
-    points = from_lines(tmp_path, {"id": "q0", "points": [[12, 12], [18, 18]]})
-    first, second = (evaluate.scores(p | {"dice": None}) for p in points)
-    assert first["pdice"] == 1 and first["refused"] == 0 and first["iou"] is first["iou50"] is None
-    assert second["pdice"] == 0 and second["refused"] == 1  # no line for it
-    both = from_lines(
-        tmp_path,
-        {"id": "q0", "bbox": [10, 10, 20, 20]},
-        {"id": "q1", "bbox": [10, 10, 20, 20], "points": [[12, 12], [18, 18]]},
-    )
-    first, second = (evaluate.scores(p | {"dice": None}) for p in both)
-    assert (
-        first["refused"] == 1
-        and first["iou"] == 1
-        and first["pdice"] == 0
-        and second["refused"] == 0
-    )
-
-
-def test_text_with_unusual_line_separators_stays_one_line(tmp_path):
-    file = tmp_path / "p.jsonl"
-    file.write_text(json.dumps({"id": "q0", "text": "a\u2028b\x85c"}, ensure_ascii=False) + "\n")
-    assert predictions.read_given(str(file))[0]["q0"]["text"] == "a\u2028b\x85c"
-
-
-def test_images_are_not_kept_while_predictions_are_read(tmp_path):
-    class Lazy(Few):
-        alive = most = 0
-
-        def __getitem__(self, i):
-            sample, owner = few(40)[i], self
-            owner.alive += 1
-            owner.most = max(owner.most, owner.alive)
-            weakref.finalize(sample, lambda: setattr(owner, "alive", owner.alive - 1))
-            return sample
-
-    samples = Lazy(few(40))
-    assert (
-        len(from_lines(tmp_path, {"id": "q0", "text": ""}, samples=samples)) == 40
-        and samples.most <= 2
-    )
-
-
-@pytest.mark.parametrize("size", [(400, 300), (61, 203)])
-def test_the_model_frame_is_the_one_that_encode_uses(tmp_path, size):
-    """Once 392x308 here and 252x168 in encode: the checkpoint's own limit was left out."""
-    prompt = crm_module.load_crm(ROOT / "demo/crm").encode(noise_image(*size), "?")
-    x, y = (m / i for m, i in zip(prompt.frame.model, size))
-    (p,) = from_lines(
-        tmp_path,
-        {"id": "q0", "bbox": [10 * x, 10 * y, 20 * x, 20 * y]},
-        samples=few(1, size),
-        frame="model",
-        crm=str(ROOT / "demo/crm"),
-    )
-    assert p["completions"][0]["bbox"] == pytest.approx([10, 10, 20, 20])
-
-
-def test_the_model_frame_is_the_one_that_a_checkpoint_remembers_unless_flags_say_otherwise(
-    tmp_path,
-):
-    folder, size = tmp_path / "crm", (400, 300)
-    crm_module.load_crm(ROOT / "demo/crm", resize="square:168").save(folder)
-    for flags in ({}, {"resize": "aspect"}, {"resize": "aspect", "max_pixels": 100_000}):
-        frame = crm_module.load_crm(folder, **flags).encode(noise_image(*size), "?").frame.model
-        x, y = (m / i for m, i in zip(frame, size))
-        (p,) = from_lines(
-            tmp_path,
-            {"id": "q0", "bbox": [10 * x, 10 * y, 20 * x, 20 * y]},
-            samples=few(1, size),
-            frame="model",
-            crm=str(folder),
-            **flags,
-        )
-        assert p["completions"][0]["bbox"] == pytest.approx([10, 10, 20, 20]), flags
+def test_a_folder_without_predictions_is_one_line_and_status_2(tmp_path, capsys, text, says):
+    if text is not None:
+        (tmp_path / "predictions.jsonl").write_text(text)
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.main(evaluate.Config(rescore=str(tmp_path)))
+    said = capsys.readouterr().err
+    assert said.startswith("error:")
+    assert says in said
+    assert said.count("\n") == 1
 
 
 # ---------------------------------------------------------------- a model's completions
 
 
-def test_an_interrupted_evaluation_goes_on_and_gives_what_an_uninterrupted_one_gives(tmp_path):
-    flags = "--limit 6 --batch 2 --samples 2 --max-new-tokens 110 --out"
-    out, _ = run("evaluate.py", flags, tmp_path / "whole")
-    whole = (tmp_path / "whole/predictions.jsonl").read_text()
-    assert "| all | 6 |" in out and (tmp_path / "whole/examples.png").stat().st_size > 10_000
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    """An evaluation of two completions for each of six embedded questions."""
+    folder = tmp_path_factory.mktemp("evaluate") / "all"
+    out, _ = run("evaluate.py", SIX, folder)
+    return folder, out
+
+
+SIX = "--limit 6 --batch 2 --completions 2 --max-new-tokens 110 --out"
+
+
+def test_an_evaluation_writes_a_table_a_picture_and_masks(evaluated):
+    folder, out = evaluated
+    assert "| all | 6 |" in out
+    assert (folder / "examples.png").stat().st_size > 10_000
+    assert not list(folder.glob("part-*"))
+    for row in read_jsonl(folder / "predictions.jsonl"):
+        assert len(row["completions"]) == 2
+        assert all(0 <= value <= 1 for value in row["dice"].values())
+
+
+def test_an_interrupted_evaluation_goes_on_and_gives_what_an_uninterrupted_one_gives(
+    tmp_path, evaluated
+):
+    folder, _ = evaluated
+    text = (folder / "predictions.jsonl").read_text()
     cut = tmp_path / "cut"
     cut.mkdir()
-    config = json.loads((tmp_path / "whole/config.json").read_text()) | {"out": str(cut)}
+    config = json.loads((folder / "config.json").read_text()) | {"out": str(cut)}
     (cut / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (cut / "part-0.jsonl").write_text(
-        whole[: whole.index("\n", whole.index("\n") + 1) + 40]
-    )  # two lines, a torn one
-    run("evaluate.py", flags, cut)
-    assert (cut / "predictions.jsonl").read_text() == whole and not list(cut.glob("part-*"))
-    _, error = run("evaluate.py --seed 1", flags, cut, check=2)
-    assert "other flags" in error
-    assert all(
-        0 <= v <= 1
-        for row in rows(tmp_path / "whole/predictions.jsonl")
-        for v in row["dice"].values()
-    )
+    two_lines = text.index("\n", text.index("\n") + 1) + 1
+    (cut / "part-0.jsonl").write_text(text[: two_lines + 40])  # and a torn one
+    run("evaluate.py", SIX, cut)
+    assert (cut / "predictions.jsonl").read_text() == text
+    assert not list(cut.glob("part-*"))
+    _, error = run("evaluate.py --seed 1", SIX, cut, check=2)
+    assert "an evaluation with other flags is in there; give another --out" in error
+    assert (cut / "predictions.jsonl").read_text() == text
 
 
 def rank_1_is_late():
-    if os.environ["RANK"] == "1":
-        load = crm_module.load_crm
-        crm_module.load_crm = lambda *args, **more: (time.sleep(6), load(*args, **more))[1]
+    if os.environ["RANK"] != "1":
+        return
+    load = crm_module.load_crm
+
+    def load_late(*args, **more):
+        time.sleep(6)
+        return load(*args, **more)
+
+    crm_module.load_crm = load_late
 
 
 def test_a_late_rank_neither_loses_nor_doubles_a_question(tmp_path):
-    """Once a rank that loaded slowly saw the other's lines as done, and 12 questions gave 9 rows."""
+    """A rank that loaded slowly once saw the other's lines as done: 12 questions gave 9 rows."""
     flags = "--asm none --limit 7 --batch 1 --max-new-tokens 8 --out"
     run("evaluate.py", flags, tmp_path / "one")
     scripts = ranks(2, "evaluate.py", flags, tmp_path / "two", before=rank_1_is_late)
     said = [script.communicate() for script in scripts]
     assert [script.returncode for script in scripts] == [0, 0], said
-    assert (tmp_path / "two/predictions.jsonl").read_text() == (
-        tmp_path / "one/predictions.jsonl"
-    ).read_text()
+    two = (tmp_path / "two/predictions.jsonl").read_text()
+    assert two == (tmp_path / "one/predictions.jsonl").read_text()
 
 
 @pytest.mark.parametrize(
@@ -500,149 +301,307 @@ def test_a_late_rank_neither_loses_nor_doubles_a_question(tmp_path):
     ],
 )
 def test_an_evaluation_that_is_not_exactly_complete_is_an_error(tmp_path, indexes, says):
-    (tmp_path / "part-0.jsonl").write_text(
-        "".join(json.dumps({"index": i}) + "\n" for i in indexes)
-    )
-    found = predictions.finished(tmp_path)
+    text = "".join(json.dumps({"index": i}) + "\n" for i in indexes)
+    (tmp_path / "part-0.jsonl").write_text(text)
+    found = evaluate.finished(tmp_path)
     with pytest.raises(ValueError, match=says):
-        predictions.in_order(found, 3, tmp_path)
-    assert predictions.in_order(found[1::-1], 2, tmp_path) == found[:2]
+        evaluate.in_order(found, 3, tmp_path)
+    assert evaluate.in_order(found[1::-1], 2, tmp_path) == found[:2]
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        ("--crm nowhere/at/all", "nowhere/at/all"),
+        ("--crm demo/data", "--crm demo/data: no folder with a config.json there"),
+        ("--asm nowhere", "nowhere"),
+        ("--data nowhere", "--data nowhere"),
+        ("--split none", "no sample in split 'none'"),
+        ("--prompt nowhere", "--prompt nowhere"),
+        ("--resize square:3", "--resize square:3"),
+        ("--samples 4", "--samples has moved: it is called --completions"),
+        ("--predictions p.jsonl", "--predictions has moved: python -m extras.predictions"),
+        ("--oracle", "--oracle has moved: python -m extras.oracle"),
+    ],
+)
+def test_a_flag_that_does_not_fit_is_one_line_and_nothing_is_written(tmp_path, flags, says):
+    _, error = run("evaluate.py", flags, "--limit 1 --out", tmp_path / "out", check=2)
+    assert error.startswith("error:")
+    assert says in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_row_that_does_not_fit_its_image_is_an_error_before_anything_is_written(tmp_path):
+    data = own_data(tmp_path / "data")
+    noise_image(50, 40).save(data / "masks/a.png")
+    _, error = run("evaluate.py --asm none --data", data, "--out", tmp_path / "out", check=2)
+    assert "line 1, mask: is 50x40, its image 60x40; fix the row or use --skip-bad-rows" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------- other weights, other data
+
+
+def own_data(folder, left=10):
+    """A data set of one question about a square."""
+    for name in ("images", "masks"):
+        (folder / name).mkdir(parents=True)
+    noise_image(60, 40).save(folder / "images/a.png")
+    draw_mask(folder, left)
+    write_rows(folder, query="?")
+    return folder
+
+
+def draw_mask(folder, left):
+    mask = np.zeros((40, 60), np.uint8)
+    mask[10:20, left : left + 10] = 255
+    Image.fromarray(mask).save(folder / "masks/a.bmp")  # of one size, whatever is in it
+    Image.fromarray(mask).save(folder / "masks/a.png")
+
+
+def write_rows(folder, **fields):
+    row = {"image": "a.png", "mask": "a.png", "split": "test", "id": "a"} | fields
+    (folder / "samples.jsonl").write_text(json.dumps(row) + "\n")
+
+
+def own_crm(folder):
+    return shutil.copytree(EMBEDDED["crm"], folder)
+
+
+def change_weights(crm, data):
+    file = next(crm.glob("*.safetensors"))
+    weights = load_file(file)
+    name = min(weights)
+    weights[name] = weights[name] + torch.ones_like(weights[name])
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+def change_settings(crm, data):
+    (crm / "settings.json").write_text(json.dumps({"prompt": "direct"}))
+
+
+def change_question(crm, data):
+    write_rows(data, query="Where?")
+
+
+def change_box(crm, data):
+    write_rows(data, query="?", bbox=[10, 10, 21, 20], points=[[12, 12], [18, 18]])
+
+
+def move_mask(crm, data):
+    draw_mask(data, left=11)
+
+
+def change_image(crm, data):
+    noise_image(60, 40, seed=1).save(data / "images/a.png")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [change_weights, change_settings, change_question, change_box, move_mask, change_image],
+)
+def test_other_weights_or_data_under_the_same_path_are_noticed(tmp_path, change):
+    """Resumed by flags alone, the old numbers were printed again, or two models mixed."""
+    crm = own_crm(tmp_path / "crm")
+    data = own_data(tmp_path / "data")
+    out = tmp_path / "out"
+    claim(crm, data, out)
+    claim(crm, data, out)  # nothing has changed
+    change(crm, data)
+    with pytest.raises(ValueError, match="the weights or the data have changed since"):
+        claim(crm, data, out)
+
+
+def claim(crm, data, out):
+    examples = load_samples(data, "test")
+    config = {"crm": str(crm), "data": str(data)}
+    config["fingerprint"] = evaluate.fingerprint(evaluate.checkpoint_files(str(crm)), examples)
+    evaluate.claim_folder(out, config, Ranks())
+
+
+def test_an_edited_mask_of_the_same_size_is_noticed(tmp_path):
+    data = own_data(tmp_path / "data")
+    write_rows(data, query="?", mask="a.bmp")
+    before = evaluate.fingerprint([], load_samples(data, "test"))
+    size = (data / "masks/a.bmp").stat().st_size
+    draw_mask(data, left=12)
+    assert (data / "masks/a.bmp").stat().st_size == size
+    assert evaluate.fingerprint([], load_samples(data, "test")) != before
+
+
+def test_a_parquet_file_has_a_fingerprint_of_its_pictures():
+    examples = load_samples(EMBEDDED["data"], "test")[:2]
+    same = evaluate.fingerprint([], examples)
+    assert evaluate.fingerprint([], examples) == same
+    first, second = examples.rows
+    changed = Examples([first, second | {"mask": first["mask"]}])
+    assert evaluate.fingerprint([], changed) != same
+
+
+def test_the_command_notices_other_data_before_it_asks_a_model(tmp_path):
+    data = own_data(tmp_path / "data")
+    flags = "--asm none --max-new-tokens 4 --data"
+    run("evaluate.py", flags, data, "--out", tmp_path / "out")
+    table = (tmp_path / "out/table.md").read_text()
+    move_mask(None, data)
+    _, error = run("evaluate.py", flags, data, "--out", tmp_path / "out", check=2)
+    assert "the weights or the data have changed since; give another --out" in error
+    assert error.count("\n") == 1
+    assert (tmp_path / "out/table.md").read_text() == table
+
+
+@pytest.mark.parametrize(
+    "name", ["predictions.jsonl", "summary.json", "table.md", "examples.png", "config.json"]
+)
+def test_files_that_no_evaluation_wrote_stay(tmp_path, name):
+    (tmp_path / name).write_text('{"mine": 1}')
+    config = {"crm": "a", "fingerprint": "b"}
+    with pytest.raises(ValueError, match="give another --out"):
+        evaluate.claim_folder(tmp_path, config, Ranks())
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == '{"mine": 1}'
+
+
+def test_a_folder_with_other_files_is_used_and_they_stay(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    evaluate.claim_folder(tmp_path, {"fingerprint": "b"}, Ranks())
+    assert (tmp_path / "config.json").exists()
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+# ---------------------------------------------------------------- masks of a completion
 
 
 def test_masks_need_the_parts_they_are_made_from_and_are_kept():
-    sample = load_samples("demo/data", "test")[0]
-    asm = evaluate.load_asm(str(ROOT / "demo/asm"), "cpu")
-    perfect = {
-        "text": "",
-        "bbox": list(sample.bbox),
-        "points": [list(p) for p in sample.points],
-        "problem": "",
-    }
+    example = load_samples(EMBEDDED["data"], "test")[0]
+    asm = load_asm(EMBEDDED["asm"], "cpu")
+    points = [list(point) for point in example.points]
+    perfect = {"text": "", "bbox": list(example.bbox), "points": points, "problem": ""}
 
     def masked(completion):
-        return evaluate.add_masks(
-            {"completions": [completion], "kept": 0, "truth": {}}, sample, asm
-        )
+        p = {"completions": [completion], "kept": 0, "truth": {}}
+        return evaluate.add_masks(p, example, asm)
 
     found = masked(perfect)
-    assert set(found["dice"]) == {"points", "box", "one", "both"} and found["dice"]["both"] > 0.6
-    assert (decode_mask(found["truth"]["mask"]) == sample.mask).all()
-    assert evaluate.mask_dice(decode_mask(found["mask"]), sample.mask) == found["dice"]["both"]
+    assert set(found["dice"]) == {"points", "box", "one", "both"}
+    assert found["dice"]["both"] > 0.6
+    assert (decode_mask(found["truth"]["mask"]) == example.mask).all()
+    dice = metrics.mask_dice(decode_mask(found["mask"]), example.mask)
+    assert dice == found["dice"]["both"]
+
     boxless = masked(perfect | {"bbox": None})["dice"]
-    assert boxless["box"] == 0 and boxless["points"] == found["dice"]["points"] == boxless["both"]
-    nothing = masked(NO_MASK)
-    assert nothing["mask"] is None and set(nothing["dice"].values()) == {0}
-    assert masked(perfect | {"bbox": [-1e6, -1e6, 1e6, 1e6]})["mask"]  # clipped for the segmenter
+    assert boxless["box"] == 0
+    assert boxless["points"] == found["dice"]["points"] == boxless["both"]
+
+    nothing = masked(REFUSAL)
+    assert nothing["mask"] is None
+    assert set(nothing["dice"].values()) == {0}
+
+    huge = masked(perfect | {"bbox": [-1e6, -1e6, 1e6, 1e6]})  # clipped for the segmenter
+    assert huge["mask"] is not None
+
+
+def test_without_a_segmenter_there_is_no_mask_and_no_dice():
+    example = load_samples(EMBEDDED["data"], "test")[0]
+    p = {"completions": [REFUSAL], "kept": None, "truth": {}}
+    found = evaluate.add_masks(p, example, None)
+    assert found["dice"] is None
+    assert found["mask"] is None
+    assert (decode_mask(found["truth"]["mask"]) == example.mask).all()
 
 
 def test_each_kind_of_mask_is_made_of_its_own_parts_of_the_kept_completion():
-    sample, asked = few(1)[0], []
+    example = few(1)[0]
+    example.mask = np.ones((80, 100), bool)
+    asked = []
 
     class Asked:
         def segment(self, image, boxes, points):
             asked.append((boxes, points))
             return np.zeros((1, *image.shape[:2]), bool), np.ones(1)
 
-    kept = {"text": "", "bbox": (10, 10, 20, 20), "points": ((12, 12), (18, 18)), "problem": ""}
+    kept = {"text": "", "bbox": BOX, "points": PAIR, "problem": ""}
     other = kept | {"bbox": (0, 0, 50, 50)}
-    evaluate.add_masks({"completions": [other, kept], "kept": 1, "truth": {}}, sample, Asked())
-    box, both = [(10, 10, 20, 20)], [((12, 12), (18, 18))]
-    assert asked == [
-        (None, both),
-        (box, None),
-        (box, [((12, 12),)]),
-        (box, both),
-    ]  # points, box, one, both
+    p = {"completions": [other, kept], "kept": 1, "truth": {}}
+    evaluate.add_masks(p, example, Asked())
+    points_alone = (None, [PAIR])
+    box_alone = ([BOX], None)
+    box_and_one = ([BOX], [PAIR[:1]])
+    both = ([BOX], [PAIR])
+    assert asked == [points_alone, box_alone, box_and_one, both]
 
 
-def test_examples_show_every_question_once_with_a_legend(tmp_path, monkeypatch):
-    shown = []
-    monkeypatch.setattr(pictures, "draw_example", lambda axis, p, sample: shown.append(p["index"]))
-    pictures.examples(
-        [line(i, [[0, 0, 10, 1 + i]]) for i in range(30)], few(30), tmp_path / "e.png"
-    )
-    quality = [(1 + i) / 10 if i < 10 else 10 / (1 + i) for i in shown]
-    assert len(shown) == len(set(shown)) == 12 and quality == sorted(quality)
-    assert quality[0] == 0.1 and quality[-1] == 1
-    shown.clear()
-    pictures.examples(
-        [line(i, [None, [0, 0, 9, 9]][i : i + 1]) for i in range(2)], few(2), tmp_path / "e.png"
-    )
-    assert shown == [0, 1] and (tmp_path / "e.png").stat().st_size > 1000
+# ---------------------------------------------------------------- examples.png
 
 
-class Kept(pictures.Figure):
-    """A figure that can still be looked at once it has been written."""
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are drawn. They can still be looked at once they have been written."""
+    drawn = []
 
-    written = []
+    class KeptFigure(Figure):
+        def savefig(self, *args, **options):
+            super().savefig(*args, **options)
+            drawn.append(self)
 
-    def savefig(self, *args, **options):
-        super().savefig(*args, **options)
-        self.written.append(self)
+    monkeypatch.setattr("matplotlib.figure.Figure", KeptFigure)
+    return drawn
+
+
+def captions_of(figure):
+    return [axis.get_title().splitlines()[-1] for axis in figure.axes]
+
+
+def test_examples_show_every_question_once_from_the_worst_to_the_best(tmp_path, figures):
+    lines = []
+    for i in range(30):
+        height = 1 + i
+        p = line(i, [[0, 0, 10, height]], category=f"number {i}")
+        lines.append(p)
+    evaluate.draw_examples(lines, few(30), tmp_path / "e.png")
+    captions = captions_of(figures.pop())
+    assert len(set(captions)) == evaluate.EXAMPLES_SHOWN
+    ious = [float(caption.split("IoU ")[1]) for caption in captions]
+    assert ious == sorted(ious)
+    assert (ious[0], ious[-1]) == (0.1, 1)
+
+
+def test_examples_say_what_is_wrong_with_a_completion(tmp_path, figures):
+    lines = [line(0, [None]), line(1, [[0, 0, 9, 9]])]
+    evaluate.draw_examples(lines, few(2), tmp_path / "e.png")
+    assert captions_of(figures.pop()) == ["a, no answer block", "a, IoU 0.81"]
+    assert (tmp_path / "e.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize("n, size", [(1, (30, 200)), (12, (100, 80))])
 def test_examples_show_the_question_and_the_whole_legend_however_narrow_the_image(
-    tmp_path, monkeypatch, n, size
+    tmp_path, figures, n, size
 ):
-    monkeypatch.setattr(pictures, "Figure", Kept)
-    asked = (
-        "What could the oval on the left be, which costs $5 at the back and which a $ hides from nobody "
-        + "at all " * 20
+    query = (
+        "What could the oval be, which costs $5 at the back and which a $ hides " + "at all " * 30
     )
-    pictures.examples(
-        [line(i, [[0, 0, 10, 10]]) | {"query": asked} for i in range(n)],
-        few(n, size),
-        tmp_path / "e.png",
-    )
-    figure = Kept.written.pop()
-    legend, titles = (
-        figure.legends[0].get_window_extent(),
-        [axis.get_title() for axis in figure.axes],
-    )
-    assert 0 <= legend.x0 < legend.x1 <= figure.bbox.width and 0 <= legend.y0
-    assert all(
-        title.startswith("What could the oval") and title.endswith("…\na, IoU 1.00")
-        for title in titles
-    )
-    assert all(
-        0 <= axis.title.get_window_extent().x0
-        and axis.title.get_window_extent().x1 <= figure.bbox.width
-        for axis in figure.axes
-    )
+    lines = [line(i, [[0, 0, 10, 10]], query=query) for i in range(n)]
+    evaluate.draw_examples(lines, few(n, size), tmp_path / "e.png")
+    figure = figures.pop()
+    width = figure.bbox.width
+    legend = figure.legends[0].get_window_extent()
+    assert 0 <= legend.x0 < legend.x1 <= width
+    assert legend.y0 >= 0
+    assert len(figure.axes) == n
+    for axis in figure.axes:
+        assert axis.get_title().startswith("What could the oval")
+        assert axis.get_title().endswith("…\na, IoU 1.00")
+        extent = axis.title.get_window_extent()
+        assert extent.x0 >= 0
+        assert extent.x1 <= width
 
 
-def test_curves_name_only_what_has_been_logged(tmp_path, monkeypatch):
-    monkeypatch.setattr(pictures, "Figure", Kept)
-    pictures.curves(
-        tmp_path / "c.png",
-        [{"step": 1, "sampled/iou": 0.5, "sampled/named": None}],
-        {"held out": ["sampled/iou", "sampled/named"], "KL": ["kl"]},
-    )
-    first, second = Kept.written.pop().axes
-    assert [text.get_text() for text in first.get_legend().get_texts()] == [
-        "sampled/iou"
-    ] and second.get_legend() is None
-
-
-def test_the_interval_of_fewer_than_five_questions_is_a_dash():
-    def cells(n):
-        summary = tables.summarise([line(i, [[0, 0, 5 + i, 10]]) for i in range(n)], METRICS)
-        return tables.table(summary, METRICS).splitlines()[4].split(" | ")
-
-    assert cells(4)[1:3] == ["4", "65.0 [–]"] and cells(5)[1:3] == ["5", "70.0 [58.0, 82.0]"]
-
-
-def test_a_row_that_does_not_fit_its_image_is_refused_before_anything_is_written(tmp_path):
-    for name in ("images", "masks"):
-        (tmp_path / "data" / name).mkdir(parents=True)
-    noise_image(60, 40).save(tmp_path / "data/images/a.png")
-    noise_image(50, 40).save(tmp_path / "data/masks/a.png")
-    (tmp_path / "data/samples.jsonl").write_text(
-        json.dumps({"image": "a.png", "mask": "a.png", "query": "?", "split": "test"})
-    )
-    _, error = run(
-        "evaluate.py --asm none --data", tmp_path / "data", "--out", tmp_path / "out", check=2
-    )
-    assert "line 1, mask: is 50x40, its image 60x40; fix the row or use --skip-bad-rows" in error
-    assert error.count("\n") == 1 and not (tmp_path / "out").exists()
+def test_help_names_every_flag_and_the_commands_that_moved():
+    out, _ = run("evaluate.py --help")
+    for flag in ("--crm", "--completions", "--rescore", "--compare"):
+        assert flag in out
+    for module in ("extras.predictions", "extras.oracle"):
+        said, _ = run(f"-m {module} --help")
+        assert f"python -m {module}" in said

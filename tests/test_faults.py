@@ -1,13 +1,15 @@
-"""What happens to runs: kills, signals, full disks, torn files. Nothing may be lost or silently wrong.
+"""What happens to runs: kills, signals, full disks, torn files. Nothing may be lost or silently
+wrong.
 
-python -m pytest -q test_faults.py              # the short form, part of make test
-python test_faults.py                           # the whole campaign: 100 kills, 20 signals, 10 full disks,
-                                                # 10 ranks of two, a table
+python -m pytest -q tests/test_faults.py        # the short form, part of make test python
+tests/test_faults.py                     # the campaign, make faults: hundreds of faults, a table
 """
 
+import os
 import random
 import resource
 import signal
+import subprocess
 import tempfile
 import time
 from functools import partial
@@ -17,74 +19,114 @@ import pytest
 import torch
 from conftest import Script
 from safetensors.torch import load_file
-from test_parallel import a_rank_is_killed
-from test_scripts import rows, run, without_times
+from test_parallel import Torchrun, a_rank_is_killed, many, slow_work
+from test_scripts import ROOT, run, without_times
+
+from runtime import checkpoint
+from runtime.files import read_jsonl
 
 SMALL = (
-    "train_grpo.py --crm demo/crm --data demo/data --steps 12 --save-every 2 --keep 2 --prompts 2 --group 2 "
-    "--minibatches 1 --max-new-tokens 6 --eval-every -1 --lr 1e-4 --resume auto --out"
+    "train_grpo.py --crm demo/crm --data demo/data --steps 12 --save-every 2 --keep 2 --prompts 2 "
+    "--group 2 --minibatches 1 --max-new-tokens 6 --eval-every -1 --lr 1e-4 --resume auto"
 )
+LAST = "step_000012"
 
 
 def start(folder, flags="", **options):
-    return Script(SMALL, folder, flags, **options)
+    """The run in one process."""
+    return Script(SMALL, flags, "--out", folder, **options)
 
 
 def said(process):
     return "".join(process.communicate(300))
 
 
-def disturbed(folder, faults, hit):
-    """Run, hit(process, moment) it `faults` times at random moments of its work, let it end; how often it was hit."""
+class Launched:
+    """The run over two processes, started by torchrun. As Script: poll(), send_signal(),
+    returncode, communicate(). A signal goes to the launcher; SIGKILL goes to both ranks, as a
+    machine that fails."""
+
+    def __init__(self, folder, flags=""):
+        self.launcher = Torchrun(SMALL, flags, "--out", folder)
+
+    @property
+    def returncode(self):
+        return self.launcher.process.returncode
+
+    def poll(self):
+        return self.launcher.process.poll()
+
+    def send_signal(self, number):
+        if number != signal.SIGKILL:
+            self.launcher.process.send_signal(number)
+            return
+        for pid in self.launcher.ranks().values():
+            os.kill(pid, number)
+
+    def communicate(self, timeout):
+        status, words = self.launcher.end(timeout)
+        assert status != "it did not end", words
+        return words, ""
+
+
+def disturbed(folder, faults, hit, start=start):
+    """Start the run, hit(process) at a random moment of its work, and again `faults` times; then
+    let it end. Returns how often it was hit. Whatever is there in between can be read."""
     random.seed(0)
     hits = 0
     while True:
         process = start(folder)
         if hits < faults:
-            before = len(rows_so_far(folder))
+            before = rows_so_far(folder)
             deadline = time.time() + 60
-            while (
-                len(rows_so_far(folder)) <= before
-                and process.poll() is None
-                and time.time() < deadline
-            ):
+            while rows_so_far(folder) <= before and process.poll() is None:
+                assert time.time() < deadline
                 time.sleep(0.01)  # past the imports: the moment lies in the work itself
             time.sleep(random.uniform(0, 0.6))
             hits += process.poll() is None
             hit(process)
-        out = said(process)
-        for checkpoint in folder.glob(
-            "step_*[0-9]"
-        ):  # whatever there is can be read, at any moment
-            load_file(checkpoint / "model.safetensors")
-            torch.load(checkpoint / "trainer.pt", weights_only=True)
-        if (folder / "step_000012").exists():
+        words = said(process)
+        for folder_of_step in checkpoint.checkpoints(folder).values():
+            assert checkpoint.problem_of(folder_of_step) == ""
+            load_file(folder_of_step / "model.safetensors")
+        if (folder / LAST).exists():
             return hits
-        assert process.returncode in (0, -signal.SIGKILL), out
+        # 1: torchrun, after any signal
+        assert process.returncode in (0, 1, -signal.SIGKILL), words
+        assert "Traceback" not in words or process.returncode == 1, words
 
 
 def rows_so_far(folder):
     path = folder / "metrics.jsonl"
-    return path.read_text().splitlines() if path.exists() else []
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def numbers(folder):
+    return [without_times(row) for row in read_jsonl(folder / "metrics.jsonl")]
+
+
+def same_weights(a, b):
+    one, two = (load_file(folder / LAST / "model.safetensors") for folder in (a, b))
+    return all(torch.equal(one[name], two[name]) for name in one)
 
 
 def equal(a, b):
-    one, two = (load_file(folder / "step_000012/model.safetensors") for folder in (a, b))
-    return all(torch.equal(one[name], two[name]) for name in one) and [
-        without_times(row) for row in rows(a / "metrics.jsonl")
-    ] == [without_times(row) for row in rows(b / "metrics.jsonl")]
+    return same_weights(a, b) and numbers(a) == numbers(b)
+
+
+def run_undisturbed(folder, start=start):
+    words = said(start(folder))
+    assert (folder / LAST).exists(), words
+    return folder
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "undisturbed"
-    out = said(start(folder))
-    assert (folder / "step_000012").exists(), out
-    return folder
+    return run_undisturbed(tmp_path_factory.mktemp("runs") / "undisturbed")
 
 
 def test_only_the_newest_checkpoints_are_kept(undisturbed):
-    assert sorted(p.name for p in undisturbed.glob("step_*")) == ["step_000010", "step_000012"]
+    assert sorted(p.name for p in undisturbed.glob("step_*")) == ["step_000010", LAST]
 
 
 @pytest.mark.parametrize("number, faults", [(signal.SIGKILL, 3), (signal.SIGTERM, 2)])
@@ -92,24 +134,48 @@ def test_a_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(
     tmp_path, undisturbed, number, faults
 ):
     hits = disturbed(tmp_path / "run", faults, lambda process: process.send_signal(number))
-    assert hits >= 1 and equal(tmp_path / "run", undisturbed)
+    assert hits >= 1
+    assert equal(tmp_path / "run", undisturbed)
+
+
+SHARDED = "--parallel fsdp --dtype bfloat16"
+
+
+@pytest.fixture(scope="module")
+def undisturbed_sharded(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "sharded"
+    many(2, SMALL, SHARDED, "--out", folder)
+    return folder
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_so_does_a_sharded_run_of_two_processes_in_bfloat16(tmp_path, undisturbed_sharded, number):
+    folder = tmp_path / "run"
+    launched = Launched(folder, SHARDED)
+    while rows_so_far(folder) < 3:
+        assert launched.poll() is None, launched.launcher.said()
+        time.sleep(0.01)
+    launched.send_signal(number)
+    words = said(launched)
+    assert not (folder / LAST).exists()
+    done = rows_so_far(folder)
+    if number == signal.SIGTERM:  # nothing is lost
+        assert checkpoint.newest(folder) == checkpoint.path_of(folder, done), words
+    many(2, SMALL, SHARDED, "--out", folder)
+    assert equal(folder, undisturbed_sharded)
 
 
 def test_a_torn_checkpoint_is_named_and_the_one_before_it_taken(tmp_path, undisturbed):
-    said(start(tmp_path / "run", "--steps 4"))
-    state = tmp_path / "run/step_000004/trainer.pt"
+    folder = tmp_path / "run"
+    said(start(folder, "--steps 4"))
+    state = folder / "step_000004/optimizer/exp_avg.00001-of-00001.safetensors"
     state.write_bytes(state.read_bytes()[:1000])
-    for half in (
-        "step_000006.tmp",
-        "step_000001.old",
-    ):  # what a kill while saving or deleting leaves
-        (tmp_path / "run" / half).mkdir()
-    out = said(start(tmp_path / "run"))
-    assert "step_000004: cannot be read" in out and equal(tmp_path / "run", undisturbed)
-    assert sorted(p.name for p in (tmp_path / "run").glob("step_*")) == [
-        "step_000010",
-        "step_000012",
-    ]
+    for half in ("step_000006.tmp", "step_000001.old"):  # what a kill leaves
+        (folder / half).mkdir()
+    words = said(start(folder))
+    assert "step_000004: cannot be read" in words
+    assert equal(folder, undisturbed)
+    assert sorted(p.name for p in folder.glob("step_*")) == ["step_000010", LAST]
 
 
 def full_disk(megabytes):
@@ -119,48 +185,146 @@ def full_disk(megabytes):
 
 
 def test_a_full_disk_is_reported_in_one_line_and_loses_nothing(tmp_path, undisturbed):
-    said(start(tmp_path / "run", "--steps 4"))
-    process = start(tmp_path / "run", before=partial(full_disk, 6))  # weights fit not
-    out = said(process)
-    assert (
-        process.returncode == 1 and "cannot be written" in out and "step_000004 is whole" in out
-    ), out
-    assert "Traceback" not in out and not list((tmp_path / "run").glob("*.tmp"))
-    said(start(tmp_path / "run"))
-    assert equal(tmp_path / "run", undisturbed)
+    folder = tmp_path / "run"
+    said(start(folder, "--steps 4"))
+    process = start(folder, before=partial(full_disk, 6))  # weights do not fit
+    words = said(process)
+    assert process.returncode == 1
+    assert "cannot be written" in words
+    assert "step_000004 is intact" in words, words
+    assert "Traceback" not in words
+    assert not list(folder.glob("*.tmp"))
+    said(start(folder))
+    assert equal(folder, undisturbed)
 
 
 def test_a_folder_that_cannot_be_written_is_said_before_anything_is_computed(tmp_path):
     (tmp_path / "file").write_text("")
-    _, error = run(SMALL, tmp_path / "file/run", check=2)
-    assert error.count("\n") == 1 and "file/run" in error
+    _, error = run(SMALL, "--out", tmp_path / "file/run", check=2)
+    assert error.count("\n") == 1
+    assert "file/run" in error
+
+
+# ---------------------------------------------------------------- recipes/slurm.sh
+
+SRUN = """#!/bin/bash
+while [[ $1 == --* ]]; do shift; done
+for rank in 0 1; do
+    SLURM_PROCID=$rank SLURM_LOCALID=$rank "$@" &
+    echo $! >> PLACE/pids
+done
+status=0
+for pid in $(cat PLACE/pids); do wait $pid || status=$?; done
+rm PLACE/pids
+exit $status
+"""
+SCONTROL = """#!/bin/bash
+if [ "$1" = show ]; then echo localhost; else echo "$@" >> PLACE/requeued; fi
+"""
+
+
+def slurm(place, *command):
+    """recipes/slurm.sh on a cluster of one machine with two tasks; stand-ins for srun and
+    scontrol."""
+    (place / "bin").mkdir(exist_ok=True)
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (place / "bin" / name).write_text(text.replace("PLACE", str(place)))
+        (place / "bin" / name).chmod(0o755)
+    env = {
+        "PATH": f"{place / 'bin'}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_JOB_NODELIST": "localhost",
+        "SLURM_NTASKS": "2",
+        "SLURM_NTASKS_PER_NODE": "2",
+    }
+    words = [word for part in command for word in str(part).split()]
+    return subprocess.Popen(
+        ["bash", "recipes/slurm.sh", *words], cwd=ROOT, env=os.environ | env, stdout=subprocess.PIPE
+    )
+
+
+def test_a_slurm_job_saves_queues_itself_again_and_goes_on(tmp_path):
+    folder = tmp_path / "run"
+    job = slurm(tmp_path, slow_work(tmp_path, "sampling.sample", 100), "--out", folder)
+    for line in job.stdout:
+        if b"asleep" in line:
+            break
+    for pid in (tmp_path / "pids").read_text().split():  # Slurm signals the tasks
+        os.kill(int(pid), signal.SIGTERM)
+    words, _ = job.communicate(timeout=60)
+    assert job.returncode == 0, words
+    assert (tmp_path / "requeued").read_text() == f"requeue {os.getpid()}\n"
+    assert checkpoint.newest(folder) == folder / "step_000001"
+
+    work = slow_work(tmp_path, "sampling.sample", 0).replace("--steps 500", "--steps 2")
+    job = slurm(tmp_path, work, "--out", folder)
+    words, _ = job.communicate(timeout=120)
+    assert job.returncode == 0, words
+    assert b"resuming from" in words
+    assert [row["step"] for row in read_jsonl(folder / "metrics.jsonl")] == [1, 2]
+    assert len((tmp_path / "requeued").read_text().splitlines()) == 1  # it is done
+
+    job = slurm(tmp_path, work, "--lr 1 --out", folder)
+    words, _ = job.communicate(timeout=120)
+    assert job.returncode == 2, words  # an error is not queued again
+    assert len((tmp_path / "requeued").read_text().splitlines()) == 1
+
+
+# ---------------------------------------------------------------- the campaign
+
+
+def report(name, tries, hits, losses):
+    print(f"{name:34} {tries:5} {hits:4} {losses:7}", flush=True)
+
+
+def disturb_runs(place, name, number, tries, each, start=start):
+    """Runs that are hit `each` times, until `tries` hits were tried; a line of the table."""
+    whole = run_undisturbed(place / f"{name}-undisturbed", start)
+    hits = 0
+    losses = 0
+    for i in range(tries // each):
+        folder = place / f"{name}-{i}"
+        hits += disturbed(folder, each, lambda process: process.send_signal(number), start)
+        losses += not equal(folder, whole)
+    report(name, tries, hits, losses)
+
+
+def fill_disks(place, tries):
+    whole = run_undisturbed(place / "disk-undisturbed")
+    losses = 0
+    for i in range(tries):
+        folder = place / f"disk-{i}"
+        said(start(folder, f"--steps {2 + i}"))
+        said(start(folder, before=partial(full_disk, 0.5 + 2 * i)))
+        said(start(folder))
+        losses += not equal(folder, whole)
+    report("disk full", tries, tries, losses)
+
+
+def kill_ranks(place, tries):
+    losses = 0
+    for i in range(tries):
+        seconds, words = a_rank_is_killed(place / f"rank-{i}", after=random.uniform(0, 3))
+        losses += seconds >= 60 or "another rank is gone" not in words or "SIGKILL" not in words
+    report("one rank of two killed", tries, tries, losses)
+
+
+def campaign(place):
+    sharded = partial(Launched, flags=SHARDED)
+    rounded = partial(start, flags="--dtype bfloat16")
+    print(f"{'fault':34} tried  hit  losses")
+    disturb_runs(place, "kill -9", signal.SIGKILL, 100, 5)
+    disturb_runs(place, "kill -9, bfloat16", signal.SIGKILL, 20, 5, rounded)
+    disturb_runs(place, "SIGTERM", signal.SIGTERM, 20, 4)
+    disturb_runs(place, "Ctrl-C", signal.SIGINT, 20, 4)
+    disturb_runs(place, "SIGTERM, torchrun, fsdp, bfloat16", signal.SIGTERM, 8, 2, sharded)
+    disturb_runs(place, "Ctrl-C, torchrun, fsdp, bfloat16", signal.SIGINT, 8, 2, sharded)
+    disturb_runs(place, "kill -9, torchrun, fsdp, bfloat16", signal.SIGKILL, 8, 2, sharded)
+    fill_disks(place, 10)
+    kill_ranks(place, 10)
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as place:
-        whole = Path(place) / "undisturbed"
-        said(start(whole))
-        print(f"{'fault':12} tried  hit  losses")
-        for name, number, tries, each in (
-            ("kill -9", signal.SIGKILL, 100, 5),
-            ("SIGTERM", signal.SIGTERM, 20, 4),
-        ):
-            hits = losses = 0
-            for i in range(tries // each):
-                folder = Path(place) / f"{name}-{i}"
-                hits += disturbed(folder, each, lambda process: process.send_signal(number))
-                losses += not equal(folder, whole)
-            print(f"{name:12} {tries:5} {hits:4} {losses:7}", flush=True)
-        losses = 0
-        for i in range(10):
-            folder = Path(place) / f"full-{i}"
-            said(start(folder, f"--steps {2 + i}"))
-            said(start(folder, before=partial(full_disk, 0.5 + 2 * i)))
-            said(start(folder))
-            losses += not equal(folder, whole)
-        print(f"{'disk full':12} {10:5} {10:4} {losses:7}", flush=True)
-        losses = 0
-        for i in range(10):
-            seconds, words = a_rank_is_killed(Path(place) / f"rank-{i}", after=random.uniform(0, 3))
-            losses += not (seconds < 60 and "another rank is gone" in words and "SIGKILL" in words)
-        print(f"{'rank killed':12} {10:5} {10:4} {losses:7}")
+    with tempfile.TemporaryDirectory() as folder:
+        campaign(Path(folder))

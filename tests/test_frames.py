@@ -1,4 +1,4 @@
-"""`python data.py PATH` says what the numbers of a data set's boxes mean where they are no pixels."""
+"""`python data.py PATH` says what the numbers of boxes mean where they are no pixels."""
 
 import json
 from pathlib import Path
@@ -64,7 +64,7 @@ def test_boxes_are_compared_with_their_masks(tmp_path, capsys, monkeypatch, read
     data.main([str(tmp_path)])
     out = capsys.readouterr().out
     if reading == "pixels":
-        assert "look like" not in out
+        assert "the boxes look like" not in out
     else:
         assert f"the boxes look like {reading} (fit " in out
 
@@ -77,6 +77,6 @@ def test_without_masks_boxes_are_compared_with_the_bounds_of_their_images(
     data.main([str(tmp_path)])
     out = capsys.readouterr().out
     if reading == "pixels":
-        assert "look like" not in out
+        assert "the boxes look like" not in out
     else:
         assert f"the boxes look like {reading} (fit " in out

@@ -1,4 +1,4 @@
-"""extras/oracle.py and the IoU among siblings: a disc, a ring, two discs, nine nuclei, every number known."""
+"""extras/oracle.py: a disc, a ring, two discs, nine nuclei, every number known."""
 
 import json
 import math
@@ -8,17 +8,24 @@ import pytest
 import torch
 from conftest import noise_image
 from PIL import Image
-from test_scripts import rows, run
+from test_evaluate import run
 
 from asm import load_asm, prompt_tokens
-from data import Frame, Sample, box_from_mask, keypoints_from_mask, load_samples
-from evaluate import METRICS
-from extras import oracle, tables
+from data import (
+    EMBEDDED,
+    Example,
+    Sizes,
+    box_from_mask,
+    keypoints_from_mask,
+    load_samples,
+)
+from extras import oracle, predictions
 from extras.oracle import (
     GROUPS,
+    MOST_PIECES,
     PARTS,
     WRITTEN,
-    Prompt,
+    MaskPrompt,
     deepest,
     filled,
     measure,
@@ -29,11 +36,12 @@ from extras.oracle import (
     spread_points,
     summarise,
     table,
+    takes_labels,
     true_prompts,
+    written_prompts,
 )
-from extras.several import add_siblings
-from metrics import QUESTION_METRICS, mask_dice, prediction
-from runtime.cli import ROOT
+from metrics import mask_dice, prediction
+from runtime.files import read_jsonl
 from runtime.parallel import Ranks
 
 SIDE = 120
@@ -45,14 +53,17 @@ def disc(x, y, radius, hole=0):
     return (distance <= radius) & (distance >= hole)
 
 
-DISC, RING = disc(60, 60, 30), disc(60, 60, 30, hole=15)
+DISC = disc(60, 60, 30)
+RING = disc(60, 60, 30, hole=15)
 TWO = disc(30, 60, 20) | disc(90, 60, 20)  # of the same area
-NINE = np.any([disc(20 + 40 * i, 20 + 40 * j, 9) for i in range(3) for j in range(3)], axis=0)
+CENTRES = [(20 + 40 * i, 20 + 40 * j) for i in range(3) for j in range(3)]
+NINE = np.any([disc(x, y, 9) for x, y in CENTRES], axis=0)
 MASKS = {"disc": DISC, "ring": RING, "two": TWO, "nine": NINE}
+ONE_OFF = "box, 2 points, 1 off"
 
 
-def sample(mask, name="a", category="nucleus", supercategory="Histology"):
-    return Sample(
+def example(mask, name="a", category="nucleus", supercategory="Histology"):
+    return Example(
         name,
         noise_image(SIDE, SIDE),
         "?",
@@ -72,32 +83,37 @@ class Filler:
     def segment(self, image, boxes=None, points=None):
         self.calls += 1
         shape = image.shape[:2]
-        masks = (
-            [filled(shape, [box]) for box in boxes]
-            if boxes
-            else [np.ones(shape, bool) for _ in points]
-        )
+        if boxes:
+            masks = [filled(shape, [box]) for box in boxes]
+        else:
+            masks = [np.ones(shape, bool) for _ in points]
         return np.array(masks), np.ones(len(masks))
 
 
 class Perfect:
-    """A segmenter that knows the truth: of a box what of it is inside, of points the pieces that they lie on."""
+    """A segmenter that knows the truth: of a box what of it is inside, of points the pieces that
+    they lie on."""
 
     def __init__(self, truth):
         self.truth = truth
+        self.labels = []
 
-    def segment(self, image, boxes=None, points=None, negative=0):
+    def segment(self, image, boxes=None, points=None, labels=None):
+        self.labels.append(labels)
         masks = []
         for i in range(len(boxes or points)):
-            hit = [
-                part
-                for part in pieces(self.truth)
-                if points and any(part[int(y), int(x)] for x, y in points[i])
-            ]
-            masks.append(
-                self.truth & filled(self.truth.shape, [boxes[i]]) if boxes else np.any(hit, axis=0)
-            )
+            if boxes:
+                masks.append(self.truth & filled(self.truth.shape, [boxes[i]]))
+            else:
+                masks.append(self.pieces_under(points[i]))
         return np.array(masks), np.ones(len(masks))
+
+    def pieces_under(self, points):
+        mask = np.zeros_like(self.truth)
+        for piece in pieces(self.truth):
+            if any(piece[int(y), int(x)] for x, y in points):
+                mask |= piece
+        return mask
 
 
 # ---------------------------------------------------------------- prompts
@@ -106,315 +122,348 @@ class Perfect:
 @pytest.mark.parametrize("name, count", [("disc", 1), ("ring", 1), ("two", 2), ("nine", 9)])
 def test_pieces_are_counted_and_make_up_the_mask(name, count):
     found = pieces(MASKS[name])
-    assert len(found) == count and (np.any(found, axis=0) == MASKS[name]).all()
+    assert len(found) == count
+    assert (np.any(found, axis=0) == MASKS[name]).all()
 
 
 def test_pieces_come_by_area_touch_at_corners_and_specks_are_left_out():
     mask = np.zeros((40, 40), bool)
-    mask[2:6, 2:6] = mask[20:30, 20:30] = mask[30:32, 30:32] = True  # 16; 100 with 4 at its corner
-    mask[0, 39] = mask[35:38, 0:5] = True  # 1 and 15 pixels
-    assert [part.sum() for part in pieces(mask)] == [104, 16]
-    assert [part.sum() for part in pieces(np.eye(3, dtype=bool))] == [3]  # all of it is a speck
+    mask[2:6, 2:6] = True  # 16 pixels
+    mask[20:30, 20:30] = True  # 100, and 4 at its corner
+    mask[30:32, 30:32] = True
+    mask[0, 39] = True  # a speck of 1, and one of 15
+    mask[35:38, 0:5] = True
+    assert [piece.sum() for piece in pieces(mask)] == [104, 16]
+    assert [piece.sum() for piece in pieces(np.eye(3, dtype=bool))] == [3]  # nothing but a speck
 
 
 def test_points_are_deep_inside_apart_and_nested():
     assert deepest(DISC) == (60, 60)
     points = spread_points(DISC, pieces(DISC), 8)
-    assert (
-        points[0] == (60, 60)
-        and len(set(points)) == 8
-        and all(DISC[int(y), int(x)] for x, y in points)
-    )
+    assert points[0] == (60, 60)
+    assert len(set(points)) == 8
+    assert all(DISC[int(y), int(x)] for x, y in points)
+    assert spread_points(DISC, pieces(DISC), 3) == points[:3]
     # the second is where the depth 30 - r equals the distance r to the first
-    assert math.hypot(points[1][0] - 60, points[1][1] - 60) == pytest.approx(15, abs=1)
+    x, y = points[1]
+    assert math.hypot(x - 60, y - 60) == pytest.approx(15, abs=1)
     assert {x for x, _ in spread_points(TWO, pieces(TWO), 2)} == {30, 90}
     nine = spread_points(NINE, pieces(NINE), 8)
-    assert len(set(nine)) == 8 and {v for point in nine for v in point} == {20, 60, 100}
+    assert len(set(nine)) == 8
+    assert {value for point in nine for value in point} == {20, 60, 100}
     dot = np.zeros((5, 5), bool)
     dot[2, 3] = True
     assert spread_points(dot, pieces(dot), 4) == ((3, 2),) * 4
 
 
 def test_the_point_off_the_target_is_in_the_box_and_not_in_the_mask():
-    (ring,) = true_prompts(sample(RING))["box, 2 points, 1 off"]
-    assert ring.points[2] == (60, 60) and ring.negative == 1  # the hole
-    (two,) = true_prompts(sample(TWO))["box, 2 points, 1 off"]
-    assert abs(two.points[2][0] - 60) <= 1  # between them
-    whole = np.ones((20, 20), bool)
-    (full,) = true_prompts(Sample("a", None, "?", (0, 0, 20, 20), ((5, 5), (15, 15)), whole))[
-        "box, 2 points, 1 off"
-    ]
-    assert full.negative == 0 and len(full.points) == 2  # a full box has none
+    (ring,) = true_prompts(example(RING))[ONE_OFF]
+    assert ring.points_off == ((60, 60),)  # the hole
+    assert len(ring.points) == 2
+    (two,) = true_prompts(example(TWO))[ONE_OFF]
+    ((x, _),) = two.points_off
+    assert abs(x - 60) <= 1  # between them
+    everything = np.ones((20, 20), bool)
+    full_box = Example("a", None, "?", (0, 0, 20, 20), ((5, 5), (15, 15)), everything)
+    (full,) = true_prompts(full_box)[ONE_OFF]
+    assert full.points_off == ()
+    assert len(full.points) == 2
 
 
 def test_a_filled_box_is_its_pixels():
-    assert (
-        filled((4, 5), [(1, 1, 3, 4)]).sum() == 6
-        and filled((4, 5), [(1, 1, 3, 4), (2, 0, 5, 2)]).sum() == 11
-    )
-    assert (
-        filled((4, 5), [(-9, -9, 99, 99)]).all()
-        and not filled((4, 5), [(0.6, 0.6, 1.4, 1.4)]).any()
-    )
+    assert filled((4, 5), [(1, 1, 3, 4)]).sum() == 6
+    assert filled((4, 5), [(1, 1, 3, 4), (2, 0, 5, 2)]).sum() == 11
+    assert filled((4, 5), [(-9, -9, 99, 99)]).all()
+    assert not filled((4, 5), [(0.6, 0.6, 1.4, 1.4)]).any()
 
 
 # ---------------------------------------------------------------- Dice of true prompts
 
 
 def test_every_dice_of_a_perfect_segmenter():
-    def of(mask):
-        return measure(Perfect(mask), sample(mask))["dice"]
+    def dice_of(mask):
+        return measure(Perfect(mask), example(mask))["dice"]
 
-    assert set(of(DISC).values()) == set(of(RING).values()) == {1.0}
-    two = of(TWO)
+    assert set(dice_of(DISC).values()) == {1.0}
+    assert set(dice_of(RING).values()) == {1.0}
+    two = dice_of(TWO)
     assert two["1 point"] == two["a box each, 1 piece"] == pytest.approx(2 / 3)
-    assert (
-        two["2 points"]
-        == two["box"]
-        == two["a box each, 2 pieces"]
-        == two["a box and a point each, all"]
-        == 1
-    )
-    nine = of(NINE)
-    for k in (1, 2, 4, 8):
-        s = "s" * (k > 1)
-        assert (
-            nine[f"{k} point{s}"]
-            == nine[f"a box each, {k} piece{s}"]
-            == pytest.approx(2 * k / (9 + k))
-        )
+    for geometry in ("2 points", "box", "a box each, 2 pieces", "a box and a point each, all"):
+        assert two[geometry] == 1
+    nine = dice_of(NINE)
+    for k, points, some in (
+        (1, "1 point", "1 piece"),
+        (2, "2 points", "2 pieces"),
+        (4, "4 points", "4 pieces"),
+        (8, "8 points", "8 pieces"),
+    ):
+        assert nine[points] == pytest.approx(2 * k / (9 + k))
+        assert nine[f"a box each, {some}"] == pytest.approx(2 * k / (9 + k))
     assert nine["a box each, all"] == nine[WRITTEN] == 1
 
 
-def test_the_prompt_merely_filled_and_what_a_segmenter_that_fills_adds_to_it():
-    for name, mask in MASKS.items():
-        row = measure(Filler(), sample(mask))
-        fill = mask.sum() / np.prod(np.subtract(box_from_mask(mask)[2:], box_from_mask(mask)[:2]))
-        assert row["fill"] == pytest.approx(fill) and row["filled"]["box"] == pytest.approx(
-            2 * fill / (1 + fill)
-        )
-        assert row["area"] == mask.mean() and row["pieces"] == len(pieces(mask)), name
-        for geometry, value in row["filled"].items():
-            assert row["dice"][geometry] == value
-        assert row["dice"]["1 point"] == pytest.approx(2 * mask.mean() / (1 + mask.mean()))
-    assert measure(Filler(), sample(DISC))["fill"] == pytest.approx(math.pi / 4, abs=0.03)
-    one, nine = measure(Filler(), sample(disc(20, 20, 9))), measure(Filler(), sample(NINE))
-    assert nine["filled"]["a box each, all"] == pytest.approx(
-        one["filled"]["box"]
-    )  # of nine as of one
-    assert nine["filled"]["box"] < 0.6 < 0.8 < nine["filled"]["a box each, all"]
+@pytest.mark.parametrize("name", MASKS)
+def test_what_is_measured_of_a_segmenter_that_fills(name):
+    mask = MASKS[name]
+    row = measure(Filler(), example(mask))
+    x1, y1, x2, y2 = box_from_mask(mask)
+    fill = mask.sum() / ((x2 - x1) * (y2 - y1))
+    assert row["fill"] == pytest.approx(fill)
+    assert row["filled"]["box"] == pytest.approx(2 * fill / (1 + fill))
+    assert row["area"] == mask.mean()
+    assert row["pieces"] == len(pieces(mask))
+    for geometry, value in row["filled"].items():
+        assert row["dice"][geometry] == value
+    assert row["dice"]["1 point"] == pytest.approx(2 * mask.mean() / (1 + mask.mean()))
 
 
-def test_a_segmenter_that_takes_no_points_off_the_target_is_not_given_any():
-    assert "box, 2 points, 1 off" not in measure(Filler(), sample(DISC))["dice"]
-    assert "box, 2 points, 1 off" in measure(Perfect(DISC), sample(DISC))["dice"]
+def test_what_boxes_of_pieces_gain_by_hand():
+    assert measure(Filler(), example(DISC))["fill"] == pytest.approx(math.pi / 4, abs=0.03)
+    one = measure(Filler(), example(disc(20, 20, 9)))
+    nine = measure(Filler(), example(NINE))
+    assert nine["filled"]["a box each, all"] == pytest.approx(one["filled"]["box"])
+    assert nine["filled"]["box"] < 0.6
+    assert nine["filled"]["a box each, all"] > 0.8
+
+
+def test_a_segmenter_that_takes_no_labels_gets_no_points_off_the_target():
+    assert not takes_labels(Filler())
+    assert ONE_OFF not in measure(Filler(), example(DISC))["dice"]
+    assert takes_labels(Perfect(DISC))
+    assert ONE_OFF in measure(Perfect(DISC), example(DISC))["dice"]
+
+
+def test_labels_are_given_with_points_off_the_target_alone_one_for_each_point():
+    asm = Perfect(RING)
+    measure(asm, example(RING))
+    given = [labels for labels in asm.labels if labels is not None]
+    assert given == [[[1, 1, 0]]]
+    image = np.zeros((SIDE, SIDE, 3), np.uint8)
+    prompts = [MaskPrompt(None, ((60, 40),), ((5 + i, 5), (6, 6))) for i in range(3)]
+    segment_all(asm, image, prompts)
+    assert asm.labels[-1] == [[1, 0, 0]] * 3
 
 
 def test_prompts_of_one_form_are_one_batch_and_equal_ones_are_drawn_once():
     asm = Filler()
-    measure(asm, sample(NINE))
+    measure(asm, example(NINE))
     assert asm.calls == 7  # boxes alone, with 1 and with 2 points; 1, 2, 4 and 8 points
     asm.calls = 0
     image = np.zeros((SIDE, SIDE, 3), np.uint8)
-    masks = segment_all(asm, image, [Prompt((0, 0, 5 + i % 100, 5)) for i in range(130)])
-    assert len(masks) == 100 and asm.calls == 2
+    prompts = [MaskPrompt((0, 0, 5 + i % 100, 5)) for i in range(130)]
+    assert len(segment_all(asm, image, prompts)) == 100
+    assert asm.calls == 2
 
 
-def test_batches_give_the_masks_of_single_prompts_and_a_point_off_the_target_counts():
-    asm, case = load_asm(ROOT / "demo/asm", "cpu"), load_samples("demo/data", "test")[4]
-    image, prompts = (
-        np.asarray(case.image),
-        [p for several in true_prompts(case).values() for p in several],
-    )
+def test_batches_give_the_masks_of_single_prompts():
+    asm = load_asm(EMBEDDED["asm"], "cpu")
+    case = load_samples(EMBEDDED["data"], "test")[4]
+    image = np.asarray(case.image)
+    prompts = [prompt for some in true_prompts(case).values() for prompt in some]
     masks = segment_all(asm, image, prompts)
     for prompt in prompts:
-        points = [prompt.points] if prompt.points else None
-        (alone,), _ = asm.segment(image, prompt.box and [prompt.box], points, prompt.negative)
+        boxes = None if prompt.box is None else [prompt.box]
+        points = None
+        labels = None
+        clicks = [*prompt.points, *prompt.points_off]
+        if clicks:
+            points = [clicks]
+            labels = [[1] * len(prompt.points) + [0] * len(prompt.points_off)]
+        (alone,), _ = asm.segment(image, boxes, points, labels)
         assert mask_dice(masks[prompt], alone) > 0.999
-    coords, labels = prompt_tokens(
-        [prompts[0].box], [[(1, 2), (3, 4), (5, 6)]], image.shape[:2], 128, negative=2
-    )
-    assert labels.tolist() == [[2, 3, 1, 0, 0]] and coords.shape == (1, 5, 2)
-    points = [[prompts[0].box[:2], case.points[0]]]
-    on, off = (asm.logits(image, [prompts[0].box], points, negative=n)[0] for n in (0, 1))
+
+
+def test_a_point_off_the_target_counts():
+    asm = load_asm(EMBEDDED["asm"], "cpu")
+    case = load_samples(EMBEDDED["data"], "test")[4]
+    image = np.asarray(case.image)
+    points = [[case.bbox[:2], case.points[0]]]
+    coords, kinds = prompt_tokens([case.bbox], points, image.shape[:2], 128, [[1, 0]])
+    assert kinds.tolist() == [[2, 3, 1, 0]]
+    assert coords.shape == (1, 4, 2)
+    on, _ = asm.logits(image, [case.bbox], points, [[1, 1]])
+    off, _ = asm.logits(image, [case.bbox], points, [[1, 0]])
     assert not torch.allclose(on, off)
 
 
 # ---------------------------------------------------------------- whose loss it is
 
 
-def answered(sample, bbox, points=None, asked=("bbox", "points")):
-    p = prediction(sample, 0, ["x"], Frame((SIDE, SIDE), (SIDE, SIDE)))
+def answered(case, bbox, points=None, asked=("bbox", "points")):
+    """A prediction for an example, in the image frame."""
+    p = prediction(case, 0, ["x"], Sizes((SIDE, SIDE), (SIDE, SIDE)))
     p["completions"][0] |= {"bbox": bbox, "points": points, "problem": ""}
-    return add_siblings([p | {"asked": list(asked)}])[0]
+    p["asked"] = list(asked)
+    return p
 
 
 def test_the_parts_by_hand():
-    """Two discs; the CRM boxes the left one only. A segmenter that knows the truth leaves it all to the CRM."""
-    two = sample(TWO)
-    row = measure(Perfect(TWO), two, answered(two, (10, 40, 51, 81), ((30, 60), (30, 60))))
+    """Two discs, and the CRM boxes the left one only."""
+    two = example(TWO)
+    left = answered(two, (10, 40, 51, 81), ((30, 60), (30, 60)))
+    row = measure(Perfect(TWO), two, left)  # a segmenter that knows the truth leaves it to the CRM
     assert row["crm"] == pytest.approx(2 / 3)
-    assert split_loss(row, "a box each, all") == pytest.approx(
-        {"loss": 1 / 3, "segmenter": 0, "geometry": 0, "crm": 1 / 3}
-    )
-    # one that fills: the gap between the discs is geometry, the corners are its own, a refusal is the CRM's
-    row = measure(Filler(), two, answered(two, None))
-    best, box = row["filled"]["a box each, all"], row["filled"]["box"]
-    assert split_loss(row, "a box each, all") == pytest.approx(
-        {"loss": 1, "segmenter": 1 - best, "geometry": best - box, "crm": box}
-    )
-    assert best == pytest.approx(2 * (math.pi / 4) / (1 + math.pi / 4), abs=0.03) and box < best
+    parts = {"loss": 1 / 3, "segmenter": 0, "geometry": 0, "crm": 1 / 3}
+    assert split_loss(row, "a box each, all") == pytest.approx(parts)
+    # of one that fills: the gap between the discs is geometry, and corners are its own loss
+    row = measure(Filler(), two, answered(two, None))  # a refusal is the CRM's
+    best = row["filled"]["a box each, all"]
+    box = row["filled"]["box"]
+    parts = {"loss": 1, "segmenter": 1 - best, "geometry": best - box, "crm": box}
+    assert split_loss(row, "a box each, all") == pytest.approx(parts)
+    assert best == pytest.approx(2 * (math.pi / 4) / (1 + math.pi / 4), abs=0.03)
+    assert box < best
 
 
-def test_a_perfect_crm_has_no_part_and_a_box_alone_is_compared_with_the_true_box():
-    disc_ = sample(DISC)
-    row = measure(Filler(), disc_, answered(disc_, disc_.bbox, disc_.points))
-    assert split_loss(row, "box")["crm"] == 0 and row["iou"] == 1
-    row = measure(Filler(), disc_, answered(disc_, disc_.bbox, asked=["bbox"]))
-    assert row["written"] == "box" and split_loss(row, "box")["crm"] == 0
-    huge = measure(
-        Filler(), disc_, answered(disc_, (-1e5, -1e5, 1e5, 1e5))
-    )  # clipped: the whole image
-    assert huge["crm"] == row["dice"]["1 point"]
+def test_a_perfect_crm_has_no_part():
+    case = example(DISC)
+    row = measure(Filler(), case, answered(case, case.bbox, case.points))
+    assert split_loss(row, "box")["crm"] == 0
+    assert row["iou"] == 1
+    assert row["written"] == WRITTEN
+
+
+@pytest.mark.parametrize(
+    "asked, written", [(["bbox"], "box"), (["points"], "2 points"), (["bbox", "points"], WRITTEN)]
+)
+def test_a_crm_is_compared_with_the_true_prompt_that_it_was_asked_for(asked, written):
+    case = example(DISC)
+    bbox = case.bbox if "bbox" in asked else None
+    points = case.points if "points" in asked else None
+    row = measure(Filler(), case, answered(case, bbox, points, asked))
+    assert row["written"] == written
+    assert split_loss(row, "box")["crm"] == 0
+    assert (row["iou"] is None) == ("bbox" not in asked)
+
+
+def test_a_crm_that_writes_several_boxes_is_compared_with_a_box_and_a_point_each():
+    case = example(TWO)
+    p = answered(case, case.bbox, asked=["bbox"])
+    regions = [
+        {"bbox": (10, 40, 51, 81), "points": None},
+        {"bbox": None, "points": ((90, 60),) * 2},
+    ]
+    p["completions"][0]["regions"] = regions
+    size = (SIDE, SIDE)
+    assert written_prompts(p, size) == [
+        MaskPrompt((10, 40, 51, 81)),
+        MaskPrompt(None, ((90, 60), (90, 60))),
+    ]
+    row = measure(Perfect(TWO), case, p)
+    assert row["written"] == "a box and a point each, all"
+    assert row["crm"] == 1
+
+
+def test_coordinates_far_outside_are_clipped():
+    case = example(DISC)
+    huge = measure(Filler(), case, answered(case, (-1e5, -1e5, 1e5, 1e5)))
+    assert huge["crm"] == huge["dice"]["1 point"]  # the whole image
+    assert written_prompts(answered(case, None), (SIDE, SIDE)) == []
 
 
 def noisy_rows(count, seed, kinds=("A", "B")):
     rng = np.random.default_rng(seed)
-    names = list(true_prompts(sample(DISC)))
-    return [
-        {
+    geometries = list(true_prompts(example(DISC)))
+    rows = []
+    for i in range(count):
+        row = {
             "id": str(i),
+            "image": f"image {i}",
             "supercategory": kinds[i % len(kinds)],
             "category": f"c{i % 4}",
             "pieces": 1 + i % 20,
             "fill": 0.5,
             "area": 0.1,
-            "dice": dict(zip(names, rng.random(len(names)))),
+            "dice": dict(zip(geometries, rng.random(len(geometries)))),
             "filled": {"box": rng.random()},
             "written": WRITTEN,
             "crm": rng.random(),
             "iou": rng.random(),
-            "iou_several": None,
-            "iou_any": None,
-            "iou_luck": None,
         }
-        for i in range(count)
-    ]
+        rows.append(row)
+    return rows
 
 
 def test_the_three_parts_sum_to_one_minus_dice_everywhere():
     summary = summarise(noisy_rows(200, 0), noisy_rows(100, 1))
-    parts = [summary["all"], *(part for key in GROUPS for part in summary[key].values())]
-    assert (
-        len(parts) == 1 + 2 + 4 + 5 and sum(part["n"] for part in summary["pieces"].values()) == 200
-    )
+    parts = [summary["all"]]
+    for key in GROUPS:
+        parts += summary[key].values()
+    assert len(parts) == 1 + 2 + 4 + 5
+    assert sum(part["n"] for part in summary["pieces"].values()) == 200
     for part in parts:
-        mean = {key: value["mean"] for key, value in part["split"].items()}
+        mean = {key: found["mean"] for key, found in part["split"].items()}
         assert abs(mean["segmenter"] + mean["geometry"] + mean["crm"] - mean["loss"]) < 1e-9
         assert part["split"]["crm"]["low"] < mean["crm"] < part["split"]["crm"]["high"]
+    json.dumps(summary)
+
+
+def test_intervals_are_over_images():
+    rows = noisy_rows(200, 0)
+    for i, row in enumerate(rows):
+        row["image"] = f"image {i % 3}"
+    found = summarise(rows, [])["all"]
+    assert found["dice"]["box"]["images"] == 3
+    assert found["against"]["box"]["images"] == 3
+    assert found["dice"]["box"]["n"] == 200
 
 
 def test_the_best_geometry_is_chosen_on_the_other_questions_and_never_on_these():
-    others, asked = noisy_rows(60, 1), noisy_rows(60, 0)
+    others = noisy_rows(60, 1)
+    asked = noisy_rows(60, 0)
     for row in asked:
         row["dice"]["8 points"] = 1.0  # the best here
     for row in others:
         row["dice"]["4 points"] = 0.9  # the best there
         row["dice"]["box"] = 0.0 if row["supercategory"] == "A" else 1.0  # but for group B
     summary = summarise(asked, others)
-    assert summary["all"]["best"] == summary["supercategory"]["A"]["best"] == "4 points"
-    assert (
-        summary["supercategory"]["B"]["best"] == "box"
-        and summary["supercategory"]["B"]["chosen_on"] == 30
-    )
+    assert summary["all"]["best"] == "4 points"
+    assert summary["supercategory"]["A"]["best"] == "4 points"
+    assert summary["supercategory"]["B"]["best"] == "box"
+    assert summary["supercategory"]["B"]["chosen_on"] == 30
     few = summarise(asked, others[:18])["supercategory"]["B"]  # nine of B are too few
     assert few["chosen_on"] == 18
     alone = summarise(asked, [])
-    assert alone["all"]["best"] is None and not alone["all"]["split"]
-    assert "Not split" in table(alone, 0) and "segmenter" not in table(alone, 0)
+    assert alone["all"]["best"] is None
+    assert alone["all"]["split"] == {}
+    assert "Not split" in table(alone, 0)
+    assert "segmenter" not in table(alone, 0)
 
 
 def test_what_a_table_shows():
-    text = table(summarise(noisy_rows(40, 0), noisy_rows(40, 1)), 3)
-    assert (
-        "40 questions; 3 without a mask" in text
-        and "| 1 - Dice | segmenter | geometry | CRM |" in text
-    )
-    assert "| 17 pieces or more | 8 | 18.5 | 50 | 10.0 |" in text and "sibling" not in text
-    assert text.index("2-3 pieces") < text.index("4-8 pieces") < text.index("9-16 pieces")
+    said = table(summarise(noisy_rows(40, 0), noisy_rows(40, 1)), 3)
+    for part in (
+        "40 questions; 3 without a mask",
+        "| 1 - Dice | segmenter | geometry | CRM |",
+        "| 17 pieces or more | 8 | 18.5 | 50 | 10.0 |",
+        "| best prompt | IoU |",
+    ):
+        assert part in said
+    places = [said.index(f"| {name} |") for name in MOST_PIECES]
+    assert places == sorted(places)
 
 
-def test_samples_without_masks_are_left_out():
-    whole, none = sample(DISC), sample(DISC)
-    none.mask = None
-    assert [row["id"] for row in measure_all(Filler(), [none, whole], Ranks())] == ["a"]
+def test_examples_without_masks_are_left_out():
+    masked = example(DISC)
+    without = example(DISC)
+    without.mask = None
+    assert [row["id"] for row in measure_all(Filler(), [without, masked], Ranks())] == ["a"]
 
 
-# ---------------------------------------------------------------- siblings
+def test_two_ranks_measure_what_one_measures():
+    class Alone(Ranks):
+        """One rank of two, which gathers nothing."""
 
+        def gather(self, items):
+            return items
 
-def among(bboxes, answers, **change):
-    """Predictions for targets in one image, each answered with a box."""
-    found = []
-    for i, (bbox, answer) in enumerate(zip(bboxes, answers)):
-        case = Sample(
-            str(i), noise_image(SIDE, SIDE), "?", bbox, ((1, 1), (2, 2)), category="nucleus"
-        )
-        found.append(answered(case, answer) | change)
-    return add_siblings(found)
-
-
-NUCLEI = [(40 * i, 40 * j, 40 * i + 20, 40 * j + 20) for j in range(3) for i in range(3)]
-
-
-def score(p):
-    return {key: QUESTION_METRICS[key][1](p) for key in ("iou_several", "iou_any", "iou_luck")}
-
-
-def test_one_nucleus_of_nine_is_found_by_luck_in_one_of_nine():
-    """A CRM that always answers the first nucleus, as well as can be."""
-    scores = [score(p) for p in among(NUCLEI, [NUCLEI[0]] * 9)]
-    assert scores[0] == pytest.approx({"iou_several": 1, "iou_any": 1, "iou_luck": 1 / 9})
-    assert scores[5] == pytest.approx({"iou_several": 0, "iou_any": 1, "iou_luck": 1 / 9})
-    assert np.mean([s["iou_several"] for s in scores]) == pytest.approx(
-        np.mean([s["iou_luck"] for s in scores])
-    )
-    half = among(NUCLEI, [(40, 0, 60, 10)] * 9)[0]  # half of the second one
-    assert score(half) == pytest.approx({"iou_several": 0, "iou_any": 0.5, "iou_luck": 0.5 / 9})
-    assert score(among(NUCLEI, [None] * 9)[0]) == {"iou_several": 0, "iou_any": 0, "iou_luck": 0}
-
-
-@pytest.mark.parametrize("change", [{"category": ""}, {"image": None}, {"asked": ["points"]}])
-def test_without_a_category_an_image_or_a_box_there_are_no_siblings(change):
-    assert score(among(NUCLEI, NUCLEI, **change)[0]) == dict.fromkeys(
-        ("iou_several", "iou_any", "iou_luck")
-    )
-
-
-def test_other_images_other_categories_and_the_same_target_asked_again_are_no_siblings():
-    one, again = among([NUCLEI[0]] * 2, [NUCLEI[1]] * 2)
-    assert one["truth"]["siblings"] == again["truth"]["siblings"] == []
-    other = Sample(
-        "o", noise_image(SIDE, SIDE, seed=1), "?", NUCLEI[2], ((1, 1), (2, 2)), category="nucleus"
-    )
-    found = add_siblings(
-        [one, answered(other, None), answered(sample(DISC, category="gland"), None)]
-    )
-    assert [p["truth"]["siblings"] for p in found] == [[], [], []]
-    assert score(one)["iou_any"] is None
-
-
-def test_tables_have_the_columns_where_siblings_exist_and_only_there():
-    lines = [
-        p | {"supercategory": "Histology", "dice": None} for p in among(NUCLEI, [NUCLEI[0]] * 9)
-    ]
-    text = tables.table(tables.summarise(lines, METRICS), METRICS)
-    assert (
-        "| IoU, of several | IoU, any sibling | IoU, by luck |" in text
-        and "| 100.0 [100.0, 100.0] | 11.1 [" in text
-    )
-    one = [p | {"dice": None} for p in among(NUCLEI[:1], NUCLEI[:1])]
-    assert "sibling" not in tables.table(tables.summarise(one, METRICS), METRICS)
+    cases = [example(mask, name) for name, mask in MASKS.items()]
+    first = measure_all(Filler(), cases, Alone(rank=0, world=2))
+    second = measure_all(Filler(), cases, Alone(rank=1, world=2))
+    assert [row["id"] for row in first] == ["disc", "two"]
+    assert [row["id"] for row in second] == ["ring", "nine"]
+    both = sorted(first + second, key=lambda row: row["id"])
+    assert both == sorted(measure_all(Filler(), cases, Ranks()), key=lambda row: row["id"])
 
 
 # ---------------------------------------------------------------- the command
@@ -424,71 +473,85 @@ def test_tables_have_the_columns_where_siblings_exist_and_only_there():
 def perfect(tmp_path_factory):
     """An evaluation of perfect predictions for six embedded questions."""
     folder = tmp_path_factory.mktemp("oracle")
-    cases = load_samples("demo/data", "test")[:6]
-    lines = [{"id": case.id, "bbox": case.bbox, "points": case.points} for case in cases]
-    (folder / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
-    run("evaluate.py --limit 6 --predictions", folder / "p.jsonl", "--out", folder / "eval")
+    lines = []
+    for case in load_samples(EMBEDDED["data"], "test")[:6]:
+        line = {"id": case.id, "bbox": case.bbox, "points": case.points}
+        lines.append(json.dumps(line) + "\n")
+    (folder / "p.jsonl").write_text("".join(lines))
+    predictions.main([str(folder / "p.jsonl"), "--limit", "6", "--out", str(folder / "eval")])
     return folder
 
 
-def test_oracle_beside_perfect_predictions_finds_no_fault_in_them(tmp_path, perfect):
-    out, _ = run("evaluate.py --limit 6 --oracle", perfect / "eval", "--out", tmp_path / "o")
+def main_error(capsys, *words):
+    """What the command prints in this process, where it ends with status 2."""
+    with pytest.raises(SystemExit, match="2"):
+        oracle.main([str(word) for word in words])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error:")
+    return error
+
+
+def test_perfect_predictions_have_no_fault(tmp_path, perfect):
+    out, _ = run("-m extras.oracle", perfect / "eval", "--limit 6 --out", tmp_path / "o")
     summary = json.loads((tmp_path / "o/summary.json").read_text())
-    whole, evaluated = summary["all"], rows(perfect / "eval/predictions.jsonl")
-    assert whole["split"]["crm"]["mean"] == 0 and whole["n"] == whole["chosen_on"] == 6
-    for name, kind in (("box", "box"), ("box, 1 point", "one"), (WRITTEN, "both")):
-        assert whole["dice"][name]["mean"] == pytest.approx(
-            np.mean([row["dice"][kind] for row in evaluated]), abs=2e-3
-        )
+    whole = summary["all"]
+    assert whole["split"]["crm"]["mean"] == 0
+    assert whole["n"] == whole["chosen_on"] == 6
+    evaluated = read_jsonl(perfect / "eval/predictions.jsonl")
+    for geometry, kind in (("box", "box"), ("box, 1 point", "one"), (WRITTEN, "both")):
+        mean = np.mean([row["dice"][kind] for row in evaluated])
+        assert whole["dice"][geometry]["mean"] == pytest.approx(mean, abs=2e-3)
     for row in summary["questions"]:
         parts = split_loss(row, whole["best"])
-        assert abs(sum(parts[key] for key in PARTS if key != "loss") - (1 - row["crm"])) < 1e-9
-    assert (tmp_path / "o/table.md").read_text().startswith("Percent") and "merely filled" in out
-    assert "sibling" not in out
-    # without predictions, and the same command again
-    for _ in range(2):
-        run("evaluate.py --limit 3 --oracle --out", tmp_path / "alone")
-    alone = json.loads((tmp_path / "alone/summary.json").read_text())
-    assert (
-        set(alone["all"]["split"]) == {"loss", "segmenter", "geometry"} and alone["all"]["n"] == 3
-    )
+        loss = parts.pop("loss")
+        assert set(parts) == set(PARTS) - {"loss"}
+        assert abs(sum(parts.values()) - loss) < 1e-9
+        assert loss == 1 - row["crm"]
+    assert (tmp_path / "o/table.md").read_text().startswith("Percent")
+    assert "merely filled" in out
+
+
+def test_without_predictions_the_segmenter_is_measured_alone_and_again(tmp_path, capsys):
+    for _ in range(2):  # the same command may run again
+        oracle.main(["--limit", "3", "--out", str(tmp_path / "alone")])
+    summary = json.loads((tmp_path / "alone/summary.json").read_text())
+    assert set(summary["all"]["split"]) == {"loss", "segmenter", "geometry"}
+    assert summary["all"]["n"] == 3
+    assert "no CRM was asked" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     "flags, says",
     [
-        ("--oracle {eval} --limit 7", "1 of 7 questions"),
-        ("--oracle nowhere", "no predictions.jsonl"),
-        (
-            "--oracle {eval} --frame model",
-            "--frame model is the frame of a file of --predictions: give that, or no --frame",
-        ),
-        ("--oracle --asm none", "--asm none"),
-        ("--oracle --crm demo/crm", "--crm"),
-        ("--oracle --predictions {file}", "--predictions"),
-        ("--oracle {eval} --split train --limit 3", "3 of 3 questions"),
-        ("--oracle --data nowhere", "nowhere"),
-        ("--oracle --split none", "no sample in split 'none'"),
+        ("{eval} --limit 7", "1 of 7 questions"),
+        ("nowhere", "no predictions.jsonl"),
+        ("--asm none", "--asm none: it is the segmenter that is measured"),
+        ("--asm nowhere", "nowhere"),
+        ("--crm demo/crm", "--crm"),
+        ("{eval} --split train --limit 3", "3 of 3 questions"),
+        ("--data nowhere", "nowhere"),
+        ("--split none", "no sample in split 'none'"),
+        ("--limit -1", "--limit -1: must be at least 0"),
+        ("--seed -1", "--seed -1: must be at least 0"),
     ],
 )
-def test_what_does_not_fit_is_one_line_and_nothing_is_written(tmp_path, perfect, flags, says):
-    flags = flags.format(eval=perfect / "eval", file=perfect / "p.jsonl")
-    _, error = run("evaluate.py", flags, "--out", tmp_path / "o", check=2)
-    assert (
-        error.startswith("error:")
-        and error.count("\n") == 1
-        and says in error
-        and not (tmp_path / "o").exists()
-    )
+def test_what_does_not_fit_is_one_line_and_nothing_is_written(
+    tmp_path, perfect, capsys, flags, says
+):
+    words = flags.format(eval=perfect / "eval").split()
+    assert says in main_error(capsys, *words, "--out", tmp_path / "o")
+    assert not (tmp_path / "o").exists()
 
 
-def test_an_evaluation_in_the_folder_is_not_overwritten(perfect):
+def test_an_evaluation_in_the_folder_is_not_overwritten(perfect, capsys):
     before = (perfect / "eval/table.md").read_text()
-    _, error = run("evaluate.py --limit 6 --oracle --out", perfect / "eval", check=2)
-    assert "give another --out" in error and (perfect / "eval/table.md").read_text() == before
+    error = main_error(capsys, "--limit", 6, "--out", perfect / "eval")
+    assert "give another --out" in error
+    assert (perfect / "eval/table.md").read_text() == before
 
 
-def own_data(folder, split="test", mask=True):
+def own_data(folder, mask=True):
+    """A data set of one question, without a split "train"."""
     (folder / "images").mkdir(parents=True)
     (folder / "masks").mkdir()
     noise_image(SIDE, SIDE).save(folder / "images/a.png")
@@ -496,46 +559,33 @@ def own_data(folder, split="test", mask=True):
     row = {
         "image": "a.png",
         "query": "?",
-        "split": split,
+        "split": "test",
         "id": "test_00000",
         "bbox": [10, 40, 111, 81],
         "points": [[30, 60], [90, 60]],
-    } | ({"mask": "a.png"} if mask else {})
+    }
+    if mask:
+        row["mask"] = "a.png"
     (folder / "samples.jsonl").write_text(json.dumps(row) + "\n")
     return folder
 
 
-def test_data_without_a_train_split_have_no_parts_and_data_without_masks_are_refused(tmp_path):
-    out, _ = run("evaluate.py --oracle --data", own_data(tmp_path / "d"), "--out", tmp_path / "o")
-    assert "Not split" in out and "| a box each, 2 pieces |" in out
+def test_data_without_a_train_split_have_no_parts(tmp_path, capsys):
+    oracle.main(["--data", str(own_data(tmp_path / "d")), "--out", str(tmp_path / "o")])
+    out = capsys.readouterr().out
+    assert "Not split" in out
+    assert "| a box each, 2 pieces |" in out
+
+
+def test_data_without_masks_are_an_error(tmp_path, capsys):
     unmasked = own_data(tmp_path / "n", mask=False)
-    _, error = run("evaluate.py --oracle --data", unmasked, "--out", tmp_path / "m", check=2)
-    assert (
-        "no sample has a mask" in error and error.count("\n") == 1 and not (tmp_path / "m").exists()
-    )
+    error = main_error(capsys, "--data", unmasked, "--out", tmp_path / "o")
+    assert "no example has a mask" in error
+    assert not (tmp_path / "o").exists()
 
 
-def test_predictions_of_other_data_with_the_same_ids_are_refused(tmp_path, perfect):
+def test_predictions_of_other_data_with_the_same_ids_are_an_error(tmp_path, perfect, capsys):
     other = own_data(tmp_path / "d")
-    _, error = run(
-        "evaluate.py --oracle", perfect / "eval", "--data", other, "--out", tmp_path / "o", check=2
-    )
-    assert (
-        "sample test_00000: the predictions are of a target in" in error
-        and not (tmp_path / "o").exists()
-    )
-
-
-def test_two_ranks_measure_what_one_measures():
-    class Two(Ranks):
-        def gather(self, items):
-            return items
-
-    cases = [sample(mask, name) for name, mask in MASKS.items()]
-    parts = [measure_all(Filler(), cases, Two(rank=rank, world=2)) for rank in range(2)]
-    assert [row["id"] for row in parts[0]] == ["disc", "two"] and [
-        row["id"] for row in parts[1]
-    ] == ["ring", "nine"]
-    assert sorted(parts[0] + parts[1], key=lambda row: row["id"]) == sorted(
-        oracle.measure_all(Filler(), cases, Ranks()), key=lambda row: row["id"]
-    )
+    error = main_error(capsys, perfect / "eval", "--data", other, "--out", tmp_path / "o")
+    assert "example test_00000: the predictions are of a target in" in error
+    assert not (tmp_path / "o").exists()

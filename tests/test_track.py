@@ -1,13 +1,23 @@
-"""--track: what a tracker is sent, and that none can end a run. The trackers are files of a few lines."""
+"""--track: what a tracker is sent, and that none can end a run. The trackers are files of a few
+lines."""
 
 import json
 import sys
 from dataclasses import replace
 
 import pytest
-from test_run import CALM, begun, cfg, refused, signals, train  # noqa: F401
+from test_run import (
+    CALM,
+    Config,
+    begun,
+    names,
+    rejected,
+    signals,  # noqa: F401 (a fixture of every test here)
+    train,
+)
 
 from extras import track
+from runtime import run as run_module
 from runtime.parallel import Ranks
 from runtime.run import Run
 
@@ -21,6 +31,21 @@ def finish(): calls.append(("finish",))
 """
 APIS = ("wandb", "trackio", "swanlab")
 FAILS = {"init": "init(**options)", "log": "log(numbers, step)", "finish": "finish()"}
+
+
+class Second(Ranks):
+    """Rank 1 of two. Rank 0 has the same to say."""
+
+    def __init__(self):
+        super().__init__(rank=1, world=2)
+
+    def gather(self, items):
+        return [*items, *items]
+
+
+@pytest.fixture
+def cfg(tmp_path):
+    return Config(out=str(tmp_path / "run"))
 
 
 @pytest.fixture
@@ -41,7 +66,7 @@ def fake(tmp_path, monkeypatch):
 
 
 def replay(monkeypatch, *argv):
-    monkeypatch.setattr(sys, "argv", ["run.py", *map(str, argv)])
+    monkeypatch.setattr(sys, "argv", ["track.py", *map(str, argv)])
     track.main()
 
 
@@ -49,11 +74,11 @@ def replay(monkeypatch, *argv):
 def test_configuration_once_then_every_row_then_the_end(cfg, fake, name):
     calls = fake(name)
     run = train(begun(cfg, track=name), last=3, iou={2: 0.25})
-    run.log("samples", {"step": 3, "best": {"reward": 4.0}})
+    run.log("best_and_worst", {"step": 3, "best": {"reward": 4.0}})
     run.log(
         "metrics", {"step": 4, "reward": 1, "sampled/iou": None, "warnings": ["x"], "skipped": True}
     )
-    run.finish(12, compare=False)
+    run.finish(12)
     first, *rows, last = calls()
     assert first[1].pop("config")["lr"] == cfg.lr and last == ("finish",)
     assert first == ("init", {"project": "medreasoner", "name": "run"})
@@ -74,9 +99,9 @@ def test_a_resumed_run_sends_what_is_kept_of_it_again(cfg, fake):
 
 def test_only_the_first_rank_tracks(cfg, fake):
     calls = fake("wandb")
-    run = begun(cfg, track="wandb", ranks=Ranks(rank=1, world=2))
+    run = begun(cfg, track="wandb", ranks=Second())
     run.log("metrics", {"step": 1})
-    run.finish(12, compare=False)
+    run.finish(12)
     assert calls() == [] and "wandb" not in sys.modules
 
 
@@ -94,14 +119,16 @@ def test_only_the_first_rank_tracks(cfg, fake):
 def test_a_tracker_that_raises_is_one_line_and_dropped(cfg, fake, capsys, when, error):
     calls = fake("wandb", f"def {FAILS[when]}: raise {error}\n")
     run = train(begun(cfg, track="wandb"), last=3, save=(3,))
-    run.finish(12, compare=False)
+    run.finish(12)
     out = capsys.readouterr().out
     assert (
         out.count("--track wandb") == 1
         and out.count("no network") == 1
         and error.split("(")[0] in out
     )
-    assert [row["step"] for row in run.read("metrics")] == [1, 2, 3] and 3 in run.checkpoints()
+    assert [row["step"] for row in run.read("metrics")] == [1, 2, 3] and names(run) == [
+        "step_000003"
+    ]
     assert [call[0] for call in calls()] == {
         "init": [],
         "log": ["init"],
@@ -111,7 +138,7 @@ def test_a_tracker_that_raises_is_one_line_and_dropped(cfg, fake, capsys, when, 
 
 def test_a_package_that_does_not_import_is_dropped_too(cfg, fake, capsys):
     fake("trackio", "import a_package_that_is_not_there\n")
-    train(begun(cfg, track="trackio"), last=2).finish(12, compare=False)
+    train(begun(cfg, track="trackio"), last=2).finish(12)
     assert (
         capsys.readouterr().out.count("--track trackio: ModuleNotFoundError: No module named") == 1
     )
@@ -122,13 +149,13 @@ def test_stopping_is_ours_even_if_a_tracker_has_a_handler(cfg, fake):
 
     fake("swanlab", "import signal\ndef init(**o): signal.signal(signal.SIGINT, signal.SIG_IGN)\n")
     run = begun(cfg, track="swanlab")
-    assert signal.getsignal(signal.SIGINT) == run._stop == signal.getsignal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGINT) == run._on_signal == signal.getsignal(signal.SIGTERM)
 
 
 @pytest.mark.parametrize("name", ["tensorboard", *APIS])
 def test_a_missing_package_is_named_before_anything_is_written(cfg, monkeypatch, capsys, name):
-    monkeypatch.setattr(track.importlib.util, "find_spec", lambda name: None)
-    assert refused(cfg, track=name) == f"--track {name}: is not installed; pip install {name}"
+    monkeypatch.setattr(run_module.importlib.util, "find_spec", lambda name: None)
+    assert rejected(cfg, track=name) == f"--track {name}: is not installed; pip install {name}"
     assert not (Run(cfg, Ranks()).folder).exists()
     with pytest.raises(SystemExit) as stopped:
         replay(monkeypatch, "--track", name, cfg.out)
@@ -198,9 +225,9 @@ def test_tensorboard_reads_back_every_number(cfg):
     pytest.importorskip("tensorboard", reason="pip install -r requirements-extras.txt")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    train(begun(cfg, track="tensorboard"), last=6, save=(4,), loss=0.5).finish(12, compare=False)
+    train(begun(cfg, track="tensorboard"), last=6, save=(4,), loss=0.5).finish(12)
     run = train(begun(cfg, resume="yes", track="tensorboard", steps=20), last=8, loss=0.25)
-    run.finish(12, compare=False)
+    run.finish(12)
     events = EventAccumulator(str(run.folder / "tensorboard"))
     events.Reload()
     read = [(scalar.step, scalar.value) for scalar in events.Scalars("loss")]
