@@ -189,7 +189,9 @@ def model_size(
         if most < STRIDE * STRIDE:
             raise ValueError(f"--resize {resize}: give at least {STRIDE * STRIDE} pixels")
         width, height = size
-        height, width = smart_resize(height, width, STRIDE, min(min_pixels, most), most)
+        # rounding up to the least may quadruple an area, and then the most must still hold
+        least = min(min_pixels, most // 4)
+        height, width = smart_resize(height, width, STRIDE, least, most)
         return width, height
     side = int(number) if kind == "square" and known else 0
     if side == 0 or side % STRIDE:

@@ -705,6 +705,8 @@ def main(cfg: Config) -> None:
     if done == cfg.steps and len(tests) > 0:
         print0(metrics.changes(run.read("held_out"), run.read("metrics")))
     run.finish(done)
+    if len(tests) > 0:
+        print0(f"its groups as a page: python -m extras.rollouts {run.folder}")
     ranks.stop()
 
 

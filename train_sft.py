@@ -185,6 +185,7 @@ def main(cfg: Config) -> None:
             own_loss += loss.item()
         warmup = round(cfg.warmup_ratio * steps)
         lr = learning_rate(step, steps, cfg.lr, warmup, cfg.schedule)
+        run.leave_if_stopped(step, crm, optimizer)  # nothing of this step is in the weights yet
         grad_norm = optimizer.step(lr)
 
         # 3. Numbers, the held-out split, checkpoints.

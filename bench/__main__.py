@@ -1,23 +1,28 @@
 """How long a step of GRPO takes, by phase, switch and size, and beside TRL's GRPOTrainer.
 
-    python -m bench                    # phases of a step, and each optimization switched off (make bench)
-    python -m bench --peer trl         # the same work by TRL, alternately, in build/trl (make bench-trl)
-    python -m bench --peer trl --growth            # step time over group size and prompt length, a picture
-    python -m bench --scaling          # the same step in one and in two processes of one thread each
-    python -m bench --roofline         # how much of this machine's own matrix product and copy a step reaches
-    python -m bench --parity           # how far each way to compute here is from the slow one on the CPU
+    python -m bench                    # phases of a step, and each optimization switched off (make
+                                       bench)
+    python -m bench --peer trl         # the same work by TRL, alternately, in build/trl (make
+                                       bench-trl)
+    python -m bench --peer trl --growth            # step time over group size and prompt length, a
+                                                   picture
+    python -m bench --scaling          # the same step in one and in two processes of one thread
+                                       each
+    python -m bench --roofline         # how much of this machine's own matrix product and copy a
+                                       step reaches
+    python -m bench --parity           # how far each way to compute here is from the slow one on
+                                       the CPU
 
---random-model builds a size of bench/random_model.py with random weights, whose completions never end early
-(TRL's are kept from it). wide runs on a CPU: one prompt x 16 completions of 512 tokens, all weights. 3b and
-7b need a GPU (make bench-gpu): LoRA, 8 prompts x 16 completions of 256 tokens. All at 840 x 840 px, unless
---flags say otherwise. --flags go to both sides, --ours to ours.
+--random-model builds a size of bench/random_model.py with random weights, whose completions never
+end early (TRL's are kept from it). wide runs on a CPU: one prompt x 16 completions of 512 tokens,
+all weights. 3b and 7b need a GPU (make bench-gpu): LoRA, 8 prompts x 16 completions of 256 tokens.
+All at 840 x 840 px, unless --flags say otherwise. --flags go to both sides, --ours to ours.
 
-Every measurement is a process of its own: a few steps of train_grpo.py (or of bench/peer_trl.py) on the
-embedded model, all weights trained, KL 0.01 to a reference, one update per step; the first step is warm-up.
-In a comparison the two take turns, so that what else the machine does falls on both. TRL samples with
-transformers' generate, not with vLLM. Results go to bench/results/*.json with the command, the machine and
-the date.
-"""
+Every measurement is a process of its own: a few steps of train_grpo.py (or of bench/peer_trl.py) on
+the embedded model, all weights trained, KL 0.01 to a reference, one update per step; the first step
+is warm-up. In a comparison the two take turns, so that what else the machine does falls on both.
+TRL samples with transformers' generate, not with vLLM. Results go to bench/results/*.json with the
+command, the machine and the date."""
 
 import argparse
 import json
@@ -58,7 +63,8 @@ OFF = {
 
 
 def machine() -> dict:
-    """What this machine reaches: operations per second of a large product, bytes per second of a copy."""
+    """What this machine reaches: operations per second of a large product, bytes per second of a
+    copy."""
     cuda = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
     n, cells = (8192, 2**30) if cuda else (2048, 2**26)
@@ -84,10 +90,10 @@ def machine() -> dict:
 def roofline(args) -> None:
     """Useful work of a step's phases over what the machine could do in the same time.
 
-    A forward is 2 operations per weight and token, a backward 4, or 2 through frozen weights; every prompt
-    counts once, a frozen vision tower once per step, the vocabulary projection for completion tokens only,
-    recomputation and attention's own products not at all. Decoding reads all weights once per token, and the
-    keys and values of every row."""
+    A forward is 2 operations per weight and token, a backward 4, or 2 through frozen weights; every
+    prompt counts once, a frozen vision tower once per step, the vocabulary projection for
+    completion tokens only, recomputation and attention's own products not at all. Decoding reads
+    all weights once per token, and the keys and values of every row."""
     cfg = parse_args(
         Config,
         "",
@@ -105,7 +111,9 @@ def roofline(args) -> None:
     prompts = [
         crm.encode(train[i].image, fill_prompt(crm.template, train[i].query)) for i in range(16)
     ]
-    step, top, c = ours("", args), machine(), crm.model.config.text_config
+    step = ours("", args)
+    top = machine()
+    c = crm.model.config.text_config
     count = lambda module: sum(p.numel() for p in module.parameters())
     visual = crm.model.model.visual
     body, head, tower, merger = map(
@@ -114,7 +122,8 @@ def roofline(args) -> None:
     )
     text = cfg.prompts * mean(len(p.ids) for p in prompts)
     patches = cfg.prompts * mean(len(p.pixel_values) for p in prompts)
-    written, width = cfg.prompts * cfg.group * step["length"], dtype.itemsize
+    written = cfg.prompts * cfg.group * step["length"]
+    width = dtype.itemsize
     words = 2 * (body * (text + written) + head * written)
     vision = 2 * (tower * patches + merger * patches / 4)
     lora = cfg.lora_rank > 0
@@ -162,7 +171,8 @@ def measure(*command, **env) -> None:
 
 
 def ours(flags: str, args, launch: tuple = (), **env) -> dict:
-    """A few steps of train_grpo.py -> medians over all but the first: seconds, phases; peak memory."""
+    """A few steps of train_grpo.py -> medians over all but the first: seconds, phases; peak
+    memory."""
     with tempfile.TemporaryDirectory() as folder:
         flags = shlex.split(f"{OURS} {args.flags} {args.ours} {flags}")
         measure(
@@ -221,7 +231,8 @@ def trl(flags: str, args) -> dict:
 
 
 def fastest_trl(flags: str, args, pieces) -> dict:
-    """TRL at its fastest batch size; one at which it fails, for want of memory, say, is left out."""
+    """TRL at its fastest batch size; one at which it fails, for want of memory, say, is left
+    out."""
     tried = []
     for micro in pieces:
         try:
@@ -247,7 +258,8 @@ def record(name: str, result, args) -> None:
 
 
 def switches(args) -> None:
-    tried, table = {"all on": ""} | OFF, {}
+    tried = {"all on": ""} | OFF
+    table = {}
     if args.random_model:
         del tried["one group per pack"]  # no group of such a size is so small
     if torch.cuda.is_available():
@@ -286,11 +298,13 @@ def close(args) -> None:
 
 
 def pairs(args) -> None:
-    rows, micro = [], args.micro[0]
+    rows = []
+    micro = args.micro[0]
     if len(args.micro) > 1:
         micro = fastest_trl("", args, args.micro)["micro"]
     for i in range(args.pairs):
-        a, b = ours("", args), trl(f"--micro {micro}", args)
+        a = ours("", args)
+        b = trl(f"--micro {micro}", args)
         rows.append(
             {
                 "ours": a,
@@ -333,8 +347,10 @@ def scaling(args) -> None:
 
 
 def prompt_file(length: int, folder: str, args) -> str:
-    """The reasoning prompt with filler, so that prompt and image together have about this many tokens."""
-    tokenizer, text = load_crm(args.crm).tokenizer, PROMPTS["reasoning"]
+    """The reasoning prompt with filler, so that prompt and image together have about this many
+    tokens."""
+    tokenizer = load_crm(args.crm).tokenizer
+    text = PROMPTS["reasoning"]
     while len(tokenizer(text).input_ids) + 90 < length:
         text += " The image may be of any modality."
     path = Path(folder) / f"{length}.txt"
@@ -427,10 +443,8 @@ if __name__ == "__main__":
     if args.flags is None:
         args.flags = AT_SIZE.get(args.random_model, "")
     if args.random_model:
-        args.crm, args.ours = (
-            f"build/random-{args.random_model}",
-            "--pack-tokens 10240 " + args.ours,
-        )
+        args.crm = f"build/random-{args.random_model}"
+        args.ours = "--pack-tokens 10240 " + args.ours
         if not Path(args.crm).exists():
             measure(
                 sys.executable, "-m", "bench.random_model", args.random_model, "--out", args.crm

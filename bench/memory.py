@@ -1,12 +1,15 @@
 """What a training run needs: memory per GPU by purpose, and operations per step (make memory).
 
     python -m bench.memory                      # 3B and 7B: LoRA, full, offloaded, sharded
-    python -m bench.memory @recipes/lora_7b.args --data U-MRG-14K --gpus 8              # one run of GRPO
-    python -m bench.memory train_sft @recipes/sft_7b.args --data U-MRG-14K --gpus 8     # one run of SFT
+    python -m bench.memory @recipes/lora_7b.args --data U-MRG-14K --gpus 8              # one run of
+                                                                                        GRPO
+    python -m bench.memory train_sft @recipes/sft_7b.args --data U-MRG-14K --gpus 8     # one run of
+                                                                                        SFT
 
-The configuration, the tokenizer and some of the data are read; no weight is loaded. Parameters are counted
-exactly, on a model without memory. Activations are arithmetic, from the shapes in sampling.py and scoring.py,
-for completions of full length. Nothing here is measured; a run's own peak is in its metrics.jsonl.
+The configuration, the tokenizer and some of the data are read; no weight is loaded. Parameters are
+counted exactly, on a model without memory. Activations are arithmetic, from the shapes in
+sampling.py and scoring.py, for completions of full length. Nothing here is measured; a run's own
+peak is in its metrics.jsonl.
 
 Three phases take turns: sampling, the reference's forward pass, the update. What they share stays.
 """
@@ -26,18 +29,21 @@ from crm import CHAT, LORA_TARGETS
 from data import MAX_PIXELS, MIN_PIXELS, fill_prompt, load_prompt, load_samples, model_size
 from runtime.cli import exit_on, flag, parse_args
 from runtime.optim import BUCKET
-from scoring import LOGITS_CHUNK
+from scoring import LOGITS_AT_ONCE
 
 GB = 1e9
 CONTEXT = 1.0  # GB that CUDA, cuBLAS and NCCL take: an assumption
 SUSTAINED = 400e12  # operations per second of one H100 that a well-fed bfloat16 model reaches
 USABLE = 0.95  # of a card, beside what fragmentation wastes
-PATCH, MERGE = 14, 2  # pixels along a patch, patches along an image token
+# pixels along a patch, patches along an image token
+PATCH = 14
+MERGE = 2
 
 
 @dataclass
 class Need:
-    """What decides the memory of one rank. Sizes are in tokens and in patches of the vision tower."""
+    """What decides the memory of one rank. Sizes are in tokens and in patches of the vision
+    tower."""
 
     model: torch.nn.Module  # without memory
     cfg: object  # the run's Config
@@ -47,13 +53,13 @@ class Need:
     card: float = 80.0  # GB
 
     def __post_init__(self):
-        cfg, c = self.cfg, self.model.config.text_config
+        cfg = self.cfg
+        c = self.model.config.text_config
         self.grpo = hasattr(cfg, "group")
         self.G = cfg.group if self.grpo else 1
         self.questions = cfg.prompts if self.grpo else cfg.batch  # per step, over all ranks
-        self.prompts = (
-            -(-cfg.prompts // self.gpus) if self.grpo else 0
-        )  # sampled per step by a rank
+        # sampled per step by a rank
+        self.prompts = -(-cfg.prompts // self.gpus) if self.grpo else 0
         self.width = 4 if cfg.dtype == "float32" else 2  # bytes per weight
         self.shards = min(8, self.gpus) if cfg.parallel == "fsdp" and self.gpus > 1 else 1
         self.reference = self.grpo and cfg.kl_coef > 0 and cfg.lora_rank == 0
@@ -70,7 +76,8 @@ class Need:
 
     def trained(self) -> dict[str, int]:
         """{name: number of elements} of what trains."""
-        cfg, out = self.cfg, {}
+        cfg = self.cfg
+        out = {}
         if cfg.lora_rank:
             for name, m in self.model.named_modules():
                 if isinstance(m, torch.nn.Linear) and re.fullmatch(LORA_TARGETS, name):
@@ -97,10 +104,11 @@ def without_weights(config):
 
 def resident(n: Need) -> dict[str, float]:
     """Bytes that one rank holds all the time."""
-    cfg, N, trained = n.cfg, count(n.model), sum(n.trained().values())
-    masters = (
-        cfg.dtype != "float32" and not cfg.offload
-    )  # else the weights, or host memory, hold them
+    cfg = n.cfg
+    N = count(n.model)
+    trained = sum(n.trained().values())
+    # else the weights, or host memory, hold them
+    masters = cfg.dtype != "float32" and not cfg.offload
     if n.shards > 1:
         out = {"weights and float32 masters, sharded": N * 4 / n.shards}
     else:
@@ -122,13 +130,15 @@ def resident(n: Need) -> dict[str, float]:
 
 
 def layer_bytes(n: Need) -> float:
-    """What one language layer holds per token while it computes: norms, q k v, attention, the MLP's three."""
+    """What one language layer holds per token while it computes: norms, q k v, attention, the MLP's
+    three."""
     c = n.model.config.text_config
     return (3 * c.intermediate_size + 6 * c.hidden_size) * n.width
 
 
 def tower_bytes(n: Need, backward: bool) -> float:
-    """The vision tower, per image: one layer's working set, and for a backward pass what its layers keep."""
+    """The vision tower, per image: one layer's working set, and for a backward pass what its layers
+    keep."""
     v = n.model.config.vision_config
     working = (3 * v.intermediate_size + 6 * v.hidden_size) * n.width
     if not backward or n.frozen_tower:
@@ -139,23 +149,25 @@ def tower_bytes(n: Need, backward: bool) -> float:
 
 
 def at_once(n: Need, free: float) -> int:
-    """How many prompts are sampled together: sampling.prompts_at_once, with this many bytes free."""
+    """How many prompts are sampled together: sampling.prompts_at_once, with this many bytes
+    free."""
     per_prompt = n.cache_per_token * (n.prompt + n.G * n.cfg.max_new_tokens)
     return min(n.prompts, max(1, int(free / 2 // per_prompt)))
 
 
 def sampling(n: Need, steady: float) -> tuple[dict[str, float], int]:
     """Bytes while sampling, and the prompts sampled together."""
-    cfg, c = n.cfg, n.model.config.text_config
+    cfg = n.cfg
+    c = n.model.config.text_config
     gathered = {"weights, gathered": count(n.model) * n.width if n.shards > 1 else 0}
     P = at_once(n, n.card * GB - steady - sum(gathered.values()))
-    rows, keys = P * n.G, n.prompt + cfg.max_new_tokens
+    rows = P * n.G
+    keys = n.prompt + cfg.max_new_tokens
     prefill = (
         P * n.prompt * n.cache_per_token + n.prompt * layer_bytes(n) + P * tower_bytes(n, False)
     )
-    logits = (
-        rows * c.vocab_size * (n.width + 3 * 4 + 8)
-    )  # as computed; float32, log p, p; cdf in float64
+    # as computed; float32, log p, p; cdf in float64
+    logits = rows * c.vocab_size * (n.width + 3 * 4 + 8)
     scores = rows * c.num_attention_heads * keys * 3 * 4  # of one layer, float32
     step = logits + scores + rows * layer_bytes(n)
     return gathered | {
@@ -168,7 +180,9 @@ def sampling(n: Need, steady: float) -> tuple[dict[str, float], int]:
 
 def passes(n: Need, backward: bool) -> dict[str, float]:
     """Bytes of one pack's forward pass, or forward and backward."""
-    c, cfg, trained = n.model.config.text_config, n.cfg, n.trained()
+    c = n.model.config.text_config
+    cfg = n.cfg
+    trained = n.trained()
     kept = 0
     if backward:
         kept = c.num_hidden_layers * (
@@ -178,7 +192,7 @@ def passes(n: Need, backward: bool) -> dict[str, float]:
     repeated = (
         n.G * (n.prompt + cfg.max_new_tokens) * 2 * c.num_key_value_heads * n.head_size * n.width
     )
-    chunk = LOGITS_CHUNK["cuda"]
+    chunk = LOGITS_AT_ONCE["cuda"]
     out = {
         "language layers": n.pack * (kept + layer_bytes(n) * (1 + backward))
         + repeated * (1 + backward),
@@ -188,9 +202,8 @@ def passes(n: Need, backward: bool) -> dict[str, float]:
     if n.shards > 1:
         model = n.model.model
         layers = (*model.language_model.layers, *model.visual.blocks)
-        root = count(n.model) - sum(
-            map(count, layers)
-        )  # embedding and vocabulary projection, mostly
+        # embedding and vocabulary projection, mostly
+        root = count(n.model) - sum(map(count, layers))
         two = 2 * count(model.language_model.layers[0])
         out["two layers, embedding, head, gathered"] = (root + two) * (
             n.width + backward * (n.width + 4)
@@ -204,7 +217,9 @@ def passes(n: Need, backward: bool) -> dict[str, float]:
 def memory(n: Need) -> dict[str, float]:
     """GB of one rank by purpose: what is resident, then each phase's own, then the most at once."""
     steady = resident(n)
-    base, phases, rows = sum(steady.values()), {}, dict(steady)
+    base = sum(steady.values())
+    phases = {}
+    rows = dict(steady)
     if n.prompts:
         phases["sampling"], _ = sampling(n, base)
     if n.grpo and n.cfg.kl_coef:
@@ -226,7 +241,8 @@ def memory(n: Need) -> dict[str, float]:
 
 
 def table(columns: dict[str, dict[str, float]]) -> str:
-    """Markdown: what is resident, then the phases, the most at once last. A cell is empty where it is 0."""
+    """Markdown: what is resident, then the phases, the most at once last. A cell is empty where it
+    is 0."""
     names = dict.fromkeys(
         name for column in columns.values() for name in column if name != "most at once"
     )
@@ -245,9 +261,11 @@ def table(columns: dict[str, dict[str, float]]) -> str:
 
 
 def operations(n: Need) -> float:
-    """Operations of a step over all ranks, for completions of full length: 2 per weight and token forward, 4
-    backward, or 2 through frozen weights. Attention's own products are left out."""
-    cfg, model, visual = n.cfg, n.model.model, n.model.model.visual
+    """Operations of a step over all ranks, for completions of full length: 2 per weight and token
+    forward, 4 backward, or 2 through frozen weights. Attention's own products are left out."""
+    cfg = n.cfg
+    model = n.model.model
+    visual = n.model.model.visual
     words = n.prompt + n.G * cfg.max_new_tokens
     body = 2 * count(model.language_model.layers) * words
     head = 2 * count(n.model.lm_head) * n.G * cfg.max_new_tokens
@@ -276,7 +294,9 @@ def plan(cfg) -> str:
             f"--crm {cfg.crm}: cannot be loaded ({str(error).splitlines()[0]})"
         ) from None
     most = cfg.max_pixels or min(MAX_PIXELS, processor.size["longest_edge"])
-    template, lengths, patches = load_prompt(cfg.prompt or "reasoning"), [], []
+    template = load_prompt(cfg.prompt or "reasoning")
+    lengths = []
+    patches = []
     for sample in (train[i] for i in range(min(16, len(train)))):
         W, H = model_size(
             sample.image.size, cfg.resize or "aspect", cfg.min_pixels or MIN_PIXELS, most
@@ -285,8 +305,10 @@ def plan(cfg) -> str:
         text = tokenizer("".join(CHAT) + fill_prompt(template, sample.query)).input_ids
         lengths.append(len(text) + patches[-1] // MERGE**2)
     n = Need(model, cfg, cfg.gpus, max(lengths), max(patches), cfg.card)
-    column, work = memory(n), operations(n)
-    usable, trained = USABLE * cfg.card, sum(n.trained().values())
+    column = memory(n)
+    work = operations(n)
+    usable = USABLE * cfg.card
+    trained = sum(n.trained().values())
     fits = "fits" if column["most at once"] <= usable else "does NOT fit"
     lines = [
         f"{cfg.crm}: {count(model) / 1e9:.2f} billion parameters, {trained:,} of them train",
@@ -312,7 +334,8 @@ def plan(cfg) -> str:
 
 
 def overview() -> str:
-    """3B and 7B at 840 x 840 px: 8 prompts per GPU, 16 completions of 512 tokens, --checkpointing."""
+    """3B and 7B at 840 x 840 px: 8 prompts per GPU, 16 completions of 512 tokens,
+    --checkpointing."""
     kinds = {
         "LoRA": {"lora_rank": 64},
         "full": {},

@@ -2,11 +2,11 @@
 
     build/trl/bin/python -m bench.peer_trl --crm demo/crm --steps 4 --out build/peer.json
 
-Same checkpoint, prompts, images (already resized, so the processor leaves them as they are), group size,
-temperature, token limit, dtype, reward, KL coefficient with a reference, and AdamW on all weights or on LoRA
-matrices. --micro is its per-device batch; the rest is gradient accumulation, so that its cheapest setting can
-be chosen. It samples with transformers' generate; with vLLM, which needs a GPU, it is faster.
-"""
+Same checkpoint, prompts, images (already resized, so the processor leaves them as they are), group
+size, temperature, token limit, dtype, reward, KL coefficient with a reference, and AdamW on all
+weights or on LoRA matrices. --micro is its per-device batch; the rest is gradient accumulation, so
+that its cheapest setting can be chosen. It samples with transformers' generate; with vLLM, which
+needs a GPU, it is faster."""
 
 import argparse
 import json
@@ -31,8 +31,9 @@ TEMPLATE = (
 
 
 def allow_torchvision_on_cpu_torch():
-    """torchvision's published wheel looks for compiled operators that a CPU-only torch does not load: declare
-    the two that its import needs. Returned, because the registration lives as long as the reference."""
+    """torchvision's published wheel looks for compiled operators that a CPU-only torch does not
+    load: declare the two that its import needs. Returned, because the registration lives as long as
+    the reference."""
     if torch.version.cuda:
         return None
     library = torch.library.Library("torchvision", "DEF")
@@ -42,7 +43,8 @@ def allow_torchvision_on_cpu_torch():
 
 
 def processor(path):
-    """What TRL needs and a CRM's folder lacks: tokenizer, image and video processor, chat template in one."""
+    """What TRL needs and a CRM's folder lacks: tokenizer, image and video processor, chat template
+    in one."""
     from transformers import (
         AutoTokenizer,
         Qwen2_5_VLProcessor,
@@ -100,10 +102,11 @@ if __name__ == "__main__":
                 torch.cuda.synchronize()
             self.seconds.append(time.perf_counter() - self.start)
 
-    torch.backends.cuda.enable_cudnn_sdp(
-        False
-    )  # as ours; the sequence has a new length at every token
-    cuda, clock, work = torch.cuda.is_available(), Clock(), args.prompts * args.group
+    # as ours; the sequence has a new length at every token
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    cuda = torch.cuda.is_available()
+    clock = Clock()
+    work = args.prompts * args.group
     dtype = torch.bfloat16 if cuda else torch.float32
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(args.crm, dtype=dtype)
     samples = load_samples(args.data)[: args.steps * args.prompts]

@@ -1,4 +1,5 @@
-"""A Qwen2.5-VL of the real architecture with random weights: for speed and memory without a checkpoint.
+"""A Qwen2.5-VL of the real architecture with random weights: for speed and memory without a
+checkpoint.
 
     python -m bench.random_model 3b --out build/3b
 
@@ -6,12 +7,15 @@
     wide     the 3B's width with two language and two vision layers and 8,192 words, for a CPU
     tiny     their shape, small
 
-The tokenizer is the embedded one: its prompts are shorter than Qwen's, and ids beyond it decode to nothing.
-Completions of such a model practically never end by themselves, so each has --max-new-tokens tokens. As in
-the released weights, a few key biases are very large (`add_key_biases`).
+The tokenizer is the embedded one: its prompts are shorter than Qwen's, and ids beyond it decode to
+nothing. Completions of such a model practically never end by themselves, so each has
+--max-new-tokens tokens. As in the released weights, a few key biases are very large, see
+`add_key_biases`.
 """
 
 import argparse
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -19,6 +23,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from crm import CRM, END
 
+RELEASED_MAX_PIXELS = 12845056  # in the preprocessor_config.json of the released checkpoints
 VISION = dict(
     depth=32,
     hidden_size=1280,
@@ -27,74 +32,67 @@ VISION = dict(
     window_size=112,
     fullatt_block_indexes=[7, 15, 23, 31],
 )
-SIZES = {  # the config.json of Qwen2.5-VL-3B-Instruct and -7B-Instruct
-    "3b": (
-        dict(
-            vocab_size=151936,
-            hidden_size=2048,
-            intermediate_size=11008,
-            num_hidden_layers=36,
-            num_attention_heads=16,
-            num_key_value_heads=2,
-        ),
-        VISION,
-        True,
-    ),
-    "7b": (
-        dict(
-            vocab_size=152064,
-            hidden_size=3584,
-            intermediate_size=18944,
-            num_hidden_layers=28,
-            num_attention_heads=28,
-            num_key_value_heads=4,
-        ),
-        VISION,
-        False,
-    ),
+TEXT_3B = dict(
+    vocab_size=151936,
+    hidden_size=2048,
+    intermediate_size=11008,
+    num_hidden_layers=36,
+    num_attention_heads=16,
+    num_key_value_heads=2,
+)
+TEXT_7B = dict(
+    vocab_size=152064,
+    hidden_size=3584,
+    intermediate_size=18944,
+    num_hidden_layers=28,
+    num_attention_heads=28,
+    num_key_value_heads=4,
+)
+TEXT_TINY = dict(
+    vocab_size=152064,
+    hidden_size=128,
+    intermediate_size=256,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
+VISION_TINY = dict(
+    depth=2,
+    hidden_size=64,
+    intermediate_size=128,
+    num_heads=4,
+    window_size=112,
+    fullatt_block_indexes=[1],
+)
+# size -> (language model, vision tower, whether embedding and vocabulary projection are one); 3b
+# and 7b are the config.json of Qwen2.5-VL-3B-Instruct and -7B-Instruct
+SIZES: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
+    "3b": (TEXT_3B, VISION, True),
+    "7b": (TEXT_7B, VISION, False),
     "wide": (
-        dict(
-            vocab_size=8192,
-            hidden_size=2048,
-            intermediate_size=11008,
-            num_hidden_layers=2,
-            num_attention_heads=16,
-            num_key_value_heads=2,
-        ),
+        TEXT_3B | dict(vocab_size=8192, num_hidden_layers=2),
         VISION | dict(depth=2, fullatt_block_indexes=[1]),
         True,
     ),
-    "tiny": (
-        dict(
-            vocab_size=152064,
-            hidden_size=128,
-            intermediate_size=256,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-        ),
-        dict(
-            depth=2,
-            hidden_size=64,
-            intermediate_size=128,
-            num_heads=4,
-            window_size=112,
-            fullatt_block_indexes=[1],
-        ),
-        True,
-    ),
+    "tiny": (TEXT_TINY, VISION_TINY, True),
 }
 
 
-def config_of(size: str, to_id=lambda token: 0) -> Qwen2_5_VLConfig:
-    """The configuration of a size. to_id: the tokenizer's ids of the special tokens."""
+def no_id(token: str) -> int:
+    return 0
+
+
+def config_of(size: str, to_id: Callable[[str], int] = no_id) -> Qwen2_5_VLConfig:
+    """Returns the configuration of a size. to_id: the tokenizer's ids of the special tokens."""
     text, vision, tied = SIZES[size]
-    head = text["hidden_size"] // text["num_attention_heads"] // 2  # rotary frequencies per head
-    sections = [
-        head - 2 * (3 * head // 8),
-        3 * head // 8,
-        3 * head // 8,
-    ]  # 16, 24, 24 at the real sizes
+    frequencies = text["hidden_size"] // text["num_attention_heads"] // 2  # rotary, of a head
+    of_height = 3 * frequencies // 8
+    of_time = frequencies - 2 * of_height  # 16, 24, 24 at the real sizes
+    rope = dict(
+        rope_type="default",
+        rope_theta=1e6,
+        mrope_section=[of_time, of_height, of_height],
+    )
     return Qwen2_5_VLConfig(
         text_config=dict(
             **text,
@@ -104,7 +102,7 @@ def config_of(size: str, to_id=lambda token: 0) -> Qwen2_5_VLConfig:
             bos_token_id=None,
             eos_token_id=to_id("<|im_end|>"),
             pad_token_id=to_id("<|endoftext|>"),
-            rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=sections),
+            rope_parameters=rope,
         ),
         vision_config=dict(**vision, out_hidden_size=text["hidden_size"]),
         tie_word_embeddings=tied,
@@ -116,12 +114,16 @@ def config_of(size: str, to_id=lambda token: 0) -> Qwen2_5_VLConfig:
 
 
 @torch.no_grad()
-def add_key_biases(model, key: float = 100.0, query: float = 5.0, channels: int = 4) -> None:
-    """Large biases in a few channels of every head of the first and the last language layer, in place.
+def add_key_biases(
+    model: torch.nn.Module, key: float = 100.0, query: float = 5.0, channels: int = 4
+) -> None:
+    """Adds large biases to a few channels of every head of the first and the last language layer,
+    in place.
 
-    Qwen2.5's key biases have norms of several hundred in such layers. Attention scores become so large there
-    that rounding them to bfloat16 costs whole nats. The channels are the last of each half of a head, whose
-    rotary frequencies are the slowest: the large score depends little on the distance between tokens."""
+    Qwen2.5's key biases have norms of several hundred in such layers. Attention scores become so
+    large there that rounding them to bfloat16 costs nats. The channels are the last of each half of
+    a head, whose rotary frequencies are the slowest, so the large score depends little on the
+    distance between tokens."""
     layers = model.model.language_model.layers
     for attention in {layers[0].self_attn, layers[-1].self_attn}:
         half = attention.head_dim // 2
@@ -131,26 +133,30 @@ def add_key_biases(model, key: float = 100.0, query: float = 5.0, channels: int 
 
 
 def random_model(
-    size: str, device="cpu", dtype=torch.bfloat16, tokenizer="demo/crm", seed: int = 0
+    size: str,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+    tokenizer: str = "demo/crm",
+    seed: int = 0,
 ) -> CRM:
-    """A CRM of that size with random weights and large key biases; the same for the same seed."""
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+    """Returns a CRM of that size with random weights and large key biases; the same for the same
+    seed."""
+    own_tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+    config = config_of(size, own_tokenizer.convert_tokens_to_ids)
     torch.manual_seed(seed)
-    before = torch.get_default_dtype()
+    usual = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            model = Qwen2_5_VLForConditionalGeneration(
-                config_of(size, tokenizer.convert_tokens_to_ids)
-            )
+            model = Qwen2_5_VLForConditionalGeneration(config)
     finally:
-        torch.set_default_dtype(before)
+        torch.set_default_dtype(usual)
     add_key_biases(model)
-    model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(list(END))
-    return CRM(model, tokenizer, Qwen2VLImageProcessorPil(max_pixels=12845056))
+    model.generation_config.eos_token_id = own_tokenizer.convert_tokens_to_ids(list(END))
+    return CRM(model, own_tokenizer, Qwen2VLImageProcessorPil(max_pixels=RELEASED_MAX_PIXELS))
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -159,6 +165,9 @@ if __name__ == "__main__":
     args = parser.parse_args()
     crm = random_model(args.size, "cuda" if torch.cuda.is_available() else "cpu")
     crm.save(args.out)
-    print(
-        f"{sum(p.numel() for p in crm.model.parameters()) / 1e9:.2f} billion parameters -> {args.out}"
-    )
+    billions = sum(p.numel() for p in crm.model.parameters()) / 1e9
+    print(f"{billions:.2f} billion parameters -> {args.out}")
+
+
+if __name__ == "__main__":
+    main()

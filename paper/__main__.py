@@ -6,10 +6,10 @@
     python -m paper --report        # only RESULTS.md, from paper/results/*.json
     python -m paper --list          # the exact commands
 
-A run (paper/experiments.py) trains with train_grpo.py or train_sft.py from the same warm start and is scored
-by evaluate.py: four sampled completions per held-out question. paper/results/NAME-SEED.json keeps the scores
-of every question, the commands and their seconds. Larger scale: --crm, --data, --asm,
---flags "@recipes/lora_7b.args",
+A run (paper/experiments.py) trains with train_grpo.py or train_sft.py from the same warm start and
+is scored by evaluate.py: four sampled completions per held-out question.
+paper/results/NAME-SEED.json keeps the scores of every question, the commands and their seconds. A
+larger scale is a matter of flags: --crm, --data, --asm, --flags "@recipes/lora_7b.args" and
 --torchrun "--nproc-per-node 8".
 """
 
@@ -23,75 +23,74 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluate import scores
-from extras.predictions import read_predictions
-from metrics import mean
-from paper.experiments import GRPO, RUNS, commands
+from metrics import mean, read_predictions, scores
+from paper.experiments import GRPO, RUNS, Command, commands
 from paper.report import CURVES, picture, read_results, report
 from rewards import parse_answer
-from runtime.files import write_whole
+from runtime.cli import exit_on
+from runtime.files import read_jsonl, write_whole
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 
 
 def well_formed(p: dict, completion: dict) -> bool:
-    """Both blocks are there and could be read."""
+    """Whether both blocks of a completion are there and could be read."""
     return not completion["problem"] and parse_answer(completion["text"]).think is not None
 
 
-def execute(name: str, seed: int, args) -> None:
-    """Train, evaluate, keep the result. A training run that is done is not repeated; its seconds
-    are None, then."""
-    todo, seconds = commands(name, seed, args), []
-    for command in todo:
-        start = time.perf_counter()
-        out = Path(command[command.index("--out") + 1])
-        last = (
-            "frame.json"
-            if "paper.careless" in command
-            else f"step_{RUNS[name].longer * args.steps:06d}"
-        )
-        if (out / last).exists():
-            seconds.append(None)  # made before
-            continue
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        seconds.append(round(time.perf_counter() - start, 1))
-    rows = [
-        {
-            "id": row["id"],
-            "supercategory": row["supercategory"],
-            "wording": row["wording"],
-            "formed": round(mean(row, well_formed), 4),
-            **{
-                key: value if value is None else round(value, 4)
-                for key, value in scores(row).items()
-            },
-        }
-        for row in read_predictions(out)
-    ]
-    log = Path(args.work) / f"{name}-{seed}/metrics.jsonl"
-    steps = (
-        [json.loads(line) for line in log.read_text().splitlines()]
-        if RUNS[name].script == GRPO
-        else []
-    )
-    shown = [shlex.join(["python" if c[0] == sys.executable else c[0], *c[1:]]) for c in todo]
+def execute(name: str, seed: int, args: argparse.Namespace) -> None:
+    """Trains, evaluates, and keeps the result. What is done is not repeated; its seconds are
+    None."""
+    todo = commands(name, seed, args)
+    seconds = [run(command) for command in todo]
+    curves = {key: [] for key in CURVES}
+    if RUNS[name].script == GRPO:
+        steps = read_jsonl(Path(args.work) / f"{name}-{seed}/metrics.jsonl")
+        curves = {key: [round(step[key], 4) for step in steps] for key in CURVES}
+    questions = [question_row(p) for p in read_predictions(todo[-1].out)]
     result = {
         "name": name,
         "seed": seed,
         "date": time.strftime("%Y-%m-%d"),
         "seconds": seconds,
-        "commands": shown,
-        "curves": {key: [round(step[key], 4) for step in steps] for key in CURVES},
-        "questions": rows,
+        "commands": [shown(command) for command in todo],
+        "curves": curves,
+        "questions": questions,
     }
     write_whole(args.results / f"{name}-{seed}.json", json.dumps(result) + "\n")
-    iou = 100 * np.mean([row["iou"] for row in rows])
-    print(f"{name}, seed {seed}: IoU {iou:.1f}, {sum(s or 0 for s in seconds):.0f} s", flush=True)
+    iou = 100 * np.mean([row["iou"] for row in questions])
+    total = sum(value or 0 for value in seconds)
+    print(f"{name}, seed {seed}: IoU {iou:.1f}, {total:.0f} s", flush=True)
 
 
-if __name__ == "__main__":
+def run(command: Command) -> float | None:
+    """Runs a command. Returns its seconds, None where that was done before."""
+    if command.is_done:
+        return None
+    start = time.perf_counter()
+    subprocess.run(command.words, check=True, stdout=subprocess.DEVNULL)
+    return round(time.perf_counter() - start, 1)
+
+
+def shown(command: Command) -> str:
+    """Returns a command as it is written in a shell."""
+    first, *others = command.words
+    if first == sys.executable:
+        first = "python"
+    return shlex.join([first, *others])
+
+
+def question_row(p: dict) -> dict:
+    """Returns what a result keeps of a prediction: what the question is about, and its scores."""
+    row = {key: p[key] for key in ("id", "image", "supercategory", "wording")}
+    row["formed"] = round(mean(p, well_formed), 4)
+    for name, value in scores(p).items():
+        row[name] = None if value is None else round(value, 4)
+    return row
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m paper",
         description=__doc__,
@@ -117,25 +116,44 @@ if __name__ == "__main__":
     parser.add_argument("--list", action="store_true", help="only print the commands")
     args = parser.parse_args()
     if args.quick:
-        args.seeds, args.steps, args.limit, args.work = 1, 8, 48, "runs/paper-quick"
+        args.seeds = 1
+        args.steps = 8
+        args.limit = 48
+        args.work = "runs/paper-quick"
         args.results = Path(args.work) / "results"
-    names = args.only.split(",") if args.only else list(RUNS)
-    if unknown := [name for name in names if name not in RUNS]:
-        parser.error(f"--only {unknown[0]}: not one of {', '.join(RUNS)}")
-    todo = [(name, seed) for seed in range(args.seeds) for name in names]
+    args.names = args.only.split(",") if args.only else list(RUNS)
+    for name in args.names:
+        if name not in RUNS:
+            parser.error(f"--only {name}: not one of {', '.join(RUNS)}")
+    return args
+
+
+def write_report(folder: Path) -> None:
+    """Writes RESULTS.md and curves.png from the results in a folder: beside them, and those of the
+    project itself into paper/."""
+    with exit_on(ValueError):
+        results = read_results(folder)
+    out = HERE if folder == RESULTS else folder
+    picture(results, out / "curves.png")
+    write_whole(out / "RESULTS.md", report(results))
+    print(f"-> {out / 'RESULTS.md'}")
+
+
+def main() -> None:
+    args = parse()
+    todo = [(name, seed) for seed in range(args.seeds) for name in args.names]
     if args.list:
-        print(
-            "\n".join(
-                shlex.join(command) for name, seed in todo for command in commands(name, seed, args)
-            )
-        )
-        sys.exit()
+        for name, seed in todo:
+            for command in commands(name, seed, args):
+                print(shown(command))
+        return
     args.results.mkdir(parents=True, exist_ok=True)
-    for name, seed in [] if args.report else todo:
-        if not (args.results / f"{name}-{seed}.json").exists():
-            execute(name, seed, args)
-    results = read_results(args.results)
-    path = (HERE if args.results == RESULTS else args.results) / "RESULTS.md"
-    picture(results, path.with_name("curves.png"))
-    path.write_text(report(results))
-    print(f"-> {path}")
+    if not args.report:
+        for name, seed in todo:
+            if not (args.results / f"{name}-{seed}.json").exists():
+                execute(name, seed, args)
+    write_report(args.results)
+
+
+if __name__ == "__main__":
+    main()

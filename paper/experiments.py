@@ -1,52 +1,54 @@
-"""The paper's experiments: what is trained, how it is evaluated, in which table it stands. A new one is one
-line of RUNS, and its name in TABLES."""
+"""The paper's experiments: what is trained, how it is evaluated, in which table it stands.
+
+To add one, add a line to RUNS, and its name to TABLES.
+"""
 
 import shlex
 import sys
+from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
-SEEN = (
-    "Abdomen|Brain|Heart|Lung|Vessel|Neoplasm"  # super-categories trained on in the OOD experiment
-)
+# super-categories that the out-of-distribution runs are trained on
+SEEN = "Abdomen|Brain|Heart|Lung|Vessel|Neoplasm"
+GRPO = "train_grpo.py"
+SFT = "train_sft.py"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Experiment:
-    """One row: how it is trained (None: not at all) and how it is evaluated."""
+    """One row of a table: how it is trained (None: not at all) and how it is evaluated."""
 
     script: str | None
     flags: str = ""
     ask: str = ""  # flags of evaluate.py
     longer: int = 1  # times --steps
     careless: bool = False  # starts from the model of paper/careless.py
+    seen_only: bool = False  # trains on the super-categories in SEEN, see paper/subset.py
 
 
-GRPO, SFT = "train_grpo.py", "train_sft.py"
 RUNS = {
     "start": Experiment(None),
     "start-direct": Experiment(None, ask="--prompt direct"),
-    # Table 3: reward modes (iou and pdice are soft without the other term), and what the paper did not run:
-    # format terms left out, weights halved and doubled
-    **{
-        mode: Experiment(GRPO, f"--mode {mode}")
-        for mode in ("soft", "hard", "base", "iou", "pdice")
-    },
-    **{
-        f"no-{term}": Experiment(GRPO, f"--weights {term}=0")
-        for term in ("think_format", "answer_format")
-    },
-    **{
-        f"{term}-x{factor}": Experiment(GRPO, f"--weights {term}={factor}")
-        for term in ("box_iou", "point_dice")
-        for factor in (0.5, 2)
-    },
-    "mask_dice": Experiment(GRPO, "--weights mask_dice=1"),
+    # Table 3: reward modes (iou and pdice are soft without the other term)
+    "soft": Experiment(GRPO, "--mode soft"),
+    "hard": Experiment(GRPO, "--mode hard"),
+    "base": Experiment(GRPO, "--mode base"),
+    "iou": Experiment(GRPO, "--mode iou"),
+    "pdice": Experiment(GRPO, "--mode pdice"),
+    # what the paper did not run: format terms left out, coefficients halved and doubled, the mask
+    "no-think_format": Experiment(GRPO, "--coefficients think_format=0"),
+    "no-answer_format": Experiment(GRPO, "--coefficients answer_format=0"),
+    "box_iou-x0.5": Experiment(GRPO, "--coefficients box_iou=0.5"),
+    "box_iou-x2": Experiment(GRPO, "--coefficients box_iou=2"),
+    "point_dice-x0.5": Experiment(GRPO, "--coefficients point_dice=0.5"),
+    "point_dice-x2": Experiment(GRPO, "--coefficients point_dice=2"),
+    "mask_dice": Experiment(GRPO, "--coefficients mask_dice=1"),
     # the format terms, from a start that breaks its format in 40 of 100 completions
     "careless": Experiment(None, careless=True),
     "careless-soft": Experiment(GRPO, careless=True),
     "careless-no-formats": Experiment(
-        GRPO, "--weights think_format=0,answer_format=0", careless=True
+        GRPO, "--coefficients think_format=0,answer_format=0", careless=True
     ),
     # variants of the algorithm
     "norm-none": Experiment(GRPO, "--norm none"),
@@ -56,8 +58,8 @@ RUNS = {
     # SFT against RL on the same questions, in and out of distribution (Table 6)
     "sft": Experiment(SFT),
     "sft-x5": Experiment(SFT, "--lr 4e-4", longer=5),  # about the seconds that GRPO takes
-    "soft-ood": Experiment(GRPO, f"--only '{SEEN}'"),
-    "sft-ood": Experiment(SFT, f"--only '{SEEN}'"),
+    "soft-ood": Experiment(GRPO, seen_only=True),
+    "sft-ood": Experiment(SFT, seen_only=True),
     # Table 5: the short prompt
     "soft-direct": Experiment(GRPO, "--prompt direct", "--prompt direct"),
 }
@@ -75,7 +77,7 @@ TABLES = {
     ),
     "What each term is worth": ("soft", "no-think_format", "no-answer_format", "iou", "pdice"),
     "What the format terms are worth": ("careless", "careless-soft", "careless-no-formats"),
-    "Sensitivity to weights": (
+    "Sensitivity to coefficients": (
         "soft",
         "box_iou-x0.5",
         "box_iou-x2",
@@ -87,70 +89,80 @@ TABLES = {
 }
 
 
-def commands(name: str, seed: int, args) -> list[list[str]]:
-    """The exact commands of a run: training, if any, and the evaluation."""
-    run, folder = RUNS[name], Path(args.work) / f"{name}-{seed}"
-    launch = ["torchrun", *shlex.split(args.torchrun)] if args.torchrun else [sys.executable]
-    crm, todo, steps = args.crm, [], run.longer * args.steps
+@dataclass(frozen=True)
+class Command:
+    """A command of a run."""
+
+    words: list[str]
+    out: Path  # folder that it writes
+    last_file: str | None = None  # in that folder; None: it is always run, and resumes by itself
+
+    @property
+    def is_done(self) -> bool:
+        return self.last_file is not None and (self.out / self.last_file).exists()
+
+
+def commands(name: str, seed: int, args: Namespace) -> list[Command]:
+    """Returns the commands of a run: what it starts from, training if any, and the evaluation."""
+    run = RUNS[name]
+    folder = Path(args.work) / f"{name}-{seed}"
+    crm = args.crm
+    data = args.data
+    todo = []
     if run.careless:
         crm = f"{args.work}/careless"
-        todo.append(
-            [
-                sys.executable,
-                "-m",
-                "paper.careless",
-                "--crm",
-                args.crm,
-                "--data",
-                args.data,
-                "--out",
-                crm,
-            ]
-        )
-    models = ["--crm", crm, "--data", args.data]
-    asm, limit = ["--asm", args.asm], ["--limit", str(args.limit)]
-    if run.script:
-        flags = shlex.split(args.flags if run.script == GRPO else args.sft_flags)
-        todo.append(
-            [
-                *launch,
-                run.script,
-                *flags,
-                *models,
-                *(asm if run.script == GRPO else []),
-                "--seed",
-                str(seed),
-                "--steps",
-                str(steps),
-                "--eval-every",
-                "-1",
-                "--out",
-                str(folder),
-                "--resume",
-                "auto",
-                *shlex.split(run.flags),
-            ]
-        )
-        crm = str(folder / f"step_{steps:06d}")
-    todo.append(
-        [
-            *launch,
-            "evaluate.py",
-            "--crm",
-            crm,
-            "--data",
-            args.data,
-            *asm,
-            *limit,
-            "--samples",
-            "4",
-            "--seed",
-            str(seed),
-            "--max-new-tokens",
-            str(args.max_new_tokens),
-            "--out",
-            f"{folder}-eval",
-            *shlex.split(run.ask),
-        ]
-    )
+        todo.append(careless_command(crm, args))
+    if run.seen_only:
+        data = f"{args.work}/seen"
+        todo.append(subset_command(data, args))
+    if run.script is not None:
+        todo.append(training_command(run, seed, crm, data, folder, args))
+        crm = str(folder / step_folder(run, args))
+    todo.append(evaluation_command(run, seed, crm, folder, args))
     return todo
+
+
+def step_folder(run: Experiment, args: Namespace) -> str:
+    """Returns the name of a run's last checkpoint."""
+    return f"step_{run.longer * args.steps:06d}"
+
+
+def launched(script: str, args: Namespace) -> list[str]:
+    """Returns the words that start a script: torchrun, where its flags were given, or Python."""
+    if args.torchrun:
+        return ["torchrun", *shlex.split(args.torchrun), script]
+    return [sys.executable, script]
+
+
+def careless_command(out: str, args: Namespace) -> Command:
+    words = [sys.executable, "-m", "paper.careless", "--crm", args.crm, "--data", args.data]
+    return Command([*words, "--out", out], Path(out), "settings.json")
+
+
+def subset_command(out: str, args: Namespace) -> Command:
+    words = [sys.executable, "-m", "paper.subset", "--data", args.data, "--supercategories", SEEN]
+    return Command([*words, "--out", out], Path(out), "train.parquet")
+
+
+def training_command(
+    run: Experiment, seed: int, crm: str, data: str, folder: Path, args: Namespace
+) -> Command:
+    words = launched(run.script, args)
+    words += shlex.split(args.flags if run.script == GRPO else args.sft_flags)
+    words += ["--crm", crm, "--data", data]
+    if run.script == GRPO:
+        words += ["--asm", args.asm]
+    words += ["--seed", str(seed), "--steps", str(run.longer * args.steps), "--eval-every", "-1"]
+    words += ["--out", str(folder), "--resume", "auto", *shlex.split(run.flags)]
+    return Command(words, folder, step_folder(run, args))
+
+
+def evaluation_command(
+    run: Experiment, seed: int, crm: str, folder: Path, args: Namespace
+) -> Command:
+    words = launched("evaluate.py", args)
+    words += ["--crm", crm, "--data", args.data, "--asm", args.asm, "--limit", str(args.limit)]
+    words += ["--completions", "4", "--seed", str(seed)]
+    out = f"{folder}-eval"
+    words += ["--max-new-tokens", str(args.max_new_tokens), "--out", out, *shlex.split(run.ask)]
+    return Command(words, Path(out))

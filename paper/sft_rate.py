@@ -1,9 +1,9 @@
-"""SFT's learning rate for paper/experiments.py, looked for on training questions alone.
+"""Looks for SFT's learning rate for paper/experiments.py, on training questions alone.
 
-    python -m paper.sft_rate --steps 40        # and --steps N for a longer run: the best rate may differ
+    python -m paper.sft_rate --steps 40     # and --steps N for a longer run, whose best may differ
 
-Every sixth training question is held out; SFT runs on the others with each rate, and evaluate.py scores the held-out
-ones as the experiments do, four sampled completions per question.
+Every sixth training question is held out. SFT runs on the others with each rate, and evaluate.py
+scores the held-out ones as the experiments do, four sampled completions per question.
 """
 
 import argparse
@@ -12,12 +12,45 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 
-from evaluate import scores
-from extras.predictions import read_predictions
+from metrics import read_predictions, scores
+from paper.subset import read_split, write_split
+from runtime.cli import exit_on
 
-if __name__ == "__main__":
+
+def hold_out(data: Path, out: Path) -> None:
+    """Writes every sixth training row as the test split of a new data set, and the others as its
+    training split."""
+    table = read_split(data, "train")
+    is_held_out = np.arange(len(table)) % 6 == 0
+    write_split(table.filter(~is_held_out), out, "train")
+    write_split(table.filter(is_held_out), out, "test")
+
+
+def run(*words: str) -> None:
+    subprocess.run([sys.executable, *words], check=True, stdout=subprocess.DEVNULL)
+
+
+def try_rate(rate: float, data: Path, args: argparse.Namespace) -> str:
+    """Trains with a learning rate and evaluates. Returns one line about it."""
+    folder = args.work / f"rate-{args.steps}-{rate:g}"
+    run(
+        *("train_sft.py", "--crm", args.crm, "--data", str(data), "--steps", str(args.steps)),
+        *("--batch", str(args.batch), "--lr", str(rate), "--eval-every", "-1"),
+        *("--out", str(folder), "--resume", "auto"),
+    )
+    checkpoint = folder / f"step_{args.steps:06d}"
+    run(
+        *("evaluate.py", "--crm", str(checkpoint), "--data", str(data), "--completions", "4"),
+        *("--limit", str(args.limit), "--out", f"{folder}-eval"),
+    )
+    rows = [scores(p) for p in read_predictions(f"{folder}-eval")]
+    iou = 100 * np.mean([row["iou"] for row in rows])
+    named = 100 * np.mean([row["named"] for row in rows])
+    return f"--lr {rate:g}: IoU {iou:.1f}, named {named:.0f} %"
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m paper.sft_rate",
         description=__doc__,
@@ -34,58 +67,11 @@ if __name__ == "__main__":
     parser.add_argument("--work", type=Path, default=Path("runs/paper"))
     args = parser.parse_args()
     data = args.work / "rate-data"
-    data.mkdir(parents=True, exist_ok=True)
-    table = pq.read_table(args.data / "train.parquet")
-    held_out = np.arange(len(table)) % 6 == 0
-    pq.write_table(table.filter(~held_out), data / "train.parquet")
-    pq.write_table(table.filter(held_out), data / "test.parquet")
+    with exit_on(ValueError, OSError):
+        hold_out(args.data, data)
     for rate in args.rates:
-        run = args.work / f"rate-{args.steps}-{rate:g}"
-        subprocess.run(
-            [
-                sys.executable,
-                "train_sft.py",
-                "--crm",
-                args.crm,
-                "--data",
-                data,
-                "--steps",
-                str(args.steps),
-                "--batch",
-                str(args.batch),
-                "--lr",
-                str(rate),
-                "--eval-every",
-                "-1",
-                "--out",
-                run,
-                "--resume",
-                "auto",
-            ],
-            check=True,
-            stdout=subprocess.DEVNULL,
-        )
-        subprocess.run(
-            [
-                sys.executable,
-                "evaluate.py",
-                "--crm",
-                run / f"step_{args.steps:06d}",
-                "--data",
-                data,
-                "--samples",
-                "4",
-                "--limit",
-                str(args.limit),
-                "--out",
-                f"{run}-eval",
-            ],
-            check=True,
-            stdout=subprocess.DEVNULL,
-        )
-        rows = [scores(row) for row in read_predictions(Path(f"{run}-eval"))]
-        print(
-            f"--lr {rate:g}: IoU {100 * np.mean([row['iou'] for row in rows]):.1f}, "
-            f"named {100 * np.mean([row['named'] for row in rows]):.0f} %",
-            flush=True,
-        )
+        print(try_rate(rate, data, args), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -412,7 +412,7 @@ def _orientation_of(image: Image.Image) -> int | None:
 
 
 def _orientation_in(exif: bytes) -> int | None:
-    """The number of the tag in the first directory of EXIF. struct.error where that is cut short."""
+    """The number of the tag in the first directory of EXIF, None where it has none."""
     exif = exif.removeprefix(b"Exif\0\0")
     order = "<" if exif[:2] == b"II" else ">"
     (directory,) = struct.unpack_from(f"{order}I", exif, 4)

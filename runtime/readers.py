@@ -10,8 +10,9 @@ and where there is more to say than DEFAULTS does:
   id, supercategory, category, think   strings
   extra                                a dict of whatever else the data has
   problem                              "" or what could not be read, as in "image: is missing"
-To add a reader, write the function and name it in READERS, by the pattern of a path or of what is in
-a folder. `check_row` and `decode_row` are the only places that decide whether a row can be used.
+To add a reader, write the function and name it in READERS, by the pattern of a path or of what a
+folder has in it. `check_row` and `decode_row` are the only places that decide whether a row can be
+used.
 """
 
 import os

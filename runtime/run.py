@@ -64,14 +64,11 @@ MAY_CHANGE = {
     "checkpointing",
     "pack_tokens",
     "micro_batch",
-    "cuda_graphs",
     "eval_every",
-    "eval_answers",
     "eval_limit",
     "save_every",
     "keep",
     "track",
-    "rollouts_every",
 }
 
 # A step without a finite gradient moves nothing, and the next may be fine. After so many in a row
@@ -114,8 +111,7 @@ def step_indices(count: int, n: int, seed: int, step: int) -> list[int]:
 
 
 class StopNow(BaseException):
-    """Raised by a signal inside Run.interruptible(). It is no Exception, as KeyboardInterrupt is
-    none."""
+    """Raised by a signal inside Run.interruptible(). Like KeyboardInterrupt it is no Exception."""
 
 
 class Run:
@@ -159,11 +155,11 @@ class Run:
 
     @contextmanager
     def _main_speaks_for_all(self) -> Iterator[None]:
-        """A ValueError that rank 0 raises inside is raised on all ranks."""
+        """What rank 0 raises inside, for bad input or a file, is a ValueError on all ranks."""
         problem = None
         try:
             yield
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             problem = str(error)
         problem = self.ranks.gather([problem])[0]
         if problem is not None:
@@ -195,11 +191,10 @@ class Run:
         view of a shared disk, would train from another step."""
         if self.config.resume == "no":
             return None, {}
-        name = None
+        found = None
         if self.ranks.is_main:
             found = checkpoint.newest(self.folder)
-            name = found.name if found is not None else None
-        name = self.ranks.gather([name])[0]
+        name = self.ranks.gather([None if found is None else found.name])[0]
         if name is None and self.config.resume == "yes":
             raise ValueError(
                 f"--resume: no checkpoint step_* in {self.folder}; --resume auto starts there"
@@ -214,16 +209,15 @@ class Run:
             record = checkpoint.read_record(folder)
         except (OSError, ValueError) as error:
             problem = f"rank {self.ranks.rank} of {self.ranks.world} cannot read it: {error}"
-        found_by_rank = self.ranks.gather([(record, problem)])
-        for other_record, other_problem in found_by_rank:
-            if other_problem is None and other_record != found_by_rank[0][0]:
-                other_problem = (
-                    f"the ranks see different ones: {found_by_rank[0][0]}, {other_record}"
-                )
-            if other_problem is not None:
-                raise ValueError(
-                    f"--resume: {folder}: {other_problem}; --out must be on a disk that all share"
-                )
+        outcomes = self.ranks.gather([(record, problem)])
+        problems = [problem for _, problem in outcomes if problem is not None]
+        records = [record for record, _ in outcomes]
+        if not problems and any(record != records[0] for record in records):
+            problems.append(f"the ranks see different ones: {records}")
+        if problems:
+            raise ValueError(
+                f"--resume: {folder}: {problems[0]}; --out must be on a disk that all share"
+            )
         return folder, record
 
     def _check_flags(self) -> None:
@@ -265,31 +259,32 @@ class Run:
             self.saved_step = self.start_step
             print0(f"resuming from {self.checkpoint}")
 
-        kept = {}
-        if self.ranks.is_main:
-            for name in LOGS:
-                rows = self.read(name) if self.checkpoint is not None else []
-                kept[name] = [row for row in rows if row["step"] <= self.start_step]
-            self._write_folder(kept)
-        for row in self.ranks.gather([kept])[0]["metrics"]:
+        with self._main_speaks_for_all():
+            if self.ranks.is_main:
+                self._write_folder()
+        logged = self.read("metrics") if self.ranks.is_main else []
+        logged = self.ranks.gather([logged])[0]
+        for row in logged:
             self._remember_row(row)
 
         if self.ranks.is_main and self.tracker_class is not None:
             self.tracker = self.tracker_class(self.folder, asdict(self.config))
-            self.tracker.log(*kept["metrics"])
+            self.tracker.log(*logged)
         self._explain_torchrun()
         for number in (signal.SIGINT, signal.SIGTERM):  # last: a tracker may have set its own
             signal.signal(number, self._on_signal)
         return self.start_step
 
-    def _write_folder(self, kept: dict[str, list[dict]]) -> None:
-        """Makes the folder. kept: the rows of each log that stay."""
+    def _write_folder(self) -> None:
+        """Makes the folder. Of the logs only rows up to the checkpoint stay."""
         self.folder.mkdir(parents=True, exist_ok=True)
         checkpoint.remove_leftovers(self.folder)
-        for name, rows in kept.items():
+        for name in LOGS:
             path = self.folder / f"{name}.jsonl"
             if path.exists():
-                write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+                rows = self.read(name) if self.checkpoint is not None else []
+                kept = [row for row in rows if row["step"] <= self.start_step]
+                write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
         write_whole(self.folder / "config.json", json.dumps(self._flags(), indent=2) + "\n")
 
     def log(self, name: str, *rows: dict) -> None:
@@ -397,8 +392,8 @@ class Run:
         """Around whatever reads examples, on all ranks. Inside, a rank must not wait for others.
 
         After a bad row on any rank, all save the `step` steps that are done and raise BadRow. After
-        a signal they save these steps and end with status 0. After numbers that are not finite
-        nothing is saved, because the weights are broken, and the process ends with status 1."""
+        a signal they save these steps and end with status 0. After a FloatingPointError, logits
+        that are not finite, nothing is saved, because the weights are broken: status 1."""
         bad_row = None
         broken = None
         try:
@@ -410,20 +405,23 @@ class Run:
         except FloatingPointError as error:
             broken = str(error)
         outcomes = self.ranks.gather([(bad_row, broken, self.first_signal is not None)])
-        for _, broken, _ in outcomes:
-            if broken is not None:
-                self._give_up_on_broken_weights(step, broken)
-        for bad_row, _, _ in outcomes:
-            if bad_row is not None:
-                self._save_if_new(step, crm, optimizer)
-                raise BadRow(bad_row)
-        if any(stopped for _, _, stopped in outcomes):
+        bad_rows = [outcome[0] for outcome in outcomes if outcome[0] is not None]
+        broken_weights = [outcome[1] for outcome in outcomes if outcome[1] is not None]
+        was_asked_to_stop = any(outcome[2] for outcome in outcomes)
+        if broken_weights:
+            self._give_up_on_broken_weights(step, broken_weights[0])
+        if bad_rows:
+            self._save_if_new(step, crm, optimizer)
+            raise BadRow(bad_rows[0])
+        if was_asked_to_stop:
             self._leave(step, crm, optimizer)
 
     def _give_up_on_broken_weights(self, step: int, problem: str) -> None:
+        if step == 0:
+            raise BadRow(problem)  # these weights are not ours
         self._end_with_error(
-            f"step {step + 1}: {problem}; these weights are not saved, {self._newest_words()} is "
-            "as it was: start a run from it, as --crm, with a lower --lr"
+            f"step {step + 1}: {problem}; these weights are not saved, and {self._newest_words()} "
+            "is as it was: a lower --lr helps, in a run that starts from it or anew"
         )
 
     # ------------------------------------------------------------ checkpoints and evaluations

@@ -174,8 +174,8 @@ def check_first_step(
     """Checks what must be true just before the very first update. RuntimeError otherwise, before
     hours of compute.
 
-    totals               StepStats.total of the first update alone: loss, weight (the sum of the token
-                         weights), and where they were measured logp_gap_sum, logp_gap, kl,
+    totals               StepStats.total of the first update alone: loss, weight (the sum of the
+                         tokens' weights), and where they were measured logp_gap_sum, logp_gap, kl,
                          ratio_max and ratio_min
     completions_lengths  in tokens
     compute_dtype        the type in which the model computes

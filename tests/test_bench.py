@@ -17,7 +17,8 @@ RECIPES = {"lora_7b": ("train_grpo", 1), "soft_7b": ("train_grpo", 64), "sft_7b"
 
 @pytest.fixture(scope="module")
 def folder_7b(tmp_path_factory):
-    """What a plan reads of Lingshu-7B: its configuration, a tokenizer, an image processor. No weights."""
+    """What a plan reads of Lingshu-7B: its configuration, a tokenizer, an image processor. No
+    weights."""
     folder = tmp_path_factory.mktemp("7b")
     tokenizer = AutoTokenizer.from_pretrained("demo/crm")
     random_model.config_of("7b", tokenizer.convert_tokens_to_ids).save_pretrained(folder)
@@ -48,11 +49,9 @@ def test_every_recipe_prints_a_plan_that_fits_its_card(recipe, folder_7b, capsys
         ]
     )
     out = capsys.readouterr().out
-    assert (
-        "fits on a GPU of 80 GB" in out
-        and "8.29 billion parameters" in out
-        and "PFLOP per step" in out
-    )
+    assert "fits on a GPU of 80 GB" in out
+    assert "8.29 billion parameters" in out
+    assert "PFLOP per step" in out
 
 
 def test_a_plan_says_what_does_not_fit(folder_7b, capsys):
@@ -60,20 +59,20 @@ def test_a_plan_says_what_does_not_fit(folder_7b, capsys):
         ["@recipes/soft_7b.args", "--crm", str(folder_7b), "--data", "demo/data", "--gpus", "1"]
     )
     out = capsys.readouterr().out
-    assert (
-        "does NOT fit on a GPU of 80 GB" in out
-        and "1 of a rank's 128 prompts sampled together" in out
-    )
+    assert "does NOT fit on a GPU of 80 GB" in out
+    assert "1 of a rank's 128 prompts sampled together" in out
 
 
 def test_a_missing_checkpoint_is_one_line_with_status_2(capsys):
     with pytest.raises(SystemExit) as stopped:
         memory.main(["--crm", "nowhere/at/all", "--data", "demo/data"])
-    assert stopped.value.code == 2 and "error: --crm nowhere/at/all" in capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert "error: --crm nowhere/at/all" in capsys.readouterr().err
 
 
 def test_memory_of_weights_and_optimizer_is_counted_exactly():
-    """3B, all weights: bfloat16 weights 2, float32 masters 4, gradients 4, two moments 8 bytes each."""
+    """3B, all weights: bfloat16 weights 2, float32 masters 4, gradients 4, two moments 8 bytes
+    each."""
     N = sum(p.numel() for p in need().model.parameters())
     full, offloaded, sharded = (
         memory.memory(need(**flags))
@@ -88,7 +87,8 @@ def test_memory_of_weights_and_optimizer_is_counted_exactly():
     ):
         assert full[name] == pytest.approx(N * size / 1e9)
     assert offloaded["gradients, float32"] == full["gradients, float32"]  # summed on the GPU
-    assert "AdamW's two moments" not in offloaded and "float32 masters" not in offloaded
+    assert "AdamW's two moments" not in offloaded
+    assert "float32 masters" not in offloaded
     assert sharded["AdamW's two moments"] == pytest.approx(N / 1e9)
     assert offloaded["most at once"] < sharded["most at once"] + 20 < full["most at once"]
 
@@ -96,7 +96,8 @@ def test_memory_of_weights_and_optimizer_is_counted_exactly():
 def test_only_what_trains_has_an_optimizer():
     rank = 64
     lora = memory.memory(need(lora_rank=rank))
-    model, c = need().model, need().model.config.text_config
+    model = need().model
+    c = need().model.config.text_config
     layer = sum(
         rank * sum(m.weight.shape)
         for name, m in model.model.language_model.layers[0].named_modules()
@@ -105,7 +106,9 @@ def test_only_what_trains_has_an_optimizer():
     assert lora["AdamW's two moments"] == pytest.approx(c.num_hidden_layers * layer * 8 / 1e9)
     assert "reference model" not in lora  # the matrices are switched off instead
     norms = need(trainable="language_model.*norm").trained()
-    assert norms and all("norm" in name for name in norms) and need(freeze_vision=True).frozen_tower
+    assert norms
+    assert all("norm" in name for name in norms)
+    assert need(freeze_vision=True).frozen_tower
 
 
 def test_rollouts_are_planned_in_chunks_that_half_of_the_free_memory_holds():
@@ -139,7 +142,8 @@ def test_operations_are_those_of_a_hand_count():
             model.model.visual.merger,
         ),
     )
-    words, completions = 8 * (1150 + 16 * 512), 8 * 16 * 512
+    words = 8 * (1150 + 16 * 512)
+    completions = 8 * 16 * 512
     expected = 5 * 2 * (body * words + head * completions) + 2 * 8 * 3600 * (tower + merger / 4)
     assert memory.operations(n) == pytest.approx(expected)
 
@@ -160,7 +164,8 @@ def test_recipes_parse_and_their_multi_node_commands_have_a_rendezvous():
         cfg = parse_args(
             evaluate.Config, "", argv=[f"@recipes/{recipe}.args"], embedded=lambda config: []
         )
-        assert cfg.split == "test" and cfg.resize == "square:840"
+        assert cfg.split == "test"
+        assert cfg.resize == "square:840"
 
 
 def test_random_models_have_large_key_biases_in_the_first_and_the_last_layer():
@@ -171,4 +176,5 @@ def test_random_models_have_large_key_biases_in_the_first_and_the_last_layer():
         assert ((bias > 50).sum(1) == 4).all()  # four channels per head
     config = random_model.config_of("wide").text_config
     real = random_model.config_of("3b").text_config
-    assert config.hidden_size == real.hidden_size and config.num_hidden_layers == 2
+    assert config.hidden_size == real.hidden_size
+    assert config.num_hidden_layers == 2

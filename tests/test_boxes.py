@@ -11,7 +11,7 @@ import pytest
 from conftest import noise_image
 from hypothesis import given
 from hypothesis import strategies as st
-from test_scripts import rows, run
+from test_scripts import run
 
 import rewards
 from asm import segment_regions
@@ -45,6 +45,7 @@ from extras.boxes import (
 from metrics import prediction
 from rewards import MODES, total_reward, write_answer
 from runtime.cli import ROOT
+from runtime.files import read_jsonl
 
 SIDE = 120
 SIZES = Sizes((SIDE, SIDE), (SIDE, SIDE))
@@ -418,15 +419,15 @@ def test_both_trainers_train_on_several_boxes_and_the_checkpoint_remembers_it(tm
     sft = tmp_path / "sft"
     flags = SMALL.format(crm="demo/crm", out=sft)
     run("train_sft.py", flags + "--prompt boxes --batch 2 --lr 1e-4")
-    before, after = rows(sft / "metrics.jsonl")
+    before, after = read_jsonl(sft / "metrics.jsonl")
     assert {"greedy/soft_f1", "greedy/count_error"} <= before.keys()
     assert "greedy/pdice" not in after
 
     grpo = tmp_path / "grpo"
     flags = SMALL.format(crm=sft / "step_000001", out=grpo)
     run("train_grpo.py", flags + "--prompts 2 --group 2 --minibatches 1")
-    assert "greedy/soft_f1" in rows(grpo / "metrics.jsonl")[-1]
-    assert rows(grpo / "rollouts.jsonl")[0]["truth"]["regions"]
+    assert "greedy/soft_f1" in read_jsonl(grpo / "metrics.jsonl")[-1]
+    assert read_jsonl(grpo / "rollouts.jsonl")[0]["truth"]["regions"]
 
 
 def test_what_shows_or_exports_one_box_rejects_the_prompt(tmp_path):

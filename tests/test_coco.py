@@ -1,4 +1,4 @@
-"""COCO data sets: the layouts that people have, masks in every form, and what is wrong named by file and annotation."""
+"""COCO data sets: layouts, masks in every form, and what is wrong, by file and annotation."""
 
 import importlib.util
 import json
@@ -14,7 +14,7 @@ SQUARE = np.zeros((40, 60), bool)
 SQUARE[5:25, 10:30] = True
 POLYGON = [[10, 5, 30, 5, 30, 25, 10, 25]]
 COUNTS = np.diff(np.flatnonzero(np.diff(np.r_[False, SQUARE.T.ravel(), False])), prepend=0).tolist()
-RLE = {"size": [40, 60], "counts": COUNTS + [int(2400 - sum(COUNTS))]}
+RLE = {"size": [40, 60], "counts": [*COUNTS, int(2400 - sum(COUNTS))]}
 
 
 def coco(**changes):
@@ -77,6 +77,35 @@ def test_a_mask_is_the_same_in_every_form(form):
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(path))) > 0, SQUARE)
 
 
+@pytest.mark.parametrize("size", [[60, 40], [40, 61]])
+def test_a_compressed_mask_of_another_size_than_its_image_is_named(tmp_path, size):
+    mask = pytest.importorskip("pycocotools.mask", reason="pip install -r requirements-extras.txt")
+    rle = mask.encode(np.zeros(size, np.uint8, order="F"))
+    with pytest.raises(ValueError, match="RLE has the size .*, but its image has \\[40, 60\\]"):
+        png(rle | {"counts": rle["counts"].decode()}, (40, 60))
+
+
+def test_a_category_without_a_name_is_no_matter_where_there_is_a_question(tmp_path):
+    write(tmp_path, "train.json", "images", query="What is the large organ?", category_id=9)
+    sample = load_samples(tmp_path)[0]
+    assert (sample.query, sample.category) == ("What is the large organ?", "")
+
+
+def test_links_to_images_and_json_files_are_followed_and_names_that_lead_out_are_not(tmp_path):
+    write(tmp_path / "real", "train.json", "images")
+    hub = tmp_path / "hub"
+    (hub / "images").mkdir(parents=True)
+    for name in ("train.json", "images/a.png"):
+        (hub / name).symlink_to(tmp_path / "real" / name)
+    assert len(load_samples(hub)) == 1 and load_samples(hub)[0].category == "liver"
+    table = coco()
+    table["images"][0]["file_name"] = "../../real/images/a.png"
+    (tmp_path / "out/images").mkdir(parents=True)
+    (tmp_path / "out/train.json").write_text(json.dumps(table))
+    with pytest.raises(BadRow, match="image: .* is outside"):
+        load_samples(tmp_path / "out")[0]
+
+
 def test_a_question_of_its_own_and_a_single_file(tmp_path):
     write(tmp_path, "train.json", "images", query="What is the large organ?")
     assert load_samples(tmp_path / "train.json")[0].query == "What is the large organ?"
@@ -91,6 +120,14 @@ def test_a_question_of_its_own_and_a_single_file(tmp_path):
         ({"image_id": [7]}, "annotation: not"),
         ({"segmentation": {"size": [40, 60], "counts": [10**40]}}, "mask: RLE of 1000"),
         ({"segmentation": {"size": [40, 60], "counts": [3]}}, "mask: RLE of 3 pixels"),
+        (
+            {"segmentation": {"size": [60, 40], "counts": RLE["counts"]}},
+            "mask: RLE has the size [60",
+        ),
+        ({"segmentation": {"size": 5, "counts": RLE["counts"]}}, "mask: is neither polygons nor"),
+        ({"category_id": 9}, 'category_id: 9 has no name in "categories", so there is no question'),
+        ({"category_id": None}, "category_id: None has no name"),
+        ({"category_id": "1"}, "category_id: '1' has no name"),
         ({"segmentation": [["x"]]}, "mask: "),
         ({"segmentation": {"counts": "abc"}}, "mask: "),
         ({"segmentation": []}, "bbox: is missing, or points are"),

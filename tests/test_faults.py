@@ -19,10 +19,11 @@ import pytest
 import torch
 from conftest import Script
 from safetensors.torch import load_file
-from test_parallel import Torchrun, a_rank_is_killed, slow_work
-from test_scripts import ROOT, rows, run, without_times
+from test_parallel import Torchrun, a_rank_is_killed, many, slow_work
+from test_scripts import ROOT, run, without_times
 
 from runtime import checkpoint
+from runtime.files import read_jsonl
 
 SMALL = (
     "train_grpo.py --crm demo/crm --data demo/data --steps 12 --save-every 2 --keep 2 --prompts 2 "
@@ -101,7 +102,7 @@ def rows_so_far(folder):
 
 
 def numbers(folder):
-    return [without_times(row) for row in rows(folder / "metrics.jsonl")]
+    return [without_times(row) for row in read_jsonl(folder / "metrics.jsonl")]
 
 
 def same_weights(a, b):
@@ -137,16 +138,31 @@ def test_a_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(
     assert equal(tmp_path / "run", undisturbed)
 
 
-@pytest.mark.parametrize("flags", ["--parallel fsdp --dtype bfloat16"])
+SHARDED = "--parallel fsdp --dtype bfloat16"
+
+
+@pytest.fixture(scope="module")
+def undisturbed_sharded(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "sharded"
+    many(2, SMALL, SHARDED, "--out", folder)
+    return folder
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_so_does_a_sharded_run_of_two_processes_in_bfloat16(tmp_path, number, flags):
-    launched = partial(Launched, flags=flags)
-    undisturbed = run_undisturbed(tmp_path / "undisturbed", launched)
-    hits = disturbed(
-        tmp_path / "run", 1, lambda process: process.send_signal(number), start=launched
-    )
-    assert hits == 1
-    assert equal(tmp_path / "run", undisturbed)
+def test_so_does_a_sharded_run_of_two_processes_in_bfloat16(tmp_path, undisturbed_sharded, number):
+    folder = tmp_path / "run"
+    launched = Launched(folder, SHARDED)
+    while rows_so_far(folder) < 3:
+        assert launched.poll() is None, launched.launcher.said()
+        time.sleep(0.01)
+    launched.send_signal(number)
+    words = said(launched)
+    assert not (folder / LAST).exists()
+    done = rows_so_far(folder)
+    if number == signal.SIGTERM:  # nothing is lost
+        assert checkpoint.newest(folder) == checkpoint.path_of(folder, done), words
+    many(2, SMALL, SHARDED, "--out", folder)
+    assert equal(folder, undisturbed_sharded)
 
 
 def test_a_torn_checkpoint_is_named_and_the_one_before_it_taken(tmp_path, undisturbed):
@@ -246,7 +262,7 @@ def test_a_slurm_job_saves_queues_itself_again_and_goes_on(tmp_path):
     words, _ = job.communicate(timeout=120)
     assert job.returncode == 0, words
     assert b"resuming from" in words
-    assert [row["step"] for row in rows(folder / "metrics.jsonl")] == [1, 2]
+    assert [row["step"] for row in read_jsonl(folder / "metrics.jsonl")] == [1, 2]
     assert len((tmp_path / "requeued").read_text().splitlines()) == 1  # it is done
 
     job = slurm(tmp_path, work, "--lr 1 --out", folder)
@@ -295,7 +311,7 @@ def kill_ranks(place, tries):
 
 
 def campaign(place):
-    sharded = partial(Launched, flags="--parallel fsdp --dtype bfloat16")
+    sharded = partial(Launched, flags=SHARDED)
     rounded = partial(start, flags="--dtype bfloat16")
     print(f"{'fault':34} tried  hit  losses")
     disturb_runs(place, "kill -9", signal.SIGKILL, 100, 5)

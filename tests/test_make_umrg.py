@@ -1,4 +1,5 @@
-"""Building a data set: what is dropped, whose words, which split; against an endpoint that misbehaves."""
+"""Building a data set: what is dropped, whose words, which split; against an endpoint that
+misbehaves."""
 
 import json
 import re
@@ -12,7 +13,7 @@ from PIL import Image
 
 from data import box_from_mask, load_samples
 from paper.make_umrg import clean, find, main, parse, split_of
-from paper.umrg_words import Item, problem, template
+from paper.umrg_words import Facts, Item, problem, template
 
 
 def picture(folder, name, size=(90, 70), box=(10, 12, 40, 50), value=200, seed=0):
@@ -66,7 +67,8 @@ def test_a_mask_turns_with_the_exif_orientation_of_its_image(tmp_path):
         find(tmp_path / "images", tmp_path / "masks", None),
         parse(["--images", str(tmp_path), "--masks", str(tmp_path), "--out", str(tmp_path)]),
     )
-    assert not dropped and kept[0].facts["box"] == box_from_mask(mask[::-1, ::-1])
+    assert not dropped
+    assert kept[0].facts.box == box_from_mask(mask[::-1, ::-1])
 
 
 def table(folder, lines):
@@ -84,21 +86,20 @@ def test_templates_make_a_data_set_that_loads_with_patients_in_one_split_only(sc
     ]
     report = build(scans, *table(scans, lines), "--test-share", 0.5)
     train, test = (list(load_samples(scans / "out", split)) for split in ("train", "test"))
-    assert (
-        len(train) == report["train"]
-        and len(test) == report["test"]
-        and len(train) + len(test) == 12
-    )
+    assert len(train) == report["train"]
+    assert len(test) == report["test"]
+    assert len(train) + len(test) == 12
     assert report["words"] == {"template": 12}
     patients = [{s.extra["patient"] for s in split} for split in (train, test)]
-    assert patients[0] and patients[1] and not patients[0] & patients[1]
+    assert patients[0]
+    assert patients[1]
+    assert not patients[0] & patients[1]
     for s in train:
-        assert (
-            s.bbox == box_from_mask(s.mask)
-            and s.category == "left kidney"
-            and s.supercategory == "Abdomen"
-        )
-        assert "kidney" not in s.query.lower() and s.think
+        assert s.bbox == box_from_mask(s.mask)
+        assert s.category == "left kidney"
+        assert s.supercategory == "Abdomen"
+        assert "kidney" not in s.query.lower()
+        assert s.think
 
 
 def test_what_cannot_be_used_is_dropped_with_its_reason(scans):
@@ -115,12 +116,12 @@ def test_what_cannot_be_used_is_dropped_with_its_reason(scans):
     assert set(reasons) == {
         f"{n}.png" for n in ("tiny", "whole", "empty", "broken", "bigger", "twin")
     }
-    assert "covers 0.02 %" in reasons["tiny.png"] and "covers 100.00 %" in reasons["whole.png"]
-    assert reasons["empty.png"] == "the mask is empty" and "not an image" in reasons["broken.png"]
-    assert (
-        reasons["bigger.png"] == "the mask is 30x30, the image 90x70"
-        and "there before" in reasons["twin.png"]
-    )
+    assert "covers 0.02 %" in reasons["tiny.png"]
+    assert "covers 100.00 %" in reasons["whole.png"]
+    assert reasons["empty.png"] == "the mask is empty"
+    assert "not an image" in reasons["broken.png"]
+    assert reasons["bigger.png"] == "the mask is 30x30, the image 90x70"
+    assert "there before" in reasons["twin.png"]
 
 
 def test_masks_find_their_image_and_category_by_name_and_pieces_can_be_left_out(scans):
@@ -130,33 +131,32 @@ def test_masks_find_their_image_and_category_by_name_and_pieces_can_be_left_out(
     Image.fromarray(mask.astype(np.uint8) * 255).save(scans / "masks/scan00_liver_lobe.png")
     Image.fromarray(mask).save(scans / "masks/scan02_rib_9_000.png")
     items = {item.mask.name: item for item in find(scans / "images", scans / "masks", None)}
-    assert (
-        items["scan02_rib_9_000.png"].category == "rib 9"
-    )  # the mask's own count is no part of it
+    # the mask's own count is no part of it
+    assert items["scan02_rib_9_000.png"].category == "rib 9"
     assert items["scan00_liver_lobe.png"].image.name == "scan00.png"
-    assert (
-        items["scan00_liver_lobe.png"].category == "liver lobe"
-        and items["scan01.png"].category == "target"
-    )
+    assert items["scan00_liver_lobe.png"].category == "liver lobe"
+    assert items["scan01.png"].category == "target"
     for flag, box in (([], (10, 12, 80, 66)), (["--largest"], (10, 12, 40, 50))):
         args = parse(["--images", "i", "--masks", "m", "--out", "o", *flag])
         kept, _ = clean([items["scan00_liver_lobe.png"]], args)
-        assert kept[0].facts["box"] == box
+        assert kept[0].facts.box == box
 
 
-def item(category="left kidney", horizontal="left"):
-    return Item(
-        None,
-        None,
-        category,
-        facts={
-            "horizontal": horizontal,
-            "vertical": "upper",
-            "tone": "dark",
-            "shape": "rounded",
-            "area": 0.05,
-        },
+def item(category: str = "left kidney", horizontal: str = "left") -> Item:
+    """An item of which nothing but words is needed."""
+    facts = Facts(
+        size=(90, 70),
+        box=(10, 12, 40, 50),
+        points=((20, 20), (30, 40)),
+        area=0.05,
+        horizontal=horizontal,
+        vertical="upper",
+        tone="dark",
+        shape="rounded",
+        digest="",
+        mask=b"",
     )
+    return Item(None, None, category, facts=facts)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,8 @@ def test_template_words_pass_the_same_checks(scans):
     for horizontal in ("left", "centre", "right"):
         for i in range(40):
             it = item(horizontal=horizontal)
-            it.image, it.mask = scans / f"a{i}.png", scans / f"a{i}.png"
+            it.image = scans / f"a{i}.png"
+            it.mask = scans / f"a{i}.png"
             assert problem(template(it), it) == ""
 
 
@@ -210,7 +211,8 @@ def test_the_review_page_escapes_and_its_decisions_are_read_back(scans):
     ]
     build(scans, *table(scans, lines), "--review", scans / "r.html")
     page = (scans / "r.html").read_text()
-    assert "<script>alert" not in page and "&lt;script&gt;" in page
+    assert "<script>alert" not in page
+    assert "&lt;script&gt;" in page
     assert re.findall('data-id="([^"]*)"', page) == ["scan00", "scan01"]
     assert not re.findall(r'(?:src|href)="(?!data:)', page)  # nothing from elsewhere
     (scans / "d.json").write_text(json.dumps({"scan00": "reject", "scan01": "accept"}))
@@ -261,7 +263,8 @@ class Endpoint(ThreadingHTTPServer):
 
     def __init__(self, script=()):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.script, self.asked = list(script), []
+        self.script = list(script)
+        self.asked = []
         threading.Thread(target=self.serve_forever, daemon=True).start()
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
 
@@ -343,7 +346,8 @@ def test_errors_bad_json_and_named_targets_are_survived_and_nothing_is_asked_twi
         ]
     )
     report = ask(one, server)
-    assert report["words"] == {"language model": 1} and len(server.asked) == 7
+    assert report["words"] == {"language model": 1}
+    assert len(server.asked) == 7
     assert "must not name the target" in server.asked[-1][-1]["content"]  # told why
     assert (
         "4 replies, 0 from the cache, 400 tokens in, 80 out, 0.00 in money"
@@ -351,7 +355,8 @@ def test_errors_bad_json_and_named_targets_are_survived_and_nothing_is_asked_twi
     )
     split = "train" if report["train"] else "test"
     assert load_samples(one[0] / "out", split)[0].query == GOOD["question"]
-    assert ask(one, server)["words"] == {"language model": 1} and len(server.asked) == 7
+    assert ask(one, server)["words"] == {"language model": 1}
+    assert len(server.asked) == 7
     assert "secret-key" not in "".join(
         p.read_text(errors="ignore") for p in one[0].rglob("*") if p.is_file()
     )
@@ -359,14 +364,16 @@ def test_errors_bad_json_and_named_targets_are_survived_and_nothing_is_asked_twi
 
 def test_after_tries_unusable_answers_the_template_steps_in_and_is_counted(one):
     server = Endpoint(["{}"] + ["nonsense"] * 9)
-    assert ask(one, server)["words"] == {"template": 1} and len(server.asked) == 4
+    assert ask(one, server)["words"] == {"template": 1}
+    assert len(server.asked) == 4
 
 
 def test_an_endpoint_that_stays_down_ends_the_run_in_one_line_and_writes_nothing(one):
     server = Endpoint([500] * 50)
     with pytest.raises(ValueError, match="--base-url .* the same command resumes"):
         ask(one, server, "--retries", 2)
-    assert len(server.asked) == 3 and not (one[0] / "out").exists()
+    assert len(server.asked) == 3
+    assert not (one[0] / "out").exists()
 
 
 def test_without_key_or_model_it_says_so(one, monkeypatch):

@@ -17,9 +17,10 @@ import torch
 from conftest import ranks
 from safetensors.torch import load_file
 from test_run import Trap
-from test_scripts import ROOT, rows, run
+from test_scripts import ROOT, run
 
 from runtime import checkpoint, optim
+from runtime.files import read_jsonl
 from runtime.parallel import Ranks, equal_passes
 
 # four prompts, of which a rank of four has one; completions and prompts of different lengths; every
@@ -78,9 +79,9 @@ def first_moments(folder):
 def same_run(folder, alone, gradients=True):
     """Completions, metrics, gradient of the first step and final weights."""
     for name in ("best", "worst"):
-        texts = [row[name]["text"] for row in rows(folder / "best_and_worst.jsonl")]
-        assert texts == [row[name]["text"] for row in rows(alone / "best_and_worst.jsonl")]
-    logs = [rows(place / "metrics.jsonl") for place in (alone, folder)]
+        texts = [row[name]["text"] for row in read_jsonl(folder / "best_and_worst.jsonl")]
+        assert texts == [row[name]["text"] for row in read_jsonl(alone / "best_and_worst.jsonl")]
+    logs = [read_jsonl(place / "metrics.jsonl") for place in (alone, folder)]
     for one, many in zip(*logs, strict=True):
         for key in SAME:
             assert many[key] == pytest.approx(one[key], rel=1e-4, abs=1e-5), key
@@ -205,7 +206,7 @@ def test_a_torn_part_of_a_sharded_optimizer_is_one_line(tmp_path):
     assert "exp_avg_sq.00002-of-00002.safetensors: not a complete safetensors file" in said
     assert "step_000001: cannot be read" in said
     assert "1 of 2 parts" in said
-    assert [row["step"] for row in rows(folder / "metrics.jsonl")] == [1, 2]
+    assert [row["step"] for row in read_jsonl(folder / "metrics.jsonl")] == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -223,7 +224,7 @@ def test_sft_over_two_processes_is_that_of_one(flags, tmp_path):
     run(SFT, "--eval-every -1 --out", tmp_path / "one", flags)
     many(2, SFT, "--eval-every -1 --out", tmp_path / "two", flags)
     near = 1e-2 if "bfloat16" in flags else 1e-4
-    logs = [rows(tmp_path / name / "metrics.jsonl") for name in ("one", "two")]
+    logs = [read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("one", "two")]
     for one, two in zip(*logs, strict=True):
         for key in ("loss", "grad_norm"):
             assert two[key] == pytest.approx(one[key], rel=near), key
@@ -297,7 +298,7 @@ def test_the_papers_recipe_passes_its_first_step(tmp_path):
     flags = "--dtype bfloat16 --parallel fsdp --minibatches 2 --save-every -1 --out"
     status, said = Torchrun(WORK, flags, tmp_path / "run").end(300)
     assert status == 0, said
-    assert [row["step"] for row in rows(tmp_path / "run/metrics.jsonl")] == [1, 2]
+    assert [row["step"] for row in read_jsonl(tmp_path / "run/metrics.jsonl")] == [1, 2]
 
 
 def test_ranks_with_different_numbers_of_held_out_questions_do_not_wait_for_each_other(tmp_path):
@@ -306,7 +307,7 @@ def test_ranks_with_different_numbers_of_held_out_questions_do_not_wait_for_each
     flags = "--parallel fsdp --eval-limit 1 --eval-every 1 --out"
     status, said = Torchrun(SFT, flags, tmp_path / "run").end(300)
     assert status == 0, said
-    assert [row["step"] for row in rows(tmp_path / "run/metrics.jsonl")] == [0, 1, 2]
+    assert [row["step"] for row in read_jsonl(tmp_path / "run/metrics.jsonl")] == [0, 1, 2]
 
 
 # A step of a 7B takes minutes: here one phase of every step but the first sleeps.
@@ -360,7 +361,7 @@ def test_what_is_done_is_saved_although_a_step_takes_longer_than_torchrun_waits(
     assert "stopped at 1 of 500 steps" in said
     assert "SIGKILL" not in said
     assert checkpoint.newest(folder) == folder / "step_000001"
-    assert [row["step"] for row in rows(folder / "metrics.jsonl")] == [1]
+    assert [row["step"] for row in read_jsonl(folder / "metrics.jsonl")] == [1]
 
 
 def test_a_run_that_was_stopped_under_torchrun_goes_on_as_if_it_had_not_been(alone, tmp_path):
@@ -446,7 +447,7 @@ def test_ranks_resume_from_what_rank_0_sees(alone, tmp_path):
     said = [script.communicate() for script in scripts]
     assert [script.returncode for script in scripts] == [0, 0], said
     assert "resuming from" in said[0][0]
-    assert [row["step"] for row in rows(folder / "metrics.jsonl")] == [1, 2, 3]
+    assert [row["step"] for row in read_jsonl(folder / "metrics.jsonl")] == [1, 2, 3]
     elsewhere = tmp_path / "undisturbed"
     shutil.copytree(alone, elsewhere)
     many(2, WORK, "--steps 3 --resume auto --out", elsewhere)

@@ -129,9 +129,9 @@ def test_what_a_registry_names_is_there(name):
 
 
 def test_an_entry_that_is_not_there_is_one_line():
-    with pytest.raises(ValueError, match=r"extras\.nothing\.read is not part of this copy"):
+    with pytest.raises(ValueError, match="there is no module extras.nothing here"):
         find("extras.nothing.read")
-    with pytest.raises(ValueError, match=r"extras\.coco has no nothing"):
+    with pytest.raises(ValueError, match="extras.coco has no nothing"):
         find("extras.coco.nothing")
 
 
@@ -198,9 +198,7 @@ def test_a_reader_that_was_deleted_is_one_line(core_only):
         [sys.executable, "data.py", "coco.json"], cwd=core_only, capture_output=True, text=True
     )
     assert done.returncode == 2
-    assert done.stderr.strip() == (
-        "error: extras.coco.read is not part of this copy: there is no extras.coco"
-    )
+    assert done.stderr.strip() == "error: extras.coco.read: there is no module extras here"
 
 
 # ---------------------------------------------------------------- flags and names

@@ -90,15 +90,15 @@ def test_what_is_fine_or_not_measured_is_not_warned_of():
 
 GOOD = {
     "loss": 0.1,
-    "scored": 1.0,
-    "gap_sum": 1e-6,
+    "weight": 1.0,
+    "logp_gap_sum": 1e-6,
     "logp_gap": 1e-5,
     "kl": 0.0,
     "ratio_max": 1.0,
     "ratio_min": 1.0,
 }
 # what a bfloat16 model gives whose packs, and so its matrix kernels, differ
-ROUNDED = GOOD | {"gap_sum": 0.003, "logp_gap": 0.3, "kl": 0.001}
+ROUNDED = GOOD | {"logp_gap_sum": 0.003, "logp_gap": 0.3, "kl": 0.001}
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 
 
@@ -109,7 +109,7 @@ def check(totals, dtype=FLOAT32, updates=1, device_type="cpu", lengths=(3, 5)):
 def test_a_first_step_as_it_should_be_passes():
     check(GOOD)
     check(GOOD, updates=4)
-    check({"loss": 0.0, "scored": 1.0})  # no reference, nothing else measured
+    check({"loss": 0.0, "weight": 1.0})  # no reference, nothing else measured
     check(ROUNDED, BFLOAT16)
     check(ROUNDED | {"ratio_max": 1.06, "ratio_min": 0.95}, BFLOAT16, updates=2)
     check(GOOD | {"logp_gap": 1e-3, "ratio_max": 1.001}, updates=2, device_type="cuda")
@@ -124,8 +124,8 @@ def test_a_first_step_as_it_should_be_passes():
     [
         ({"loss": math.nan}, "loss is not finite"),
         ({"loss": math.inf}, "loss is not finite"),
-        ({"gap_sum": 0.1}, "log-probabilities differ"),
-        ({"gap_sum": math.nan}, "log-probabilities differ"),
+        ({"logp_gap_sum": 0.1}, "log-probabilities differ"),
+        ({"logp_gap_sum": math.nan}, "log-probabilities differ"),
         ({"logp_gap": math.nan}, "log-probabilities differ"),
         ({"kl": 0.1}, "KL to a fresh reference"),
         ({"kl": -0.1}, "KL to a fresh reference"),
@@ -148,7 +148,7 @@ def test_what_is_wrong_in_any_type_ends_the_run(dtype, device_type, updates, wro
         {"kl": 2e-4},
         {"ratio_max": 1.0001},
         {"ratio_min": 0.9999},
-        {"gap_sum": 2e-4},
+        {"logp_gap_sum": 2e-4},
     ],
 )
 @pytest.mark.parametrize("updates", [1, 2])

@@ -1,11 +1,13 @@
-"""How much of a GRPO gradient is signal: the cosine between the gradients of two halves of the same questions.
+"""How much of a GRPO gradient is signal: the cosine between the gradients of two halves of the same
+questions.
 
-    python -m demo.make.gradient_noise                   # 64 training questions x 8 completions, about two minutes
-    python -m demo.make.gradient_noise --crm FOLDER      # of another checkpoint
+    python -m demo.make.gradient_noise                # 64 training questions x 8 completions, 2 min
+    python -m demo.make.gradient_noise --crm FOLDER   # of another checkpoint
 
-Near 1 the two halves agree, near 0 each is noise. Printed for all weights and for parts of the model, with the mean over
-questions of the rewards' standard deviation in a group. A model that does not look at the image has nothing to select on:
-of the tiny CRM of before 2026-11-24, which wrote every category's mean place, all weights together gave 0.02.
+Near 1 the two halves agree, near 0 each is noise. Printed for all weights and for parts of the
+model, with the mean over questions of the rewards' standard deviation in a group. A model that does
+not look at the image has nothing to select on: the tiny CRM of before 2026-11-24, which wrote every
+category's mean place, had 0.02 over all weights together.
 """
 
 import argparse
@@ -14,14 +16,16 @@ import re
 import numpy as np
 import torch
 
-from crm import load_crm
-from data import PROMPTS, fill_prompt, load_samples, to_model
-from rewards import reward_terms, total_reward
-from sampling import sample as sample_groups
+from crm import CRM, load_crm
+from data import Example, load_samples
+from rewards import total_reward
+from sampling import sample
 from scoring import logp
 from train_grpo import group_advantages, token_weights
 
-GROUP, TOKENS, SEED = 8, 128, 5
+GROUP = 8
+TOKENS = 128
+SEED = 5
 PARTS = {
     "all weights": "",
     "vision tower": "visual",
@@ -31,33 +35,32 @@ PARTS = {
 }
 
 
-def roll_out(crm, prompt, seed):
-    """One group of sampled completions."""
-    return sample_groups(crm, [prompt], GROUP, TOKENS, seed=[seed])[0]
+def gradient(
+    crm: CRM, example: Example, seed: tuple[int, ...], parameters: list[torch.nn.Parameter]
+) -> tuple[tuple[torch.Tensor, ...], float]:
+    """Returns the policy gradient of one question's group, a tensor per parameter, and the standard
+    deviation of its rewards."""
+    prompt = crm.prompt_of(example)
+    group = sample(crm, [prompt], GROUP, TOKENS, seed=[seed])[0]
+    totals = []
+    for text in group.texts:
+        terms = crm.answer_format.reward_terms(text, example, prompt.sizes)
+        totals.append(total_reward(terms, "soft"))
+    rewards = torch.tensor(totals)
+    mask = torch.arange(group.tokens.shape[1]) < group.lengths[:, None]
+    weights = token_weights(mask)
+    advantages = group_advantages(rewards[None])[0]  # (G,)
+    gain = (weights * logp(crm, group, range(GROUP)) * advantages[:, None]).sum()
+    return torch.autograd.grad(gain, parameters), rewards.std().item()
 
 
-def log_probability(crm, group):
-    """(G, T), differentiable."""
-    return logp(crm, group, range(GROUP))
+def part_of(gradients: dict[str, torch.Tensor], pattern: str) -> torch.Tensor:
+    """Returns the gradient of the parameters whose name has a match, flat."""
+    found = [g.flatten() for name, g in gradients.items() if re.search(pattern, name)]
+    return torch.cat(found)
 
 
-def gradient(crm, sample, seed):
-    """The policy gradient of one question's group, a tensor per trainable parameter, and its rewards' std."""
-    prompt = crm.encode(sample.image, fill_prompt(PROMPTS["reasoning"], sample.query))
-    group = roll_out(crm, prompt, seed)
-    truth = to_model(sample.bbox, prompt.frame), to_model(sample.points, prompt.frame)
-    rewards = torch.tensor(
-        [
-            total_reward(reward_terms(text, *truth, frame=prompt.frame.model), "soft")
-            for text in group.texts
-        ]
-    )
-    weights = token_weights(torch.arange(group.tokens.shape[1]) < group.lengths[:, None])
-    gain = (weights * log_probability(crm, group) * group_advantages(rewards[None]).T).sum()
-    return torch.autograd.grad(gain, list(crm.trainable().values())), rewards.std().item()
-
-
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -65,25 +68,26 @@ def main():
     parser.add_argument("--data", default="demo/data")
     parser.add_argument("--questions", type=int, default=64)
     args = parser.parse_args()
-    crm, train = load_crm(args.crm), load_samples(args.data, "train")
-    halves, names, spread = ({}, {}), list(crm.trainable()), []
-    for k, i in enumerate(
-        np.random.default_rng(0).permutation(len(train))[: args.questions].tolist()
-    ):
-        gradients, std = gradient(crm, train[i], (SEED, i))
+    crm = load_crm(args.crm, prompt="reasoning")
+    parameters = crm.prepare_training()
+    train = load_samples(args.data, "train")
+    halves: list[dict[str, torch.Tensor]] = [{}, {}]
+    spread = []
+    order = np.random.default_rng(0).permutation(len(train))
+    for k, i in enumerate(order[: args.questions].tolist()):
+        gradients, std = gradient(crm, train[i], (SEED, i), list(parameters.values()))
         spread.append(std)
-        for name, g in zip(names, gradients):
-            halves[k % 2][name] = halves[k % 2].get(name, 0) + g
+        half = halves[k % 2]
+        for name, g in zip(parameters, gradients):
+            half[name] = half.get(name, 0) + g
     for part, pattern in PARTS.items():
-        a, b = (
-            torch.cat([g.flatten() for name, g in half.items() if re.search(pattern, name)])
-            for half in halves
-        )
-        print(
-            f"{part:16} {len(a):9,} weights   cosine {torch.cosine_similarity(a, b, dim=0).item():+.3f}"
-        )
+        one = part_of(halves[0], pattern)
+        other = part_of(halves[1], pattern)
+        cosine = torch.cosine_similarity(one, other, dim=0).item()
+        print(f"{part:16} {len(one):9,} weights   cosine {cosine:+.3f}")
     print(
-        f"standard deviation of a group's rewards, mean over {args.questions} questions: {np.mean(spread):.2f}"
+        f"standard deviation of a group's rewards, mean over {args.questions} questions: "
+        f"{np.mean(spread):.2f}"
     )
 
 

@@ -1,13 +1,17 @@
-"""One box and two points against a box for each piece, on demo/histology: the same warm start, GRPO and evaluation.
+"""One box and two points against a box for each piece, on demo/histology.
 
-    python -m demo.make.several_boxes                    # seed 0; --seeds 0 1 2: three; goes on where it stopped
-    python -m demo.make.several_boxes --table            # only the table of what is there
+    python -m demo.make.several_boxes              # seed 0; --seeds 0 1 2: three; resumes
+    python -m demo.make.several_boxes --table      # only the table of what is there
 
-The embedded CRM never saw these pictures. So it first learns from 2,000 other questions of the same generator, 140
-steps of 16, once with --prompt reasoning and once with --prompt multi; then 25 steps of GRPO on the 120 training
-questions, 8 x 8 completions a step. The table has greedy completions on the 90 test questions: soft F1 of boxes over
-the pieces (extras/boxes.py), where one box is a set of one; Dice of the boxes merely filled, without a network; Dice of
-the mask from boxes and points (demo/asm). Differences are paired over questions, intervals are 95 % bootstrap.
+Both ways have the same warm start, GRPO and evaluation. The embedded CRM never saw these pictures.
+So it first learns from 2,000 other questions of the same generator, 140 steps of 16, once with
+--prompt reasoning and once with --prompt boxes. Then come 25 steps of GRPO on the 120 training
+questions, 8 x 8 completions a step.
+
+The table has greedy completions on the 90 test questions: soft F1 of boxes over the pieces
+(extras/boxes.py), where one box is a set of one; Dice of the boxes merely filled, without a
+network; Dice of the mask from boxes and points (demo/asm). Differences are paired over questions,
+and intervals are 95 % bootstrap.
 """
 
 import argparse
@@ -17,144 +21,154 @@ from pathlib import Path
 
 import numpy as np
 
-from data import load_samples
-from extras.boxes import regions
-from extras.intervals import paired_bootstrap
-from extras.oracle import filled
-from extras.predictions import read_predictions, shown
-from extras.several import region_f1
-from metrics import mask_dice
+from data import Examples, load_samples
+from extras.boxes import region_f1, regions
+from metrics import mask_dice, paired_interval, read_predictions, regions_of, shown
+from rewards import Box
 
-DATA, POOL = "demo/histology", "build/histology"
-LENGTH = "--max-new-tokens 320"
-RESUME = "--resume auto"  # an interrupted run continues
+DATA = "demo/histology"
+POOL = "build/histology"
+WARM_STEPS = 140
+GRPO_STEPS = 25
+TOKENS = "--max-new-tokens 320"
 WARM = (
-    f"train_sft.py --crm demo/crm --data {POOL} --test-data {DATA} --steps 140 --batch 16 --micro-batch 16 "
-    f"--lr 6e-4 --eval-every -1 {RESUME} {LENGTH}"
+    f"train_sft.py --crm demo/crm --data {POOL} --steps {WARM_STEPS} --batch 16 --micro-batch 16 "
+    f"--lr 6e-4 --eval-every -1 --resume auto {TOKENS}"
 )
 GRPO = (
-    f"train_grpo.py @recipes/demo.args --data {DATA} --steps 25 --prompts 8 --group 8 --lr 5e-5 --warmup 3 "
-    f"--eval-every -1 --rollouts-every 1000 {RESUME} {LENGTH}"
+    f"train_grpo.py @recipes/demo.args --data {DATA} --steps {GRPO_STEPS} --prompts 8 --group 8 "
+    f"--lr 5e-5 --warmup 3 --eval-every -1 --resume auto {TOKENS}"
 )
-LAST = {WARM: "step_000140", GRPO: "step_000025"}
-KINDS = ("reasoning", "multi")
+EVALUATE = f"evaluate.py --data {DATA} {TOKENS}"
+PROMPTS = ("reasoning", "boxes")
 SCORES = {"soft F1": "f1", "Dice, boxes filled": "filled", "Dice of the mask": "dice"}
+Rows = list[dict]  # one for each question: its category, and the values of SCORES
 
 
-def run(command: str, out: Path, *more) -> Path:
-    """A script, unless what it writes last is there already; its folder."""
-    done = "predictions.jsonl" if "evaluate" in command else LAST[command]
-    if not (out / done).exists():
-        subprocess.run(
-            [sys.executable, *command.split(), "--out", str(out), *map(str, more)], check=True
-        )
-    return out
+# ---------------------------------------------------------------- runs
 
 
-def evaluated(checkpoint: Path, out: Path) -> Path:
-    return run(f"evaluate.py --data {DATA} {LENGTH}", out, "--crm", checkpoint)
+def run(command: str, out: Path, *more: str) -> None:
+    subprocess.run([sys.executable, *command.split(), "--out", str(out), *more], check=True)
 
 
-def scores(folder: Path, samples) -> list[dict]:
-    """f1, filled and dice of every question's completion; one box counts as a set of one."""
+def trained(command: str, steps: int, out: Path, *more: str) -> str:
+    """Trains, unless that was done before. Returns the last checkpoint."""
+    checkpoint = out / f"step_{steps:06d}"
+    if not checkpoint.exists():
+        run(command, out, *more)
+    return str(checkpoint)
+
+
+def evaluate(checkpoint: str, out: Path) -> None:
+    if not (out / "predictions.jsonl").exists():
+        run(EVALUATE, out, "--crm", checkpoint)
+
+
+def run_all(out: Path, seeds: list[int]) -> None:
+    """Makes everything that the table needs and that is not there yet."""
+    if not Path(POOL).exists():
+        command = [sys.executable, "-m", "demo.make.histology", "--train", "2000", "--test", "0"]
+        subprocess.run([*command, "--seed", "1", "--out", POOL], check=True)
+    for prompt in PROMPTS:
+        warm = trained(WARM, WARM_STEPS, out / f"warm-{prompt}", "--prompt", prompt)
+        evaluate(warm, out / f"eval-{prompt}-warm")
+        for seed in seeds:
+            flags = ("--crm", warm, "--seed", str(seed))
+            checkpoint = trained(GRPO, GRPO_STEPS, out / f"grpo-{prompt}-{seed}", *flags)
+            evaluate(checkpoint, out / f"eval-{prompt}-{seed}")
+
+
+# ---------------------------------------------------------------- the table
+
+
+def scores(folder: Path, examples: Examples) -> Rows:
+    """Returns the scores of every question's completion in an evaluation's folder."""
     rows = []
-    for p, sample in zip(read_predictions(folder), samples, strict=True):
-        completion = shown(p)
-        parts = completion.get("regions", [completion] if completion["bbox"] else [])
-        p["truth"]["regions"] = [box for box, _ in regions(sample)]
-        boxes = [part["bbox"] for part in parts if part["bbox"]]
-        rows.append(
-            {
-                "category": sample.category,
-                "f1": region_f1(p, {"regions": parts}),
-                "dice": p["dice"]["both"],
-                "filled": mask_dice(filled(sample.mask.shape, boxes), sample.mask),
-            }
-        )
+    for i, p in enumerate(read_predictions(folder)):
+        example = examples[i]
+        found = regions_of(shown(p))
+        parts = [{"bbox": box} for box, _ in found if box is not None]
+        p["truth"]["regions"] = [box for box, _ in regions(example)]
+        boxes = [part["bbox"] for part in parts]
+        row = {
+            "category": example.category,
+            "f1": region_f1(p, {"regions": parts}) if parts else 0.0,
+            "dice": p["dice"]["both"],
+            "filled": mask_dice(filled(example.mask.shape, boxes), example.mask),
+        }
+        rows.append(row)
     return rows
 
 
-def compare(before: list[dict], after: list[dict]) -> str:
-    """Cells of a table row: each score's two means and their paired difference."""
+def filled(shape: tuple[int, int], boxes: list[Box]) -> np.ndarray:
+    """Returns (H, W) bool: the pixels whose centre is in one of the boxes."""
+    y, x = np.ogrid[: shape[0], : shape[1]]
+    mask = np.zeros(shape, bool)
+    for x1, y1, x2, y2 in boxes:
+        mask |= (x1 <= x + 0.5) & (x + 0.5 < x2) & (y1 <= y + 0.5) & (y + 0.5 < y2)
+    return mask
+
+
+def compared(before: Rows, after: Rows) -> str:
+    """Returns cells of a table row: each score's two means and their paired difference."""
     cells = []
     for key in SCORES.values():
-        pair = [[row[key] for row in rows] for rows in (before, after)]
-        means = " | ".join(f"{np.mean(values):.3f}" for values in pair)
-        cells.append("{} | {:+.3f} [{:+.3f}, {:+.3f}]".format(means, *paired_bootstrap(*pair)))
+        old = [row[key] for row in before]
+        new = [row[key] for row in after]
+        found = paired_interval(old, new)
+        cells.append(
+            f"{np.mean(old):.3f} | {np.mean(new):.3f} | "
+            f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
+        )
     return " | ".join(cells) + " |"
 
 
+def head(one: str, two: str) -> list[str]:
+    """Returns the first two lines of a table that compares two columns in every score."""
+    titles = " | ".join(f"{score}: {one} | {two} | difference" for score in SCORES)
+    return [f"| | | {titles} |", "|---" * (2 + 3 * len(SCORES)) + "|"]
+
+
 def table(out: Path, seeds: list[int]) -> str:
-    samples = load_samples(DATA, "test")
-    found = {
-        (kind, at): scores(out / f"eval-{kind}-{at}", samples)
-        for kind in KINDS
-        for at in ("warm", *seeds)
-        if (out / f"eval-{kind}-{at}").exists()
-    }
-    whose = {"warm": "warm start", **{seed: f"GRPO, seed {seed}" for seed in seeds}}
-
-    def head(names):
-        return [
-            "| | | "
-            + " | ".join(f"{score}: {' | '.join(names)} | difference" for score in SCORES)
-            + " |",
-            "|---" * (2 + 3 * len(SCORES)) + "|",
-        ]
-
-    lines = head(("one box", "a box each"))
-    for at, name in whose.items():
-        one, each = (found.get((kind, at)) for kind in KINDS)
-        for category in (
-            ["all", *sorted({sample.category for sample in samples})] if one and each else []
-        ):
-            chosen = (
-                [row for row in rows if category in ("all", row["category"])]
-                for rows in (one, each)
-            )
-            lines.append(f"| {name} | {category} | " + compare(*chosen))
-    lines += ["", *head(("before", "after"))]
-    lines += [
-        f"| {whose[at]} | {kind} | " + compare(found[kind, "warm"], rows)
-        for (kind, at), rows in found.items()
-        if at != "warm"
-    ]
+    """Returns what is there as Markdown: one box against several, then before and after GRPO."""
+    examples = load_samples(DATA, "test")
+    titles = {"warm": "warm start"} | {str(seed): f"GRPO, seed {seed}" for seed in seeds}
+    found: dict[tuple[str, str], Rows] = {}
+    for prompt in PROMPTS:
+        for at in titles:
+            folder = out / f"eval-{prompt}-{at}"
+            if folder.exists():
+                found[prompt, at] = scores(folder, examples)
+    lines = head("one box", "a box each")
+    for at, title in titles.items():
+        if ("reasoning", at) in found and ("boxes", at) in found:
+            lines += by_category(title, found["reasoning", at], found["boxes", at])
+    lines += ["", *head("before", "after")]
+    for (prompt, at), rows in found.items():
+        if at != "warm":
+            lines.append(f"| {titles[at]} | {prompt} | " + compared(found[prompt, "warm"], rows))
     return "\n".join(lines)
 
 
-def main():
+def by_category(title: str, one: Rows, each: Rows) -> list[str]:
+    """Returns one line over all questions and one for each category."""
+    lines = [f"| {title} | all | " + compared(one, each)]
+    for category in sorted({row["category"] for row in one}):
+        own = [row for row in one if row["category"] == category]
+        own_each = [row for row in each if row["category"] == category]
+        lines.append(f"| {title} | {category} | " + compared(own, own_each))
+    return lines
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--out", type=Path, default=Path("runs/several_boxes"))
     parser.add_argument("--table", action="store_true", help="only the table of what is there")
     args = parser.parse_args()
     if not args.table:
-        if not (Path(POOL) / "samples.jsonl").exists():
-            subprocess.run(
-                [
-                    sys.executable,
-                    "-m",
-                    "demo.make.histology",
-                    "--train",
-                    "2000",
-                    "--test",
-                    "0",
-                    "--seed",
-                    "1",
-                    "--out",
-                    POOL,
-                ],
-                check=True,
-            )
-        for kind in KINDS:
-            warm = run(WARM, args.out / f"warm-{kind}", "--prompt", kind) / LAST[WARM]
-            evaluated(warm, args.out / f"eval-{kind}-warm")
-            for seed in args.seeds:
-                trained = (
-                    run(GRPO, args.out / f"grpo-{kind}-{seed}", "--crm", warm, "--seed", seed)
-                    / LAST[GRPO]
-                )
-                evaluated(trained, args.out / f"eval-{kind}-{seed}")
+        run_all(args.out, args.seeds)
     print(table(args.out, args.seeds))
 
 

@@ -1,17 +1,20 @@
-"""Words of the demo data: implicit queries that never name their target, and short reasoning traces.
+"""Words of the demo data: questions that never name their target, and short reasoning traces.
 
-A query is an opener with a clue put in: 4 seen clues and 4 seen openers make 16 wordings a category to train
-on. The last two clues of a category and the last two openers appear only in the test split. `check()` holds
-that no query, seen or not, gives its target away, that queries have 8 to 18 words and traces 15 to 30.
+A question is an opener with a clue put in. The first four clues of a category and the first four
+openers make 16 wordings to train on. The last two clues of a category and the last two openers
+appear only in the test split. `check()` holds that no question, seen or not, gives its target away,
+that questions have 8 to 18 words and traces 15 to 30.
 """
 
+import random
 from dataclasses import dataclass
 from itertools import product
 
-SEEN, UNSEEN = (
-    4,
-    2,
-)  # openers, and clues of a category: the first 4 in both splits, the last 2 only in test
+import numpy as np
+
+# of openers, and of a category's clues: the first 4 are in both splits, the last 2 only in the test
+SEEN = 4
+UNSEEN = 2
 OPENERS = (
     "What could {clue} represent?",
     "Where on this {picture} is {clue}?",
@@ -24,13 +27,18 @@ TRACES = (
     "On this {picture} I see {seen} in the {where}. This fits {name}, so I mark it.",
     "The question points to {name}. It shows as {seen}, lying in the {where} of the {picture}.",
     "In the {where} of the {picture} there is {seen}, which is the usual look of {name}.",
-    "Looking for {name}: {seen} stands out in the {where} of this {picture}, clear of its surroundings.",
+    "Looking for {name}: {seen} stands out in the {where} of this {picture}, clear of its "
+    "surroundings.",
 )
 UNSURE = (  # of a reader who describes a place but commits to no structure
-    "Something in the {where} of this {picture} stands out from what is around it. It may be what is asked for, so I mark it.",
-    "This {picture} shows several structures. The one in the {where} could fit the question, so I mark that region.",
-    "I look over the {picture} and find a region in the {where} that differs from its surroundings. I mark it.",
-    "There is a change in the {where}. I cannot say for sure what it is, but it may be meant, so I mark it.",
+    "Something in the {where} of this {picture} stands out from what is around it. It may be what "
+    "is asked for, so I mark it.",
+    "This {picture} shows several structures. The one in the {where} could fit the question, so I "
+    "mark that region.",
+    "I look over the {picture} and find a region in the {where} that differs from its "
+    "surroundings. I mark it.",
+    "There is a change in the {where}. I cannot say for sure what it is, but it may be meant, so I "
+    "mark it.",
 )
 PICTURES = {
     "CT": "CT slice",
@@ -49,6 +57,8 @@ PICTURES = {
 
 @dataclass(frozen=True)
 class Words:
+    """What is said of one category."""
+
     group: str  # U-MRG super-category
     name: str  # how a trace calls the target
     forbidden: str  # word stems no query may hold
@@ -497,74 +507,139 @@ WORDS = {
 }
 
 
-# words: WORDS, or another data set's
-def query(category, clue, opener, picture, side, words=WORDS):
-    clue = words[category].clues[clue].format(side=side)
-    return OPENERS[opener].format(clue=clue, picture=PICTURES[picture])
+Vocabulary = dict[str, Words]  # by category: WORDS, or another data set's
 
 
-def pick_query(rng, category, modality, side, unseen, words=WORDS):
-    """A random query and its template's index, clue * 6 + opener; unseen wordings are for the test split."""
-    clue, opener = rng.integers(UNSEEN, size=2) + SEEN if unseen else rng.integers(SEEN, size=2)
-    return query(category, clue, opener, modality, side, words), int(clue * len(OPENERS) + opener)
+def query(
+    category: str, clue: int, opener: int, modality: str, side: str, words: Vocabulary = WORDS
+) -> str:
+    """Returns the question of a clue and an opener, by their numbers. side: of the image, where the
+    category is paired."""
+    said = words[category].clues[clue].format(side=side)
+    return OPENERS[opener].format(clue=said, picture=PICTURES[modality])
 
 
-def names(category, side, words=WORDS):
-    """Lower-case words of which one in a trace means that it names the target: without the article
-    where no other category's trace has those words, "the liver" where a liver tumour's has."""
+def pick_query(
+    rng: np.random.Generator,
+    category: str,
+    modality: str,
+    side: str,
+    unseen: bool,
+    words: Vocabulary = WORDS,
+) -> tuple[str, int]:
+    """Returns a random question and the number of its wording, clue * 6 + opener. unseen: of the
+    wordings that only the test split has."""
+    if unseen:
+        clue, opener = rng.integers(UNSEEN, size=2) + SEEN
+    else:
+        clue, opener = rng.integers(SEEN, size=2)
+    text = query(category, clue, opener, modality, side, words)
+    return text, int(clue * len(OPENERS) + opener)
+
+
+def names(category: str, side: str, words: Vocabulary = WORDS) -> list[str]:
+    """Returns lower-case words of which one in a trace means that it names the target.
+
+    They are without the article, unless another category's trace has those words, as a liver
+    tumour's has "liver"."""
     name = words[category].name.format(side=side)
-    bare = name.split(" ", 1)[1] if name.startswith(("the ", "a ", "an ")) else name
-    others = " ".join(f"{w.name} {' '.join(w.seen)}" for c, w in words.items() if c != category)
-    return [name if bare in others else bare]
+    bare = name
+    if name.startswith(("the ", "a ", "an ")):
+        bare = name.split(" ", 1)[1]
+    others = [f"{other.name} {' '.join(other.seen)}" for c, other in words.items() if c != category]
+    is_said_of_others = bare in " ".join(others)
+    return [name if is_said_of_others else bare]
 
 
-def where(box, size):
-    """Words for the place of a box (x1, y1, x2, y2) in an image of size (height, width)."""
-    x, y = (box[0] + box[2]) / 2 / size[1], (box[1] + box[3]) / 2 / size[0]
-    column = "left" if x < 0.42 else "right" if x > 0.58 else ""
-    row = "upper" if y < 0.42 else "lower" if y > 0.58 else ""
+def where(box: tuple[float, float, float, float], size: tuple[int, int]) -> str:
+    """Returns words for the place of a box (x1, y1, x2, y2) in an image of size (height, width)."""
+    height, width = size
+    x = (box[0] + box[2]) / 2 / width
+    y = (box[1] + box[3]) / 2 / height
+    column = third(x, "left", "right")
+    row = third(y, "upper", "lower")
     if row and column:
         return f"{row} {column}"
-    return f"{column} half" if column else f"{row} middle" if row else "centre"
+    if column:
+        return f"{column} half"
+    if row:
+        return f"{row} middle"
+    return "centre"
 
 
-def unsure_trace(rng, modality, box, size):
-    """rng: random.Random. A trace that names nothing; box, size: see where."""
+def third(place: float, first: str, last: str) -> str:
+    """Returns a word for a place along one side, from 0 to 1; "" in the middle."""
+    if place < 0.42:
+        return first
+    if place > 0.58:
+        return last
+    return ""
+
+
+def unsure_trace(
+    rng: random.Random,
+    modality: str,
+    box: tuple[float, float, float, float],
+    size: tuple[int, int],
+) -> str:
+    """Returns a trace that names nothing. box, size: see `where`."""
     return rng.choice(UNSURE).format(picture=PICTURES[modality], where=where(box, size))
 
 
-def pick_trace(rng, category, modality, side, box, size, words=WORDS):
-    word = words[category]
+def pick_trace(
+    rng: np.random.Generator,
+    category: str,
+    modality: str,
+    side: str,
+    box: tuple[float, float, float, float],
+    size: tuple[int, int],
+    words: Vocabulary = WORDS,
+) -> str:
+    """Returns a random trace that names its target. box, size: see `where`."""
+    own = words[category]
     return TRACES[rng.integers(len(TRACES))].format(
         picture=PICTURES[modality],
         where=where(box, size),
-        name=word.name.format(side=side),
-        seen=word.seen[rng.integers(2)],
+        name=own.name.format(side=side),
+        seen=own.seen[rng.integers(2)],
     )
 
 
-def check(words=WORDS):
-    """Every wording of every category keeps its secret and its length; no trace has another target's name."""
-    for category, w in words.items():
-        assert len(w.clues) == SEEN + UNSEEN, category
-        for clue, opener, picture in product(range(SEEN + UNSEEN), range(len(OPENERS)), PICTURES):
-            text = query(category, clue, opener, picture, "left", words)
-            given_away = [stem for stem in w.forbidden.split() if stem in text.lower()]
-            assert not given_away and 8 <= len(text.split()) <= 18, (category, given_away, text)
-        for trace, seen in product(TRACES, w.seen):
-            name = w.name.format(side="left")
-            text = trace.format(picture="CT slice", where="upper left", name=name, seen=seen)
-            assert 15 <= len(text.split()) <= 30, (category, text)
-            found = [
-                c
-                for c in words
-                for side in ("left", "right")[: 1 + (c == category)]
-                for n in names(c, side, words)
-                if n in text.lower()
-            ]
-            assert set(found) == {category}, (category, found, text)
-            left, right = (names(category, side, words)[0] for side in ("left", "right"))
-            assert left == right or "left" in left
+def check(words: Vocabulary = WORDS) -> None:
+    """AssertionError unless every wording of every category keeps its secret and its length, and no
+    trace has another target's name."""
+    for category, own in words.items():
+        assert len(own.clues) == SEEN + UNSEEN, category
+        check_queries(category, own, words)
+        check_traces(category, own, words)
+
+
+def check_queries(category: str, own: Words, words: Vocabulary) -> None:
+    for clue, opener, modality in product(range(SEEN + UNSEEN), range(len(OPENERS)), PICTURES):
+        text = query(category, clue, opener, modality, "left", words)
+        given_away = [stem for stem in own.forbidden.split() if stem in text.lower()]
+        assert not given_away, (category, given_away, text)
+        assert 8 <= len(text.split()) <= 18, (category, text)
+
+
+def check_traces(category: str, own: Words, words: Vocabulary) -> None:
+    for trace, seen in product(TRACES, own.seen):
+        name = own.name.format(side="left")
+        text = trace.format(picture="CT slice", where="upper left", name=name, seen=seen)
+        assert 15 <= len(text.split()) <= 30, (category, text)
+        named = {other for other in words if is_named(other, text, words, other == category)}
+        assert named == {category}, (category, named, text)
+    left = names(category, "left", words)[0]
+    right = names(category, "right", words)[0]
+    assert left == right or "left" in left
+
+
+def is_named(category: str, text: str, words: Vocabulary, either_side: bool) -> bool:
+    """Whether a text names a category's target, that on the left or, if asked for, on either
+    side."""
+    sides = ("left", "right") if either_side else ("left",)
+    known = [name for side in sides for name in names(category, side, words)]
+    return any(name in text.lower() for name in known)
 
 
 if __name__ == "__main__":
