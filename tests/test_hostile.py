@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import noise_image
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -117,13 +117,13 @@ def read_all(examples: Examples) -> None:
     """Every example can be used, or is a BadRow."""
     for i in range(len(examples)):
         try:
-            example = examples[i]
+            one = examples[i]
         except BadRow as error:
             assert_one_line(error)
             continue
-        assert example.query
-        assert example.image.width > 0
-        assert len(example.points) == 2
+        assert one.query
+        assert one.image.width > 0
+        assert len(one.points) == 2
 
 
 ROW = {
@@ -201,6 +201,7 @@ FLAG_PARTS = ["--lr", "--lr=", "1e-3", "\n", "'", '"', "@x", "#", "--group", "-1
 FLAG_PARTS += ["--data", "\\", "--resume", "\0"]
 
 
+@example(text="@\0")
 @given(text=st.text() | st.lists(st.sampled_from(FLAG_PARTS)).map("".join))
 @MANY
 def test_a_file_of_flags(text, folder):
@@ -317,9 +318,9 @@ def three_examples() -> Examples:
 def test_predictions(seed, folder, three_examples):
     file = folder() / "p.jsonl"
     rows = []
-    for example in three_examples:
-        points = [list(point) for point in example.points]
-        rows.append({"id": example.id, "bbox": list(example.bbox), "points": points})
+    for one in three_examples:
+        points = [list(point) for point in one.points]
+        rows.append({"id": one.id, "bbox": list(one.bbox), "points": points})
     file.write_bytes(changed(as_lines(rows), seed))
     args = parse([str(file), "--data", "demo/data"])
     try:
