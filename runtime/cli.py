@@ -134,9 +134,11 @@ def _flags_in(
     """Returns {name: value} of the flags in some words and in their @files. names: of all flags."""
     try:
         given, unknown = parser.parse_known_args(words)
-    except (UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a name with a zero byte is a ValueError
         reason = type(error).__name__
-        parser.error(f"an @file is not UTF-8 text, or it names itself ({reason})")
+        parser.error(
+            f"an @file is not UTF-8 text, or it names itself or an impossible file ({reason})"
+        )
     if unknown:
         parser.error(_explain(unknown[0], names, moved))
     return vars(given)
