@@ -247,7 +247,7 @@ def exit_on(*errors: type[Exception]) -> Iterator[None]:
     except errors as error:
         print("error:", one_line(str(error)), file=sys.stderr, flush=True)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:  # outside a training run, which finishes its step and saves
+    except KeyboardInterrupt:  # outside a training run, which saves what is done
         print("interrupted", file=sys.stderr, flush=True)
         raise SystemExit(130) from None
 
