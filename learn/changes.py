@@ -147,7 +147,7 @@ MAXRL = Patch(
     title="MaxRL: divide by the mean reward",
     file="train_grpo.py",
     edits=(
-        instead('"batch"))', '"batch", "mean"))'),
+        instead('"none", "batch"),', '"none", "batch", "mean"),'),
         below(
             "    centred = torch.where(all_equal, 0.0, centred)",
             """\
@@ -171,8 +171,8 @@ GDPO = Patch(
     file="train_grpo.py",
     edits=(
         instead(
-            '"std of which rewards divides", (',
-            '"std of which rewards divides", ("terms", ',
+            'of nothing, of the step",\n        (',
+            'of nothing, of the step",\n        ("terms", ',
         ),
         above(
             "def token_weights(",
@@ -305,7 +305,7 @@ TOP_ENTROPY = Patch(
         ),
     ),
     why=(
-        "Most tokens are certain; the few where the model decides carry the gradient that matters. "
+        "The paper finds that the few tokens where the model decides are enough to learn from. "
         "The quantile is that of the tokens scored at once (--pack-tokens)."
     ),
     equation="L = - sum_t w_t [H_t >= quantile_{1 - share}(H)] min(rho A, clip(rho) A)",
@@ -425,7 +425,10 @@ KL_TIMES_RATIO = Patch(
 """,
         ),
     ),
-    why="Tokens come from pi_old, and k3 alone has another gradient than the KL that it estimates.",
+    why=(
+        "Tokens come from pi_old, and k3 alone has another gradient than the KL that it estimates. "
+        "The ratio must be that of a token, so --ratio stays as it is."
+    ),
     equation="K = pi/pi_old (pi_ref/pi - log(pi_ref/pi) - 1)",
     use="--kl-times-ratio",
     paper="arXiv 2512.02556 (DeepSeek-V3.2), section 3.1",
@@ -532,7 +535,7 @@ QWENS_KEY = AnswerFormat(
 """,
         ),
     ),
-    why="Qwen2.5-VL writes boxes under this key by itself, so GRPO finds rewards sooner.",
+    why="Qwen2.5-VL was trained to write boxes under this key, so it has less to unlearn.",
     equation='{"bbox_2d": [x1, y1, x2, y2], "points_1": [x, y], "points_2": [x, y]}',
     use="--prompt bbox_2d",
 )

@@ -401,12 +401,12 @@ def test_train_sft_rejects_bad_flags_with_one_line_before_it_writes_anything(
 
 @pytest.fixture(scope="module")
 def config_of_7b(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns a folder with the real sizes' config.json and the embedded tokenizer: all of a
-    checkpoint but the weights."""
+    """Returns a folder with the real sizes' config.json and the embedded tokenizer: all of a base
+    model but the weights. It remembers no settings of an earlier training."""
     folder = tmp_path_factory.mktemp("7b")
     config_of("7b").save_pretrained(folder)
     for file in (ROOT / "demo/crm").iterdir():
-        if file.name not in ("config.json", "model.safetensors"):
+        if file.name not in ("config.json", "model.safetensors", "settings.json"):
             shutil.copy(file, folder)
     processor = json.loads((folder / "preprocessor_config.json").read_text())
     processor["size"] = {"shortest_edge": 3136, "longest_edge": 12845056}  # Qwen2.5-VL's own
