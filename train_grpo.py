@@ -589,11 +589,11 @@ def main(cfg: Config) -> None:
         train, tests = load_splits(cfg.data, cfg.skip_bad_rows, cfg.eval_limit)
         if cfg.eval_every < 0:
             tests = Examples([])
-        run = Run(cfg, ranks)
-        asm = None
-        if any(term in coefficients for term in PIXEL_TERMS):
+        needs_asm = any(term in coefficients for term in PIXEL_TERMS)
+        if needs_asm:
             use_embedded(cfg, {"asm": EMBEDDED["asm"]})
-            asm = load_asm(cfg.asm, ranks.device)
+        run = Run(cfg, ranks)  # with --resume it compares all flags, so they are final here
+        asm = load_asm(cfg.asm, ranks.device) if needs_asm else None
         torch.manual_seed(cfg.seed)  # LoRA's matrices are the same on every rank
         crm = load_crm(cfg.crm, ranks.device, ranks.dtype(cfg.dtype), cfg.prompt, cfg.resize)
         if run.checkpoint is not None:

@@ -1,4 +1,4 @@
-"""demo/histology: one of many alike and all of several, whose masks have the pieces rows speak of."""
+"""demo/histology: one of many alike, and all of several; masks have the pieces that rows say."""
 
 import io
 from collections import defaultdict

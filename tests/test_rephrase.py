@@ -1,5 +1,5 @@
-"""paper/rephrase.py: wordings, measures by hand, and controls that show up a model which ignores its
-question."""
+"""paper/rephrase.py: wordings, measures by hand, and controls that show up a model which ignores
+its question."""
 
 import json
 import random
