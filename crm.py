@@ -59,7 +59,8 @@ CHAT = (
     "<|im_end|>\n<|im_start|>assistant\n",
 )
 END = ("<|im_end|>", "<|endoftext|>")  # either one ends a completion
-# never sampled, never scored: an image token in a completion would crash the next forward pass
+# Never sampled, never scored: an image token in a completion would crash the next forward pass.
+# CRM.banned has the ids past the tokenizer's last one as well.
 BANNED = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
@@ -177,6 +178,7 @@ class CRM:
         # what trains; see prepare_training
         self.lora: Any = None  # the PEFT model around self.model
         self.ref_model: torch.nn.Module | None = None  # a frozen copy of the start
+        self.has_reference = False
         self.offload_reference = False
         self.sharded: Any = None  # runtime.fsdp.Sharded of self.model, with --parallel fsdp
         self.ref_sharded: Any = None
@@ -203,7 +205,7 @@ class CRM:
     # ------------------------------------------------------------ from image and text to tokens
 
     def encode_question(self, image: Image.Image, query: str) -> Prompt:
-        """Returns `encode` of an image and a question, which is put into the prompt's template."""
+        """Puts a question into the prompt's template, and encodes it with its image."""
         return self.encode(image, fill_prompt(self.template, query))
 
     def prompt_of(self, example: Example) -> Prompt:
@@ -214,7 +216,7 @@ class CRM:
             raise BadRow(f"{example.id}: {error}") from None
 
     def encode(self, image: Image.Image, prompt_text: str) -> Prompt:
-        """Returns an RGB image in the image frame and a text as the model reads them.
+        """Encodes an RGB image in the image frame and a text as a Prompt.
 
         The image is resized here, once, to the model frame. Text that looks like a special token
         stays text. ValueError where the prompt is longer than the model's context."""
@@ -319,6 +321,7 @@ class CRM:
         offload        keep the reference model's copy in host memory between its uses
         ranks          shard the model over these ranks (FSDP2); None: every rank has all of it
         """
+        self.has_reference = reference
         if lora_rank > 0:
             if ranks is not None and ranks.world > 1:
                 raise ValueError(
@@ -378,7 +381,7 @@ class CRM:
             which = ", LoRA matrices in the language model"
         vision = "is frozen" if self.vision_is_frozen else "trains as well"
         reference = "none"
-        if self.lora is not None:
+        if self.has_reference and self.lora is not None:
             reference = "the same model with its LoRA matrices switched off"
         elif self.ref_model is not None:
             reference = "a frozen copy of the start"
@@ -425,8 +428,8 @@ class CRM:
         if self.ref_model is None:
             raise ValueError("no reference model was kept: prepare_training(reference=True)")
         policy = self.model, self.sharded
-        away = self.ref_model if self.offload_reference else None
-        with torch.no_grad(), on_device(away, self.device):
+        offloaded = self.ref_model if self.offload_reference else None
+        with torch.no_grad(), on_device(offloaded, self.device):
             self.model, self.sharded = self.ref_model, self.ref_sharded
             try:
                 yield

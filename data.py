@@ -52,11 +52,12 @@ from runtime.readers import (
     decode_row,
     number_repeated_ids,
     read_rows,
+    tight_box,
     usable_rows,
 )
 from runtime.registry import find
 
-__all__ = ["BadRow", "load_image", "load_mask"]  # they are read from here as well
+__all__ = ["BadRow", "load_image", "load_mask"]  # re-exported
 
 STRIDE = 28  # one visual token of Qwen2.5-VL covers 2 x 2 patches of 14 pixels
 MIN_PIXELS, MAX_PIXELS = 56 * 56, 840 * 840
@@ -69,7 +70,7 @@ EMBEDDED = {
 
 EXAMPLE_ANSWER = write_answer(("x1", "y1", "x2", "y2"), (("x", "y"), ("x", "y")))
 ADVICE = "The box is tight; both points lie well inside the region, apart from each other."
-PROMPTS = {  # the only copies; --prompt takes a text file with {query} in it instead
+PROMPTS = {  # --prompt takes one of these, or a text file with {query} in it
     "reasoning": "{query}\n"
     "Reason first, then point to the region that is meant, in pixels of this image:\n"
     f"<think>what you see, what it is, where it lies</think>{EXAMPLE_ANSWER}\n"
@@ -156,7 +157,8 @@ def _scale(xy: Any, sx: float, sy: float) -> Any:
 
 
 def clip_to(size: tuple[int, int], xy: Any) -> Any:
-    """Keeps coordinates that a model wrote within one image size around the image. Image frame.
+    """Clamps x to [-width, 2 width] and y to [-height, 2 height], image frame. A wild number of a
+    model must not break the segmenter, and a box that leaves its image a little may be right.
 
     size: (width, height) of the image; xy as in `to_image`."""
     if not isinstance(xy[0], int | float):
@@ -183,9 +185,9 @@ def model_size(
     ValueError for any other resize, a square of more than max_pixels, and an image that is longer
     than 200 times its width."""
     kind, _, number = resize.partition(":")
-    known = re.fullmatch(r"[0-9]{1,8}", number) is not None
-    if kind == "aspect" and (known or resize == "aspect"):
-        most = int(number) if known else max_pixels
+    has_number = re.fullmatch(r"[0-9]{1,8}", number) is not None
+    if kind == "aspect" and (has_number or resize == "aspect"):
+        most = int(number) if has_number else max_pixels
         if most < STRIDE * STRIDE:
             raise ValueError(f"--resize {resize}: give at least {STRIDE * STRIDE} pixels")
         width, height = size
@@ -193,7 +195,7 @@ def model_size(
         least = min(min_pixels, most // 4)
         height, width = smart_resize(height, width, STRIDE, least, most)
         return width, height
-    side = int(number) if kind == "square" and known else 0
+    side = int(number) if kind == "square" and has_number else 0
     if side == 0 or side % STRIDE:
         raise ValueError(
             f'--resize {resize}: give "aspect", "aspect:PIXELS", or "square:SIDE", where SIDE is a '
@@ -212,10 +214,9 @@ def model_size(
 
 def box_from_mask(mask: np.ndarray) -> Box:
     """Returns the tight box of a (H, W) mask. ValueError where it is empty."""
-    ys, xs = np.nonzero(mask)
-    if len(xs) == 0:
+    if not mask.any():
         raise ValueError("the mask is empty")
-    return float(xs.min()), float(ys.min()), float(xs.max() + 1), float(ys.max() + 1)
+    return tight_box(mask)
 
 
 def keypoints_from_mask(mask: np.ndarray) -> Points:
@@ -249,7 +250,7 @@ class AnswerFormat:
     target_text: Callable[[Example, Sizes, bool], str]  # what supervised training imitates
     truth: Callable[[Example], dict[str, Any]]  # of a line of predictions.jsonl, image frame
     key: str = "bbox"  # of ANSWER_FORMATS
-    several: bool = False  # whether an answer has several regions
+    several: bool = False  # True where an answer may have several regions
     metrics: dict[str, tuple[str, Callable]] = field(default_factory=dict)  # beside metrics.METRICS
 
 
@@ -347,15 +348,12 @@ def load_splits(
     all. Nothing is held out where the data has no such split."""
     train = load_samples(path, "train", skip_bad_rows)
     train.check()
-    held_out = ""
     names = read_rows(Path(path), None)[1]
-    for split in ("val", "test"):
-        for name in names:
-            if name.startswith(split):
-                held_out = name
-    if not held_out or Path(path).suffix == ".parquet":
-        print0(f'{path}: no split "test" there, so nothing is held out')
+    candidates = [name for kind in ("test", "val") for name in names if name.startswith(kind)]
+    if not candidates or Path(path).suffix == ".parquet":
+        print0(f'{path}: no split "test" or "val" there, so nothing is held out')
         return train, Examples([])
+    held_out = candidates[0]
     tests = load_samples(path, held_out, skip_bad_rows)
     tests.check()
     return train, tests.spread(eval_limit or len(tests))

@@ -13,8 +13,8 @@ A refusal is a completion with a problem, so the share of refusals is 1 - the pa
 Coordinates are scored as they were written; they are clipped only for the segmenter and the
 pictures.
 
-Differences from the paper: a true pDice is reported with its 2I/U; numbers have intervals; the mask
-is drawn from the points, from the box and from both of one and the same completion.
+Differences from the paper: a true pDice is reported with its 2I/U, numbers have intervals, and
+masks are drawn from the points, the box, and both, of the same completion.
 """
 
 import hashlib
@@ -39,20 +39,12 @@ from runtime.parallel import Ranks
 from runtime.pictures import Picture, grid
 from runtime.pretrained import file_of
 from runtime.run import Run
-from sampling import sample
+from sampling import EVALUATION, default_temperature, sample
 
 EVAL_COMPLETIONS = 4  # per held-out question while training, sampled as in training
 EXAMPLES_SHOWN = 12  # questions in examples.png
 # what the segmenter is given of a completion: whether the box, and how many points
 GIVEN = {"points": (False, 2), "box": (True, 0), "one": (True, 1), "both": (True, 2)}
-MOVED = {
-    "samples": "it is called --completions",
-    "predictions": "python -m extras.predictions FILE scores the completions of another model",
-    "frame": "python -m extras.predictions takes it",
-    "oracle": "python -m extras.oracle says whose loss it is",
-    "max_pixels": "give --resize aspect:PIXELS",
-    "min_pixels": "a checkpoint remembers it",
-}
 
 
 @dataclass
@@ -65,7 +57,7 @@ class Config:
     )
     resize: str | None = flag(None, "aspect, aspect:MAX_PIXELS or square:SIDE")
     dtype: str = flag(
-        "auto", "type that computes; auto: bfloat16 on CUDA", ("auto", "float32", "bfloat16")
+        "auto", "compute type; auto is bfloat16 on CUDA", ("auto", "float32", "bfloat16")
     )
     # data
     data: str | None = flag(None, "folder or .parquet file, see data.py")
@@ -111,7 +103,7 @@ def ask(
         chosen = [examples[i] for i in part]
         prompts = [crm.prompt_of(example) for example in chosen]
         for kind, (completions, temperature) in kinds.items():
-            seeds = [(seed, 1, i) for i in part]
+            seeds = [(seed, EVALUATION, i) for i in part]
             groups = sample(crm, prompts, completions, max_new_tokens, temperature, seeds)
             for i, example, group in zip(part, chosen, groups):
                 sizes = group.prompt.sizes
@@ -136,7 +128,7 @@ def held_out(
     terms that need pixels).
 
     kinds: see `ask`. Every rank asks its share; all get all rows."""
-    without_pixels = {k: v for k, v in coefficients.items() if k not in PIXEL_TERMS}
+    no_pixels = dict.fromkeys(PIXEL_TERMS, 0.0)  # the segmenter is not asked here
     own = range(len(examples))[ranks.rank :: ranks.world]
     order = list(kinds)
     rows = []
@@ -144,7 +136,7 @@ def held_out(
         rewards = []
         for text in group.texts:
             terms = crm.answer_format.reward_terms(text, example, group.prompt.sizes)
-            rewards.append(total_reward(terms, mode, without_pixels))
+            rewards.append(total_reward(no_pixels | terms, mode, coefficients | no_pixels))
         row = {key: p[key] for key in ("index", "id", "image", "wording")}
         row |= metrics.scores(p, metrics.HELD_OUT | crm.answer_format.metrics)
         row["reward"] = sum(rewards) / len(rewards)
@@ -241,7 +233,8 @@ def from_model(
     left = [i for i in range(len(examples)) if i not in done]
     own = left[ranks.rank :: ranks.world]
     if own:
-        kinds = {"": (cfg.completions, temperature_of(cfg))}
+        temperature = default_temperature(cfg.temperature, cfg.completions)
+        kinds = {"only": (cfg.completions, temperature)}
         answered = ask(crm, examples, own, kinds, cfg.max_new_tokens, cfg.seed, cfg.batch)
         bar = tqdm(answered, total=len(own), disable=not ranks.is_main, ncols=100)
         with open(out / f"part-{ranks.rank}.jsonl", "a", encoding="utf-8") as file:
@@ -252,13 +245,6 @@ def from_model(
     rows = in_order(finished(out), len(examples), out)
     ranks.wait()  # the main rank removes the parts, but not before all have read them
     return rows
-
-
-def temperature_of(cfg: Any) -> float:
-    """Returns --temperature, or its default: 0 for one completion, else 1."""
-    if cfg.temperature is not None:
-        return cfg.temperature
-    return 0.0 if cfg.completions == 1 else 1.0
 
 
 def finished(out: Path) -> list[dict]:
@@ -465,6 +451,17 @@ def write_results(rows: list[dict], examples: Examples, out: Path) -> None:
     write_whole(out / "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     metrics.report(rows, out)
     draw_examples(rows, examples, out / "examples.png")
+
+
+# flags of former versions, and what to use now
+MOVED = {
+    "samples": "it is called --completions",
+    "predictions": "python -m extras.predictions FILE scores the completions of another model",
+    "frame": "python -m extras.predictions takes it",
+    "oracle": "python -m extras.oracle says whose loss it is",
+    "max_pixels": "give --resize aspect:PIXELS",
+    "min_pixels": "a checkpoint remembers it",
+}
 
 
 if __name__ == "__main__":

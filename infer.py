@@ -30,16 +30,10 @@ from runtime.cli import exit_on, flag, parse_args, use_embedded
 from runtime.files import parse_object, read_text
 from runtime.images import is_scan
 from runtime.parallel import Ranks
-from sampling import sample
+from sampling import default_temperature, sample
 
 OUTPUTS = ("mask.png", "overlay.png", "result.json")
 FOR_SCANS = "python -m extras.scans takes it, with the flags of this script"
-MOVED = {
-    "samples": "it is called --completions",
-    "max_pixels": "give --resize aspect:PIXELS",
-    "min_pixels": "a checkpoint remembers it",
-    **dict.fromkeys(("slice", "plane", "frame", "series", "window"), FOR_SCANS),
-}
 
 
 @dataclass
@@ -55,7 +49,7 @@ class Config:
     )
     resize: str | None = flag(None, "aspect, aspect:MAX_PIXELS or square:SIDE")
     dtype: str = flag(
-        "auto", "type that computes; auto: bfloat16 on CUDA", ("auto", "float32", "bfloat16")
+        "auto", "compute type; auto is bfloat16 on CUDA", ("auto", "float32", "bfloat16")
     )
     multimask: bool = flag(False, "request three masks and keep the best, as the release does")
     # completions
@@ -135,9 +129,7 @@ def ground(
     print(f"models     CRM {cfg.crm}, ASM {cfg.asm}, on {crm.device}", flush=True)
 
     # 1. the clinical reasoning module answers
-    temperature = cfg.temperature
-    if temperature is None:
-        temperature = 0.0 if cfg.completions == 1 else 1.0
+    temperature = default_temperature(cfg.temperature, cfg.completions)
     with exit_on(FloatingPointError):
         found, completions, kept = answer(
             crm, prompt, cfg.completions, cfg.max_new_tokens, temperature, cfg.seed
@@ -150,7 +142,7 @@ def ground(
         "asm": cfg.asm,
         **found,
     }
-    for name in OUTPUTS[:2]:  # of an earlier question
+    for name in ("mask.png", "overlay.png"):  # of an earlier question
         (out / name).unlink(missing_ok=True)
     if kept is None:
         write_result(out, result)
@@ -225,6 +217,15 @@ def main(cfg: Config) -> int:
         crm, asm = load_models(cfg)
     status, _, _ = ground(cfg, image, crm, asm)
     return status
+
+
+# flags of former versions, and what to use now
+MOVED = {
+    "samples": "it is called --completions",
+    "max_pixels": "give --resize aspect:PIXELS",
+    "min_pixels": "a checkpoint remembers it",
+    **dict.fromkeys(("slice", "plane", "frame", "series", "window"), FOR_SCANS),
+}
 
 
 if __name__ == "__main__":

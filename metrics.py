@@ -226,7 +226,7 @@ def voted_iou(p: dict) -> float | None:
     return over_ious(p, lambda ious: 0 if kept is None else ious[kept], at_least=2)
 
 
-def mask_score(p: dict, given: str) -> float | None:
+def mask_dice_of(p: dict, given: str) -> float | None:
     """Dice of the segmenter's mask, drawn from a part of the kept completion. None without it."""
     if not p.get("dice"):
         return None
@@ -245,10 +245,10 @@ METRICS: dict[str, Metric] = {  # name: (title, function of a prediction; None w
     **HELD_OUT,
     "iou50": ("IoU ≥ 0.5", lambda p: over_ious(p, lambda ious: np.mean(np.array(ious) >= 0.5))),
     "pdice_2iu": ("pDice (2I/U)", lambda p: mean(p, published_pdice)),
-    "dice_points": ("Dice, points", lambda p: mask_score(p, "points")),
-    "dice_box": ("Dice, box", lambda p: mask_score(p, "box")),
-    "dice_one": ("Dice, box and 1 point", lambda p: mask_score(p, "one")),
-    "dice_both": ("Dice, box and points", lambda p: mask_score(p, "both")),
+    "dice_points": ("Dice, points", lambda p: mask_dice_of(p, "points")),
+    "dice_box": ("Dice, box", lambda p: mask_dice_of(p, "box")),
+    "dice_one": ("Dice, box and 1 point", lambda p: mask_dice_of(p, "one")),
+    "dice_both": ("Dice, box and points", lambda p: mask_dice_of(p, "both")),
     "refused": ("refusals", lambda p: 1 - mean(p, parsed)),
     "voted": ("IoU, voted", voted_iou),
     "best": ("IoU, best of N", lambda p: over_ious(p, max, at_least=2)),
@@ -380,8 +380,12 @@ def summarise(rows: Sequence[dict], metrics: Mapping[str, Metric] = METRICS) -> 
     return summary
 
 
-def table(summary: dict[str, Any], metrics: Mapping[str, Metric] = METRICS) -> str:
-    """Returns a summary as Markdown, in percent."""
+def table(
+    summary: dict[str, Any],
+    metrics: Mapping[str, Metric] = METRICS,
+    parts: Sequence[str] = ("supercategory", "wording", "category"),
+) -> str:
+    """Returns a summary as Markdown, in percent. parts: by what it is broken down."""
     names = [name for name in metrics if summary["all"].get(name)]
 
     def line(title: str, part: dict[str, Any]) -> str:
@@ -398,12 +402,9 @@ def table(summary: dict[str, Any], metrics: Mapping[str, Metric] = METRICS) -> s
         "|---" * (len(names) + 2) + "|",
         line("all", summary["all"]),
     ]
-    for key, title in (
-        ("supercategory", "super-category"),
-        ("wording", "wording"),
-        ("category", "category"),
-    ):
+    for key in parts:
         if summary[key]:
+            title = "super-category" if key == "supercategory" else key
             lines.append(f"| *by {title}* |" + " |" * (len(names) + 1))
             lines += [line(name, part) for name, part in summary[key].items()]
     lines.append("")
@@ -420,10 +421,9 @@ def report(rows: Sequence[dict], folder: Path) -> dict[str, Any]:
     Returns the summary."""
     metrics = metrics_of(rows)
     summary = summarise(rows, metrics)
-    text = table(summary, metrics)
     write_whole(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
-    write_whole(folder / "table.md", text)
-    print(text.split("| *by category*")[0].rstrip())
+    write_whole(folder / "table.md", table(summary, metrics))
+    print(table(summary, metrics, parts=("supercategory", "wording")).rstrip())
     print(f"tables {folder / 'table.md'}, numbers {folder / 'summary.json'}")
     return summary
 
@@ -437,13 +437,13 @@ def compare(before: Sequence[dict], after: Sequence[dict]) -> list[str]:
     ValueError where they are not about the same questions with the same truth."""
     old = {p["id"]: p for p in before}
     new = {p["id"]: p for p in after}
-    lonely = sorted(old.keys() ^ new.keys())
-    if lonely:
-        raise ValueError(f"{len(lonely)} questions are in only one, the first is {lonely[0]}")
+    unmatched = sorted(old.keys() ^ new.keys())
+    if unmatched:
+        raise ValueError(f"{len(unmatched)} questions are in only one, the first is {unmatched[0]}")
     for name in old:
         for key in ("truth", "query", "image"):
             if _without_mask(old[name].get(key)) != _without_mask(new[name].get(key)):
-                raise ValueError(f"question {name} has another {key} in each: the data differ")
+                raise ValueError(f"question {name}: its {key} differs between the two")
     images = [old[name].get("image") or name for name in old]
     lines = []
     for title, metric in metrics_of(before).values():

@@ -20,6 +20,7 @@ This is the last file of the reading path. infer.py and evaluate.py use what it 
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,8 +30,9 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_
 
 from crm import CRM, Group, Prompt
 
-ROOM = {"cpu": 16, "cuda": 128}  # tokens by which the caches of the completions grow
-CHECK_EVERY = {"cpu": 1, "cuda": 8}  # steps between two looks at what has ended: a GPU waits there
+ROOM = {"cpu": 16, "cuda": 128}  # the caches of the completions grow by so many tokens
+CHECK_EVERY = {"cpu": 1, "cuda": 8}  # steps between checks that all has ended; a GPU waits for one
+TRAINING, EVALUATION = 0, 1  # second number of a seed, so that the two never draw the same
 HOST_CACHE_BYTES = 4 * 2**30  # keys and values of the prompts that are sampled at once on a CPU
 
 
@@ -73,8 +75,7 @@ def sample_chunk(
     graphs: bool,
 ) -> list[Group]:
     """Returns the groups of some prompts, whose caches fit into memory together."""
-    batch = Batch(crm, prompts, G, uniform, temperature)
-    batch.graphs = graphs and crm.device.type == "cuda"
+    batch = Batch(crm, prompts, G, uniform, temperature, graphs)
     batch.begin()
     max_new_tokens = uniform.shape[1]
     for t in range(1, max_new_tokens):
@@ -83,6 +84,14 @@ def sample_chunk(
             break
         batch.advance(t)
     return batch.groups()
+
+
+def default_temperature(temperature: float | None, completions: int) -> float:
+    """Returns --temperature, or its default: 0 (the most likely token) for one completion, else
+    1."""
+    if temperature is not None:
+        return temperature
+    return 0.0 if completions == 1 else 1.0
 
 
 def random_streams(seeds: Sequence[tuple[int, ...]], G: int, max_new_tokens: int) -> np.ndarray:
@@ -95,8 +104,8 @@ def random_streams(seeds: Sequence[tuple[int, ...]], G: int, max_new_tokens: int
 
 
 def prompts_at_once(crm: CRM, prompts: Sequence[Prompt], G: int, max_new_tokens: int) -> int:
-    """Returns how many prompts' caches fit into half of the free memory if every completion has its
-    full length."""
+    """Returns how many prompts' caches fit into half of a GPU's free memory, or into
+    HOST_CACHE_BYTES on a CPU, if every completion has its full length."""
     config = crm.model.config.text_config
     head_size = config.hidden_size // config.num_attention_heads
     width = config.num_key_value_heads * head_size
@@ -149,10 +158,10 @@ def scores_float32(q: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     return q.float() @ keys.float().mT
 
 
-def attend_to(
+def partial_attention(
     q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention to some of the keys, and the logsumexp of its scores, by which `attend` joins it
+    """Attention to some of the keys, and the logsumexp of its scores, by which `joint_attention` joins it
     with attention to the rest.
 
     q (…, a, d), keys and values (…, s, d), bias broadcastable to (…, a, s)
@@ -195,6 +204,7 @@ class Batch:
         G: int,
         uniform: np.ndarray,
         temperature: float,
+        graphs: bool,
     ):
         self.crm = crm
         self.prompts = prompts
@@ -211,7 +221,8 @@ class Batch:
         self.done = torch.zeros(N, dtype=torch.bool, device=device)
 
         # where the rows are
-        self.t = torch.zeros(1, dtype=torch.long, device=device)  # completion tokens in the caches
+        # completion tokens in the caches: on the device, so that a CUDA graph can count them up
+        self.t = torch.zeros(1, dtype=torch.long, device=device)
         self.token = self.tokens[:, 0].clone()  # (N,) the newest of each row
         after_prompt = torch.stack([prompt.positions.max() + 1 for prompt in prompts])
         self.position = repeat(after_prompt, "p -> (p g)", g=G)  # of each row's first token
@@ -227,7 +238,7 @@ class Batch:
         self.caches: list[LayerCache] = []
 
         # the decoding step as a CUDA graph
-        self.graphs = False
+        self.graphs = graphs and device.type == "cuda"
         self.replay: Callable[[], None] | None = None
         self.has_run = False  # since the caches have their present shape
 
@@ -237,7 +248,7 @@ class Batch:
         N = len(self.token)
         for keys, values in caches:
             self.caches.append(LayerCache(keys, values, N, self.room))
-        self.write(repeat(hidden, "p d -> (p g) d", g=self.G))
+        self.draw_next(repeat(hidden, "p d -> (p g) d", g=self.G))
 
     def advance(self, t: int) -> None:
         """Writes token t of every row.
@@ -252,7 +263,7 @@ class Batch:
                 cache.grow(self.room)
             self.own_bias = pad(self.own_bias, (0, self.room), value=-torch.inf)
         if self.graphs and self.has_run and self.replay is None:
-            self.replay = record(self.step)
+            self.replay = capture(self.step)
         if self.replay is not None:
             self.replay()
         else:
@@ -271,12 +282,12 @@ class Batch:
         cos, sin = model.rotary_emb(x, positions)
         rotation = cos[0], sin[0]  # (N, d) each
         for layer, cache in zip(model.layers, self.caches):
-            x = x + self.attention(layer.self_attn, layer.input_layernorm(x), rotation, cache)
+            x = x + self.layer_attention(layer.self_attn, layer.input_layernorm(x), rotation, cache)
             x = x + layer.mlp(layer.post_attention_layernorm(x))
         self.t += 1
-        self.write(model.norm(x))
+        self.draw_next(model.norm(x))
 
-    def attention(
+    def layer_attention(
         self,
         module: torch.nn.Module,
         h: torch.Tensor,
@@ -293,24 +304,24 @@ class Batch:
         cache.own_keys.index_copy_(2, self.t, rearrange(key, "n k d -> k n 1 d"))
         cache.own_values.index_copy_(2, self.t, rearrange(value, "n k d -> k n 1 d"))
         q = rearrange(q, "n (k r) d -> k n r d", k=key.shape[1])
-        out = self.attend(q, cache, module.scaling)
+        out = self.joint_attention(q, cache, module.scaling)
         return module.o_proj(rearrange(out, "k n r d -> n (k r d)"))
 
-    def attend(self, q: torch.Tensor, cache: LayerCache, scale: float) -> torch.Tensor:
+    def joint_attention(self, q: torch.Tensor, cache: LayerCache, scale: float) -> torch.Tensor:
         """The newest token of every row attends to its prompt, in one product with the prompt's
         other rows, and to its own completion. Their shares of the joint softmax follow from the two
         logsumexps. q (k, N, r, d) -> (k, N, r, d)."""
         by_prompt = rearrange(q, "k (p g) r d -> k p (g r) d", g=self.G)
-        prompt, prompt_lse = attend_to(
+        prompt, prompt_lse = partial_attention(
             by_prompt, cache.prompt_keys, cache.prompt_values, self.prompt_bias, scale
         )
         prompt = rearrange(prompt, "k p (g r) d -> k (p g) r d", g=self.G)
         prompt_lse = rearrange(prompt_lse, "k p (g r) 1 -> k (p g) r 1", g=self.G)
-        own, own_lse = attend_to(q, cache.own_keys, cache.own_values, self.own_bias, scale)
+        own, own_lse = partial_attention(q, cache.own_keys, cache.own_values, self.own_bias, scale)
         share_of_own = torch.sigmoid(own_lse - prompt_lse)
         return prompt.lerp(own, share_of_own).to(q.dtype)
 
-    def write(self, hidden: torch.Tensor) -> None:
+    def draw_next(self, hidden: torch.Tensor) -> None:
         """Draws token t of every row, and writes it down where the row has not ended.
         hidden (N, D)."""
         logits = self.crm.logits(hidden, self.temperature)
@@ -343,21 +354,24 @@ class Batch:
                 finished=done[p],
                 texts=[],
             )
+            check_finite(group, self.crm.tokenizer)
             group.texts = decoded(group, self.crm.tokenizer)
             groups.append(group)
         return groups
 
 
-def decoded(group: Group, tokenizer) -> list[str]:
-    """Returns the texts of a group, without the token that ends each.
-
-    A special token anywhere else stays visible, and costs the format. FloatingPointError where a
-    log-probability is not finite."""
+def check_finite(group: Group, tokenizer: Any) -> None:
+    """FloatingPointError where a log-probability is not finite. It names the question."""
     if not group.logp.isfinite().all():
         question = tokenizer.decode(group.prompt.ids, skip_special_tokens=True)[:200]
         raise FloatingPointError(
             f"logits are not finite, the weights or the image are broken: {question!r}"
         )
+
+
+def decoded(group: Group, tokenizer: Any) -> list[str]:
+    """Returns the texts of a group, without the token that ends each. A special token anywhere else
+    stays visible, and costs the format."""
     texts = []
     for row, length, finished in zip(group.tokens, group.lengths, group.finished):
         end = int(length) - int(finished)
@@ -386,12 +400,12 @@ def prefill(
             keys[i].append(pad(cache.keys[0], padding))  # (k, L, d)
             values[i].append(pad(cache.values[0], padding))
     caches = []
-    for of_layer, values_of_layer in zip(keys, values):
-        caches.append((torch.stack(of_layer, 1), torch.stack(values_of_layer, 1)))
+    for layer_keys, layer_values in zip(keys, values):
+        caches.append((torch.stack(layer_keys, 1), torch.stack(layer_values, 1)))
     return torch.stack(hidden), caches
 
 
-def record(step: Callable[[], None]) -> Callable[[], None]:
+def capture(step: Callable[[], None]) -> Callable[[], None]:
     """Returns the step as a CUDA graph. Replaying it runs the same kernels on the same memory.
     Recording runs nothing."""
     graph = torch.cuda.CUDAGraph()

@@ -69,7 +69,7 @@ class Span:
 
     prompt: slice
     tokens: torch.Tensor | None  # (g, T) index of each token; past a length, of the last one
-    written: torch.Tensor | None  # (n,) index into tokens.flatten() of all but that padding
+    written: torch.Tensor | None  # (n,) where in tokens.flatten() the real tokens are
 
 
 def lay_out(
@@ -163,7 +163,7 @@ def packed_forward(
     spans = lay_out(prompt_lengths, completion_lengths, x.device)
     output = model(
         inputs_embeds=x[None],
-        attention_mask=dict.fromkeys(model.config.layer_types, spans),
+        attention_mask=dict.fromkeys(model.config.layer_types, spans),  # one for each type of layer
         position_ids=torch.cat(positions, dim=1)[:, None],
         use_cache=False,
     )
@@ -279,7 +279,7 @@ def all_logp(
 ) -> list[torch.Tensor]:
     """Returns log-probabilities of all completions of each group, (G, T), without gradient."""
     found = [torch.zeros_like(group.logp) for group in groups]
-    number = {id(group): i for i, group in enumerate(groups)}  # tensors have no equality to find by
+    number = {id(group): i for i, group in enumerate(groups)}  # == would compare tensors
     for pack in make_packs(groups, most_tokens):
         for group, rows, (logp, _) in zip(pack.groups, pack.rows, score(crm, pack, temperature)):
             found[number[id(group)]][rows] = logp
@@ -303,13 +303,14 @@ def group_of(crm: CRM, prompt: Prompt, texts: Sequence[str]) -> Group:
         tokens=tokens,
         lengths=lengths,
         logp=torch.zeros(tokens.shape, device=crm.device),
-        finished=lengths > 0,
+        finished=torch.ones(len(rows), dtype=torch.bool),
         texts=list(texts),
     )
 
 
 def make_packs(groups: Sequence[Group], most_tokens: int) -> list[Pack]:
-    """Returns all rows of some groups in packs of at most `most_tokens` tokens.
+    """Returns all rows of some groups in packs of at most `most_tokens` tokens, or of one
+    completion where a prompt with it is longer.
 
     A group that does not fit into what is left of a pack begins a new one. A group that fits into
     none is cut, and its prompt repeated. A completion is never cut."""

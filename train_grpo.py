@@ -48,6 +48,8 @@ Differences from the paper:
   1. Rewards follow its formulas, not the quirks of its released code, which are in
      extras/official_rewards.py.
   2. Images keep their aspect ratio; --resize square:840 gives the release's canvas.
+  3. The sampler's kernels round differently from the scorer's. Importance weights, capped at 2,
+     correct that; --sampler-is 0 switches them off.
 The value of k3 is unbiased, but its gradient is not that of the reverse KL; --kl k2 has that
 gradient.
 
@@ -79,27 +81,11 @@ from runtime.cli import exit_on, flag, parse_args, print0, use_embedded
 from runtime.optim import Optimizer
 from runtime.parallel import Ranks, equal_passes, peak_memory
 from runtime.run import TRACKERS, Run, learning_rate, step_indices
-from runtime.stats import Phases, StepStats, check_first_step, spread
-from sampling import sample
+from runtime.stats import MAXIMA, MINIMA, Phases, StepStats, check_first_step, spread
+from sampling import TRAINING, sample
 from scoring import all_logp, make_packs, score
 
 RECIPE = "recipes/demo.args"  # read where --crm is not given
-MOVED = {
-    "weights": "it is called --coefficients",
-    "official": "python -m extras.official_rewards takes the flags of this script",
-    "freeze_vision": 'give --trainable "language_model|lm_head"',
-    "max_pixels": "give --resize aspect:PIXELS",
-    "min_pixels": "a checkpoint remembers it; load_crm(min_pixels=...) sets it",
-    "test_data": 'give --data a folder with the splits "train" and "test"',
-    "only": "make a data set of the rows that are meant, see paper/experiments.py",
-    "timeout": "it is RANK_TIMEOUT in runtime/parallel.py",
-    "max_grad_norm": "it is MAX_GRAD_NORM in runtime/optim.py",
-    "max_skipped": "it is MAX_SKIPPED in runtime/run.py",
-    "cuda_graphs": "it is the argument graphs of sampling.sample",
-    "mask_truncated": "a change of three lines, see learn/CHANGES.md",
-    "eval_answers": "it is EVAL_COMPLETIONS in evaluate.py",
-    "rollouts_every": "groups are logged at every evaluation: --eval-every",
-}
 
 
 @dataclass
@@ -111,9 +97,9 @@ class Config:
     )
     resize: str | None = flag(None, "aspect, aspect:MAX_PIXELS or square:SIDE")
     dtype: str = flag(
-        "auto", "type that computes; auto: bfloat16 on CUDA", ("auto", "float32", "bfloat16")
+        "auto", "compute type; auto is bfloat16 on CUDA", ("auto", "float32", "bfloat16")
     )
-    trainable: str = flag("", "train only parameters whose name this regular expression finds")
+    trainable: str = flag("", "train only parameters whose name this regular expression matches")
     lora_rank: int = flag(0, "train LoRA matrices of this rank instead of the model (0: no)", low=0)
     checkpointing: bool = flag(False, "compute activations again in the backward pass")
     offload: bool = flag(False, "optimizer state and reference model live in host memory")
@@ -127,13 +113,19 @@ class Config:
     group: int = flag(8, "G, completions per question (paper: 16)", low=2)
     max_new_tokens: int = flag(128, "longest completion in tokens (paper: 2048)", low=1)
     temperature: float = flag(1.0, "softmax temperature of sampling and scoring", above=0)
-    resample: int = flag(0, "times that groups of equal rewards are replaced by others", low=0)
+    resample: int = flag(
+        0, "times that groups of equal rewards are replaced by other questions", low=0
+    )
     # reward
     mode: str = flag("soft", "reward mode, see rewards.py", tuple(MODES))
     coefficients: str = flag("", "of reward terms, as in box_iou=2,mask_dice=1; may add terms")
     asm: str | None = flag(None, "segmenter, only loaded for the term mask_dice")
     # advantages and loss
-    norm: str = flag("group", "std of which rewards divides", ("group", "none", "batch"))
+    norm: str = flag(
+        "group",
+        "divide by the std of the group, of nothing, of the step",
+        ("group", "none", "batch"),
+    )
     agg: str = flag("sequence", "see token_weights", ("sequence", "token", "constant"))
     ratio: str = flag("token", "pi/pi_old, or its mean over a completion", ("token", "sequence"))
     clip_low: float = flag(0.2, "the ratio's lower bound is 1 - this", low=0)
@@ -144,7 +136,7 @@ class Config:
     kl: str = flag("k3", "estimator of the KL to the reference model", ("k1", "k2", "k3"))
     kl_coef: float = flag(0.01, "beta (0: no reference model is kept)", low=0)
     entropy_coef: float = flag(0.0, "bonus for entropy, falls linearly to 0 over the run", low=0)
-    sampler_is: float = flag(2.0, "cap of the sampler's importance weights (0: none)", low=1, off=0)
+    sampler_is: float = flag(2.0, "cap on pi_old / pi_sampler (0: no such weights)", low=1, off=0)
     # updates
     minibatches: int = flag(2, "optimizer updates per rollout and epoch", low=1)
     inner_epochs: int = flag(1, "passes over a rollout", low=1)
@@ -303,7 +295,7 @@ class Rollout(Group):
 
 @dataclass
 class Setup:
-    """What groups are sampled and rewarded with."""
+    """What roll_out needs besides the questions."""
 
     cfg: Config
     crm: CRM
@@ -314,25 +306,24 @@ class Setup:
 def roll_out(
     setup: Setup,
     examples: Examples,
-    places: Sequence[int],
-    indices: Sequence[int],
+    picks: Sequence[tuple[int, int]],
     step: int,
     attempt: int = 0,
 ) -> list[Rollout]:
-    """Samples and rewards one group of completions for each of some places of a step.
+    """Samples and rewards one group of completions for each of some questions of a step.
 
-    places: numbers of this rank's questions among the step's. indices: of the step's questions in
-    `examples`. What is sampled depends on the seed, the step and the place, not on the ranks."""
+    picks: of each question its place in the step and its index in `examples`. What is sampled
+    depends on the seed, the step and the place, not on the ranks."""
     cfg = setup.cfg
     crm = setup.crm
-    questions = [examples[indices[place]] for place in places]
+    questions = [examples[index] for _, index in picks]
     prompts = [crm.prompt_of(question) for question in questions]
-    seeds = [(cfg.seed, 0, step, place, indices[place], attempt) for place in places]
+    seeds = [(cfg.seed, TRAINING, step, place, index, attempt) for place, index in picks]
     groups = sample(crm, prompts, cfg.group, cfg.max_new_tokens, cfg.temperature, seeds)
     rollouts = []
     for question, group in zip(questions, groups):
         terms = reward_group(question, group, crm, setup.asm)
-        totals = [total_reward(term, cfg.mode, setup.coefficients) for term in terms]
+        totals = [total_reward(of_one, cfg.mode, setup.coefficients) for of_one in terms]
         if not all(map(math.isfinite, totals)):
             raise RuntimeError(f"a reward of {question.id} is not finite: {totals}")
         rewards = torch.tensor(totals)
@@ -411,7 +402,7 @@ def update_policy(
     Adds what is measured to `stats`."""
     weigh_tokens(minibatch, cfg, ranks)
     # A group of equal rewards has no gradient unless KL or entropy moves it. One group is kept all
-    # the same, as every rank makes a backward pass.
+    # the same: under FSDP all ranks meet in a backward pass, and the logs need a loss.
     live = minibatch
     if cfg.kl_coef == 0 and entropy_coef == 0:
         live = [group for group in minibatch if group.advantages.any()]
@@ -489,9 +480,14 @@ def best_and_worst(records: list[dict]) -> dict[str, dict]:
     return {"best": ordered[-1], "worst": ordered[0]}
 
 
-def step_row(records: list[dict], totals: dict[str, float], grad_norms: list[float]) -> dict:
+def step_row(
+    records: list[dict],
+    totals: dict[str, float],
+    grad_norms: list[float],
+    terms: Sequence[str],
+) -> dict:
     """Returns the numbers of a line of metrics.jsonl: means over the completions of all ranks, and
-    statistics of the loss. totals: StepStats.total."""
+    statistics of the loss. totals: StepStats.total; terms: names of the reward terms."""
     columns: dict[str, list[float]] = {}
     for name, value in records[0].items():
         if not isinstance(value, str):
@@ -503,10 +499,8 @@ def step_row(records: list[dict], totals: dict[str, float], grad_norms: list[flo
     finished = [record["length"] for record in records if record["finished"]]
     if finished:
         row["length_finished"] = sum(finished) / len(finished)
-    not_terms = {"reward", "length", "parse_ok", "finished", "reward_std", "zero_std", "identical"}
-    for name in columns:
-        if name not in not_terms:
-            row[f"{name}/std"] = float(np.std(columns[name]))
+    for name in terms:
+        row[f"{name}/std"] = float(np.std(columns[name]))
 
     totals = dict(totals)
     weight = max(totals.pop("weight"), 1e-9)  # the sum of all token weights, over all updates
@@ -514,7 +508,7 @@ def step_row(records: list[dict], totals: dict[str, float], grad_norms: list[flo
     for name, value in totals.items():
         if name == "loss":
             row[name] = value / len(grad_norms)
-        elif name in ("ratio_max", "ratio_min", "logp_gap"):
+        elif name in MAXIMA + MINIMA:
             row[name] = value
         else:
             row[name] = value / weight
@@ -547,15 +541,13 @@ def log_groups(
 
     own: (place, group) of this rank."""
     ranks = run.ranks
-    usable = list(range(len(tests)))
-    if setup.asm is not None:
-        usable = [i for i in usable if tests.rows[i]["mask"] is not None]
-    fixed = [usable[i] for i in evenly_spread(len(usable), 4)]
-    places = list(range(len(fixed)))[ranks.rank :: ranks.world]
+    needs_mask = setup.asm is not None
+    fixed = [i for i in evenly_spread(len(tests), 8) if not needs_mask or tests[i].mask is not None]
+    picks = list(enumerate(fixed[::2]))[ranks.rank :: ranks.world]
     with setup.crm.gathered():
-        groups = roll_out(setup, tests, places, fixed, step=0)
+        groups = roll_out(setup, tests, picks, step=0)
     records = []
-    for place, group in zip(places, groups):
+    for (place, _), group in zip(picks, groups):
         group.advantages = group_advantages(group.rewards[None], setup.cfg.norm)[0]
         records.append(group_record(step, "test", place, group, setup.crm))
     for place, group in own:
@@ -589,11 +581,11 @@ def main(cfg: Config) -> None:
         train, tests = load_splits(cfg.data, cfg.skip_bad_rows, cfg.eval_limit)
         if cfg.eval_every < 0:
             tests = Examples([])
-        run = Run(cfg, ranks)
-        asm = None
-        if any(term in coefficients for term in PIXEL_TERMS):
+        needs_asm = any(term in coefficients for term in PIXEL_TERMS)
+        if needs_asm:
             use_embedded(cfg, {"asm": EMBEDDED["asm"]})
-            asm = load_asm(cfg.asm, ranks.device)
+        run = Run(cfg, ranks)  # with --resume it compares all flags, so they are final here
+        asm = load_asm(cfg.asm, ranks.device) if needs_asm else None
         torch.manual_seed(cfg.seed)  # LoRA's matrices are the same on every rank
         crm = load_crm(cfg.crm, ranks.device, ranks.dtype(cfg.dtype), cfg.prompt, cfg.resize)
         if run.checkpoint is not None:
@@ -634,14 +626,15 @@ def main(cfg: Config) -> None:
         # 1. A group of completions for each question of this step. Questions are a pure function of
         #    seed and step. Under FSDP every rank holds the whole model meanwhile.
         indices = step_indices(len(train), cfg.prompts, cfg.seed, step)
+        picks = [(place, indices[place]) for place in own_places]
         with (
             run.checkpoint_on_bad_row(step, crm, optimizer),
             crm.gathered(),
             run.interruptible(),
         ):
-            batch = roll_out(setup, train, own_places, indices, step)
+            batch = roll_out(setup, train, picks, step)
             for attempt in range(1, cfg.resample + 1):
-                replace_equal_groups(batch, own_places, setup, train, step, attempt)
+                replace_equal_groups(batch, setup, train, own_places, step, attempt)
         phases.end("sample")
 
         # 2. Each completion's advantage over its group. Rewards are those of all ranks.
@@ -683,13 +676,14 @@ def main(cfg: Config) -> None:
         # 5. Log, evaluate on held-out questions, save.
         done = step + 1
         records = completion_records(batch, crm, ranks)
-        row = {"step": done, "lr": lr, **step_row(records, stats.total(ranks), grad_norms)}
+        measured = step_row(records, stats.total(ranks), grad_norms, list(batch[0].terms[0]))
+        row = {"step": done, "lr": lr, **measured}
         row |= phases.seconds()
         row["tokens_per_second"] = row["tokens"] / row["seconds"]
         row["peak_memory_gb"] = peak_memory(ranks.device)
         stopped = run.stopped()
-        if len(tests) > 0 and run.evaluation_is_due(done) and not stopped:
-            is_last = done == cfg.steps
+        is_last = done == cfg.steps
+        if len(tests) > 0 and run.evaluation_is_due(done) and (is_last or not stopped):
             row |= log_held_out(run, crm, tests, cfg, coefficients, done, greedy=is_last)
             log_groups(run, done, tests, setup, own=list(zip(own_places, batch)))
         run.warn(row)
@@ -706,7 +700,7 @@ def main(cfg: Config) -> None:
         print0(metrics.changes(run.read("held_out"), run.read("metrics")))
     run.finish(done)
     if len(tests) > 0:
-        print0(f"its groups as a page: python -m extras.rollouts {run.folder}")
+        print0(f"see the groups: python -m extras.rollouts {run.folder}")
     ranks.stop()
 
 
@@ -724,21 +718,40 @@ def check_sizes(cfg: Config, ranks: Ranks) -> None:
 
 def replace_equal_groups(
     batch: list[Rollout],
-    places: list[int],
     setup: Setup,
     train: Examples,
+    places: list[int],
     step: int,
     attempt: int,
 ) -> None:
     """Replaces groups of equal rewards, which teach nothing, by groups of other questions."""
     cfg = setup.cfg
     equal = [i for i, group in enumerate(batch) if group.rewards.min() == group.rewards.max()]
-    other_order = cfg.seed + 7919 * attempt  # a seed of its own for each attempt
+    other_order = cfg.seed + 7919 * attempt  # any prime gives each attempt a seed of its own
     indices = step_indices(len(train), cfg.prompts, other_order, step)
-    own = [places[i] for i in equal]
-    others = roll_out(setup, train, own, indices, step, attempt)
+    picks = [(places[i], indices[places[i]]) for i in equal]
+    others = roll_out(setup, train, picks, step, attempt)
     for i, group in zip(equal, others):
         batch[i] = group
+
+
+# flags of former versions, and what to use now
+MOVED = {
+    "weights": "it is called --coefficients",
+    "official": "python -m extras.official_rewards takes the flags of this script",
+    "freeze_vision": 'give --trainable "language_model|lm_head"',
+    "max_pixels": "give --resize aspect:PIXELS",
+    "min_pixels": "a checkpoint remembers it; load_crm(min_pixels=...) sets it",
+    "test_data": 'give --data a folder with the splits "train" and "test"',
+    "only": "make a data set of the rows that are meant, see paper/experiments.py",
+    "timeout": "it is TIMEOUT_MINUTES in runtime/parallel.py",
+    "max_grad_norm": "it is MAX_GRAD_NORM in runtime/optim.py",
+    "max_skipped": "it is MAX_SKIPPED in runtime/run.py",
+    "cuda_graphs": "it is the argument graphs of sampling.sample",
+    "mask_truncated": "a change of three lines, see learn/CHANGES.md",
+    "eval_answers": "it is EVAL_COMPLETIONS in evaluate.py",
+    "rollouts_every": "groups are logged at every evaluation: --eval-every",
+}
 
 
 if __name__ == "__main__":

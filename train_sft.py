@@ -16,6 +16,7 @@ leaves it out.
 Read next: train_grpo.py.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -32,18 +33,6 @@ from runtime.parallel import Ranks, equal_passes, peak_memory
 from runtime.run import TRACKERS, Run, learning_rate, step_indices
 from scoring import Pack, group_of, score
 
-MOVED = {
-    "weights": "SFT has no reward; a held-out evaluation reports that of --mode",
-    "freeze_vision": 'give --trainable "language_model|lm_head"',
-    "max_pixels": "give --resize aspect:PIXELS",
-    "min_pixels": "a checkpoint remembers it; load_crm(min_pixels=...) sets it",
-    "test_data": 'give --data a folder with the splits "train" and "test"',
-    "only": "make a data set of the rows that are meant, see paper/experiments.py",
-    "timeout": "it is RANK_TIMEOUT in runtime/parallel.py",
-    "max_grad_norm": "it is MAX_GRAD_NORM in runtime/optim.py",
-    "eval_answers": "it is EVAL_COMPLETIONS in evaluate.py",
-}
-
 
 @dataclass
 class Config:
@@ -54,9 +43,9 @@ class Config:
     )
     resize: str | None = flag(None, "aspect, aspect:MAX_PIXELS or square:SIDE")
     dtype: str = flag(
-        "auto", "type that computes; auto: bfloat16 on CUDA", ("auto", "float32", "bfloat16")
+        "auto", "compute type; auto is bfloat16 on CUDA", ("auto", "float32", "bfloat16")
     )
-    trainable: str = flag("", "train only parameters whose name this regular expression finds")
+    trainable: str = flag("", "train only parameters whose name this regular expression matches")
     lora_rank: int = flag(0, "train LoRA matrices of this rank instead of the model (0: no)", low=0)
     checkpointing: bool = flag(False, "compute activations again in the backward pass")
     offload: bool = flag(False, "optimizer state lives in host memory")
@@ -108,16 +97,13 @@ def true_completion(crm: CRM, example: Example, with_think: bool) -> Group:
     return group_of(crm, prompt, [text])
 
 
-def learns_traces(cfg: Config, crm: CRM, train: Examples) -> bool:
-    """Returns whether traces are learned, and warns where that was meant and the data has none."""
-    if not cfg.think or "<think>" not in crm.template:
-        return False
+def warn_without_traces(train: Examples) -> None:
+    """Prints a line where traces are to be learned and the data has none."""
     if not any(row["think"] for row in train.rows):
         print0(
             'warning: the prompt asks for a trace, but no training row has one in "think", so the '
             "model unlearns to reason; add traces, or give --prompt direct"
         )
-    return True
 
 
 def main(cfg: Config) -> None:
@@ -144,7 +130,10 @@ def main(cfg: Config) -> None:
         optimizer = Optimizer(parameters, cfg.weight_decay, crm.is_sharded, cfg.offload)
         steps = cfg.steps or max(1, round(cfg.epochs * len(train) / cfg.batch))
         start_step = run.begin(optimizer, steps)  # --resume fills optimizer and weights here
-    with_think = learns_traces(cfg, crm, train)
+    with_think = cfg.think and "<think>" in crm.template
+    if with_think:
+        warn_without_traces(train)
+    warmup = round(cfg.warmup_ratio * steps)
     print0(crm.what_trains())
     print0(
         f"{len(train)} training examples, {steps} steps of {cfg.batch} on "
@@ -183,7 +172,6 @@ def main(cfg: Config) -> None:
             loss = -factor * total / tokens
             loss.backward()
             own_loss += loss.item()
-        warmup = round(cfg.warmup_ratio * steps)
         lr = learning_rate(step, steps, cfg.lr, warmup, cfg.schedule)
         run.leave_if_stopped(step, crm, optimizer)  # nothing of this step is in the weights yet
         grad_norm = optimizer.step(lr)
@@ -196,25 +184,42 @@ def main(cfg: Config) -> None:
             "step": done,
             "loss": sum(ranks.gather([own_loss])),
             "grad_norm": grad_norm,
+            "skipped": int(not math.isfinite(grad_norm)),
             "lr": lr,
             "seconds": seconds,
             "tokens_per_second": tokens / seconds,
             "peak_memory_gb": peak_memory(ranks.device),
         }
-        if len(tests) > 0 and run.evaluation_is_due(done):
-            row |= log_held_out(run, crm, tests, cfg, {}, done, greedy=done == steps)
+        is_last = done == steps
+        if len(tests) > 0 and run.evaluation_is_due(done) and (is_last or not stopped):
+            row |= log_held_out(run, crm, tests, cfg, {}, done, greedy=is_last)
         run.warn(row)
         run.log("metrics", row)
         bar.set_postfix(loss=f"{row['loss']:.3f}", s=f"{seconds:.1f}")
         if run.is_due(done, stopped):
             run.save(done, crm, optimizer)
             run.curves(PANELS)
+        run.give_up_on_skipped()
         if stopped:
             break
     if done == steps and len(tests) > 0:
         print0(metrics.changes(run.read("held_out"), run.read("metrics")))
     run.finish(done)
     ranks.stop()
+
+
+# flags of former versions, and what to use now
+MOVED = {
+    "weights": "SFT has no reward; a held-out evaluation reports that of --mode",
+    "freeze_vision": 'give --trainable "language_model|lm_head"',
+    "max_pixels": "give --resize aspect:PIXELS",
+    "min_pixels": "a checkpoint remembers it; load_crm(min_pixels=...) sets it",
+    "test_data": 'give --data a folder with the splits "train" and "test"',
+    "only": "make a data set of the rows that are meant, see paper/experiments.py",
+    "timeout": "it is TIMEOUT_MINUTES in runtime/parallel.py",
+    "max_grad_norm": "it is MAX_GRAD_NORM in runtime/optim.py",
+    "eval_answers": "it is EVAL_COMPLETIONS in evaluate.py",
+}
 
 
 if __name__ == "__main__":

@@ -134,9 +134,11 @@ def _flags_in(
     """Returns {name: value} of the flags in some words and in their @files. names: of all flags."""
     try:
         given, unknown = parser.parse_known_args(words)
-    except (UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a name with a zero byte is a ValueError
         reason = type(error).__name__
-        parser.error(f"an @file is not UTF-8 text, or it names itself ({reason})")
+        parser.error(
+            f"an @file is not UTF-8 text, or it names itself or an impossible file ({reason})"
+        )
     if unknown:
         parser.error(_explain(unknown[0], names, moved))
     return vars(given)
@@ -245,7 +247,7 @@ def exit_on(*errors: type[Exception]) -> Iterator[None]:
     except errors as error:
         print("error:", one_line(str(error)), file=sys.stderr, flush=True)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:  # outside a training run, which finishes its step and saves
+    except KeyboardInterrupt:  # outside a training run, which saves what is done
         print("interrupted", file=sys.stderr, flush=True)
         raise SystemExit(130) from None
 

@@ -117,8 +117,9 @@ class StopNow(BaseException):
 class Run:
     """runs/NAME: config.json, metrics.jsonl, held_out.jsonl, …, curves.png, step_000100/
 
-    Text first: everything that a picture shows can be read from metrics.jsonl. Only rank 0 writes,
-    and only rank 0 reads: what it found, the others are told.
+    Text first: everything that a picture shows can be read from metrics.jsonl. Only rank 0 reads
+    and writes the logs, and tells the others what it found; parts of the optimizer belong to their
+    ranks.
 
     folder: the run folder. checkpoint: the one that --resume continues from, or None."""
 

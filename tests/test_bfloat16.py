@@ -28,11 +28,11 @@ from scoring import all_logp
 
 # the embedded recipe, with fewer and shorter completions: some end, so rewards differ
 SMALL = (
-    f"@{ROOT}/recipes/demo.args --crm demo/crm --data demo/data --dtype bfloat16 --prompts 4 "
+    f"@{ROOT}/recipes/demo.args --crm demo/crm --data demo/data --dtype bfloat16 --prompts 2 "
     "--group 2 --max-new-tokens 100 --eval-every -1 --steps 2 --save-every 1 --seed 3 "
     "--warmup 0 --pack-tokens 600 "
 )
-SEVERAL_UPDATES = "--minibatches 2 --inner-epochs 2 "
+SEVERAL_UPDATES = "--prompts 4 --minibatches 2 --inner-epochs 2 "
 LORA = "--lora-rank 4 "
 
 # Nats by which the sampler's log-probability of a token may differ from the scorer's, in the mean

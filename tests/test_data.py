@@ -1,6 +1,6 @@
-"""data.py: frames, key points, prompts, targets, and data sets as examples.
+"""data.py: frames, key points, prompts, targets, and data sets as examples. Bad input is named.
 
-What single readers and image files do is tested in test_readers.py and test_images.py.
+Rarer rows and rarer images are in test_readers.py and test_images.py.
 """
 
 import io
@@ -36,6 +36,8 @@ from data import (
     evenly_spread,
     fill_prompt,
     keypoints_from_mask,
+    load_image,
+    load_mask,
     load_prompt,
     load_samples,
     load_splits,
@@ -218,6 +220,155 @@ def test_keypoints_of_one_pixel_coincide_and_of_nothing_are_an_error() -> None:
     assert keypoints_from_mask(mask) == ((3, 2), (3, 2))
 
 
+# ---------------------------------------------------------------- images and masks
+
+RAMP = np.arange(40 * 60).reshape(40, 60)
+GREY = np.uint8(RAMP * 255 / RAMP.max())
+COLOUR = np.stack([GREY, GREY[::-1], GREY[:, ::-1]], axis=2)
+
+
+def saved_and_loaded(image: Image.Image, path: Path, **options: Any) -> np.ndarray:
+    image.save(path, **options)
+    return np.asarray(load_image(path)).astype(int)
+
+
+def test_a_grey_image_has_three_equal_channels(tmp_path: Path) -> None:
+    loaded = saved_and_loaded(Image.fromarray(GREY), tmp_path / "grey.png")
+    assert np.array_equal(loaded, np.repeat(GREY[..., None], 3, 2))
+
+
+@pytest.mark.parametrize(
+    "name, pixels",
+    [("deep.png", np.uint16(1000 + RAMP * 20)), ("float.tiff", np.float32(RAMP) - 900)],
+)
+def test_deep_greys_are_stretched_and_not_clipped(
+    tmp_path: Path, name: str, pixels: np.ndarray
+) -> None:
+    loaded = saved_and_loaded(Image.fromarray(pixels), tmp_path / name)
+    assert abs(loaded - GREY[..., None]).max() <= 1
+
+
+def test_a_palette_has_its_colours(tmp_path: Path) -> None:
+    palette = Image.fromarray(COLOUR).quantize(64)
+    loaded = saved_and_loaded(palette, tmp_path / "palette.png")
+    assert np.array_equal(loaded, np.asarray(palette.convert("RGB")))
+
+
+def test_transparent_pixels_are_black(tmp_path: Path) -> None:
+    rgba = Image.fromarray(COLOUR).convert("RGBA")
+    rgba.putalpha(Image.fromarray(np.uint8(np.where(RAMP % 60 < 30, 255, 0))))
+    loaded = saved_and_loaded(rgba, tmp_path / "rgba.png")
+    assert np.array_equal(loaded[:, :30], COLOUR[:, :30])
+    assert not loaded[:, 30:].any()
+
+
+def test_an_image_that_is_stored_on_its_side_stands_up(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    colour = Image.fromarray(COLOUR)
+    loaded = saved_and_loaded(colour, tmp_path / "turned.png", exif=exif)
+    assert np.array_equal(loaded, np.asarray(colour.rotate(-90, expand=True)))
+
+
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        (b"hello", "not an image"),
+        (b"", "not an image"),
+        (b"\x89PNG\r\n\x1a\n" + b"\0" * 50, "image"),
+    ],
+)
+def test_what_is_no_image_is_one_clear_line(tmp_path: Path, content: bytes, says: str) -> None:
+    path = tmp_path / "x.png"
+    path.write_bytes(content)
+    for source in (path, content):
+        with pytest.raises(ValueError, match=says) as error:
+            load_image(source)
+        assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="does not exist"):
+        load_image(tmp_path / "no.png")
+    with pytest.raises(ValueError, match="directory|folder"):
+        load_image(tmp_path)
+
+
+def png_of(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "png")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        (png_of(Image.new("L", (1, 1))), "1x1"),
+        (png_of(Image.effect_noise((200, 200), 50))[:5000], "broken"),
+        (png_of(Image.new("1", (12_000, 9_000))), "pixels"),
+    ],
+    ids=["tiny", "truncated", "enormous"],
+)
+def test_tiny_truncated_and_enormous_images_are_errors(content: bytes, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        load_image(content)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_an_image_with_nan_or_infinity_is_an_error(tmp_path: Path, bad: float) -> None:
+    values = np.random.default_rng(0).random((20, 20), np.float32)
+    values[3, 4] = bad
+    Image.fromarray(values).save(tmp_path / "x.tiff")
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        load_image(tmp_path / "x.tiff")
+
+
+def test_an_eps_named_png_never_starts_ghostscript(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ghostscript = tmp_path / "gs"
+    ghostscript.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    ghostscript.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 40\n%%EndComments\nshowpage\n%%EOF\n"
+    path = tmp_path / "x.png"
+    path.write_bytes(eps)
+    for load in (load_image, load_mask):
+        for source in (path, eps):
+            with pytest.raises(ValueError, match="formats PNG, JPEG"):
+                load(source)
+    assert not (tmp_path / "started").exists()
+
+
+MASK = np.zeros((40, 60))
+MASK[10:20, 15:40] = 255
+BOX_OF_MASK = (15, 10, 40, 20)
+
+
+def test_a_mask_is_whatever_is_not_0_of_one_number(tmp_path: Path) -> None:
+    for high in (1, 7, 255):
+        Image.fromarray(np.uint8(MASK / 255 * high)).save(tmp_path / "m.png")
+        assert np.array_equal(load_mask(tmp_path / "m.png"), MASK > 0)
+    Image.fromarray(MASK > 0).save(tmp_path / "m.png")  # one bit per pixel
+    assert load_mask(tmp_path / "m.png").sum() == 250
+
+
+def test_a_smoothed_edge_is_cut_at_half_and_is_no_label(tmp_path: Path) -> None:
+    soft = np.uint8(np.clip(MASK, 0, 250))
+    for edge, area in ((100, 225), (127, 225), (128, 250)):
+        soft[10, 15:40] = edge
+        Image.fromarray(soft).save(tmp_path / "m.png")
+        assert load_mask(tmp_path / "m.png").sum() == area
+
+
+def test_a_label_map_is_named(tmp_path: Path) -> None:
+    labels = np.uint8(MASK > 0)
+    labels[12, 20] = 2
+    Image.fromarray(labels).save(tmp_path / "m.png")
+    with pytest.raises(ValueError, match="labels 1, 2: one mask per row is needed"):
+        load_mask(tmp_path / "m.png")
+
+
 # ---------------------------------------------------------------- prompts
 
 
@@ -331,15 +482,9 @@ def test_no_held_out_question_pays_for_pushing_its_points_apart() -> None:
 
 # ---------------------------------------------------------------- data sets
 
-MASK = np.zeros((40, 60))
-MASK[10:20, 15:40] = 255
-BOX_OF_MASK = (15, 10, 40, 20)
-
 
 def png(array: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(np.uint8(array)).save(buffer, "png")
-    return buffer.getvalue()
+    return png_of(Image.fromarray(np.uint8(array)))
 
 
 def umrg_row(i: int = 0, **changes: Any) -> dict:
@@ -495,29 +640,240 @@ def test_the_check_before_a_run_is_no_stricter_than_the_run(folder: Fill) -> Non
     assert examples[0].image.size == (40, 60)
 
 
+# ---------------------------------------------------------------- what is wrong is named
+
+
+def umrg_truth(**changes: Any) -> dict:
+    """Returns the column of a row in the schema of U-MRG that has box and points."""
+    truth = {"bbox_2d": [15, 10, 40, 20], "point_2d": [[20, 15], [34, 15]]}
+    return {"reward_model": {"ground_truth": json.dumps(truth | changes)}}
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"images": [{"bytes": b"junk", "path": "x"}]}, "image: is not an image"),
+        ({"images": [{"bytes": None, "path": "x"}]}, "image: has no bytes"),
+        ({"prompt": [{"role": "user", "content": "  "}]}, "query: is empty"),
+        ({"masks": [{"bytes": png(np.zeros((40, 60))), "path": "x"}]}, "mask: is empty"),
+        ({"masks": [{"bytes": png(np.full((40, 50), 255)), "path": "x"}]}, "mask: is 50x40"),
+        ({"masks": [{"bytes": b"junk", "path": "x"}]}, "mask: is not an image"),
+        ({"reward_model": {"ground_truth": "{"}}, "reward_model.ground_truth: not JSON"),
+        (umrg_truth(bbox_2d=[15, 10, 90, 20]), "bbox: .*outside the 60x40 image"),
+        (umrg_truth(bbox_2d=[40, 10, 15, 20]), "bbox: .*x1 < x2"),
+        (umrg_truth(bbox_2d=[1, 2, 3]), "bbox: .*four finite numbers"),
+        (umrg_truth(point_2d=[[20, 15], [99, 15]]), "points: .*outside the 60x40 image"),
+        (umrg_truth(point_2d=[[20, 15]]), "points: .* is not 2 pairs"),
+    ],
+)
+def test_a_bad_row_of_parquet_is_named_with_file_row_and_key(
+    tmp_path: Path, changes: dict, says: str
+) -> None:
+    path = parquet(tmp_path / "train.parquet", [umrg_row(0), umrg_row(1, **changes)])
+    with pytest.raises(BadRow, match=rf"train\.parquet, row 1, {says}"):
+        load_samples(path)[1]
+    assert load_samples(path, skip_bad_rows=True).ids() == ["s0"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"extra_info": "x"},
+        {"extra_info": None},
+        {"prompt": "question 0"},
+        {"prompt": None},
+        {"masks": None},
+        {"masks": "x"},
+        {"images": "x"},
+        {"images": [1]},
+        {"reward_model": None},
+        {"reward_model": "x"},
+        {"reward_model": {"a": 1}},
+        {"reward_model": {"ground_truth": 3}},
+        {"reward_model": {"ground_truth": "[1]"}},
+        umrg_truth(bbox_2d="x"),
+        umrg_truth(bbox_2d={"a": 1}),
+        umrg_truth(point_2d=[1, 2]),
+    ],
+)
+def test_columns_of_other_types_are_bad_rows_or_do_not_matter(
+    tmp_path: Path, changes: dict
+) -> None:
+    examples = load_samples(parquet(tmp_path / "train.parquet", [umrg_row(**changes)]))
+    problem = ""
+    try:
+        assert examples[0].query == "question 0"
+    except BadRow as error:
+        problem = str(error)
+    harmless = "extra_info" in changes or "masks" in changes or changes.get("prompt") is not None
+    assert (problem == "") == harmless
+    if problem:
+        assert "train.parquet, row 0" in problem
+        assert len(problem.splitlines()) == 1
+
+
+def test_files_that_are_no_data_set_are_named(tmp_path: Path) -> None:
+    row = umrg_row()
+    del row["images"]
+    with pytest.raises(ValueError, match="train.parquet: column images is missing"):
+        load_samples(parquet(tmp_path / "train.parquet", [row]))
+    (tmp_path / "test.parquet").write_bytes(b"PAR1 not really")
+    with pytest.raises(ValueError, match="test.parquet: not a readable parquet"):
+        load_samples(tmp_path, "test")
+    with pytest.raises(ValueError, match="split 'other'; the splits there: test, train "):
+        load_samples(tmp_path, "other")
+    with pytest.raises(ValueError, match="no such"):
+        load_samples(tmp_path / "nowhere")
+
+
+def test_a_path_that_no_reader_reads_is_named_with_what_is_read(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="neither samples.jsonl nor .*parquet nor .*json in it"):
+        load_samples(tmp_path)
+    for name in ("data.csv", "data.jsonl"):
+        (tmp_path / name).write_text("x")
+        with pytest.raises(ValueError, match=f"{name}: neither samples.jsonl nor .*parquet"):
+            load_samples(tmp_path / name)
+
+
+POINTS = [[20, 15], [34, 15]]
+
+
 @pytest.mark.parametrize(
     "row, says",
     [
-        ({"mask": "no.png"}, "mask: no such file"),
+        (
+            {"image": "images/a.png"},
+            'image: no such file: .*images/images/a.png; leave out "images/"',
+        ),
+        ({"mask": "masks/a.png"}, 'mask: no such file: .*; leave out "masks/"'),
+        ({"image": "../secret.png"}, "image: ../secret.png is outside .*images"),
+        ({"mask": "/etc/passwd"}, "mask: /etc/passwd is outside"),
+        ({"image": 3}, "image: 3 is not a file name"),
+        ({"image": "a\0.png"}, "image: "),
+        ({"image": None}, "image: is missing"),
+        ({"box": [1, 2, 3, 4]}, 'bbox: is missing, but there is "box"; rename'),
+        ({"bbox": [0.2, 0.2, 0.6, 0.5]}, "bbox: .* looks like fractions of the 60x40 image"),
         ({"query": " "}, "query: is empty"),
+        ({"query": None}, "query: is empty"),
+        ({"bbox": [1, 2, 61.5, 30]}, "bbox: .* is outside the 60x40 image"),
+        ({"points": [[20, 15], [34, 45]]}, "points: .* is outside the 60x40 image"),
         ({"mask": "narrow.png"}, "mask: is 50x40, its image 60x40"),
-        ({"mask": "black.png"}, "mask: is empty"),
-        ({"bbox": [0.2, 0.2, 0.6, 0.5]}, "bbox: .* looks like fractions"),
+        ({"image": "text.png"}, "image: is not an image"),
+        ({"bbox": [1, 2, 3, 4], "mask": None}, "bbox: is missing, or points are, and so is a mask"),
+        (
+            {"image": "small.png", "mask": "small.png"},
+            "image: is 20x13: a side must have 14 pixels",
+        ),
+        ({"image": "long.png", "mask": "long.png"}, "image: of 3000x14 is too long and thin"),
     ],
 )
-def test_the_check_before_a_run_and_the_run_name_the_same_row(
-    folder: Fill, row: dict, says: str
-) -> None:
+def test_each_usual_mistake_is_named_with_its_fix(folder: Fill, row: dict, says: str) -> None:
     path = folder({}, row)
+    noise_image(60, 40).save(path / "secret.png")
     Image.new("L", (50, 40), 255).save(path / "masks/narrow.png")
-    Image.new("L", (60, 40)).save(path / "masks/black.png")
+    (path / "images/text.png").write_text("no picture")
+    for name, size in (("small", (20, 13)), ("long", (3000, 14))):
+        noise_image(*size).save(path / f"images/{name}.png")
+        Image.new("L", size, 255).save(path / f"masks/{name}.png")
     examples = load_samples(path)
     with pytest.raises(BadRow, match=f"samples.jsonl, line 2, {says}"):
         examples[1]
-    if says != "mask: is empty":  # nothing but its pixels can tell
-        with pytest.raises(BadRow, match=f"line 2, {says}"):
-            examples.check()
+    with pytest.raises(BadRow, match=f"line 2, {says}"):
+        examples.check()
     assert examples[0].bbox == BOX_OF_MASK
+
+
+def test_a_missing_key_is_named_with_those_that_are_there(folder: Fill) -> None:
+    path = folder({})
+    (path / "samples.jsonl").write_text(
+        '{"image": "a.png", "question": "what?", "mask": "a.png"}\n{"query": "what?"}\n{}'
+    )
+    examples = load_samples(path)
+    with pytest.raises(BadRow, match=r"query: is missing \(keys here: image, question, mask\)"):
+        examples[0]
+    with pytest.raises(BadRow, match=r"line 2, image: is missing \(keys here: query\)"):
+        examples[1]
+    with pytest.raises(BadRow, match=r"line 3, image: is missing \(keys here: none\)"):
+        examples[2]
+
+
+def test_lines_that_are_no_objects_are_named(folder: Fill) -> None:
+    path = folder({})
+    (path / "samples.jsonl").write_text('{"image": "a.png"}\n{half\n[1]')
+    examples = load_samples(path)
+    with pytest.raises(BadRow, match="line 2, text: not JSON"):
+        examples[1]
+    with pytest.raises(BadRow, match="line 3, text: not a JSON object"):
+        examples[2]
+
+
+def test_a_json_array_is_one_error_and_not_one_per_line(folder: Fill) -> None:
+    file = folder({}) / "samples.jsonl"
+    file.write_text(f"[\n{file.read_text()}]")
+    with pytest.raises(ValueError, match="is a JSON array; one object per line is needed"):
+        load_samples(file.parent)
+
+
+def test_samples_jsonl_itself_may_be_given(folder: Fill) -> None:
+    assert load_samples(folder({}, {}) / "samples.jsonl")[0].mask.any()
+
+
+def test_the_box_of_a_corner_pixel_is_no_fraction(folder: Fill) -> None:
+    path = folder({"mask": "corner.png"}, {"mask": "corner.png", "bbox": [0, 0, 1, 1]})
+    corner = np.zeros((40, 60))
+    corner[0, 0] = 255
+    Image.fromarray(np.uint8(corner)).save(path / "masks/corner.png")
+    examples = load_samples(path)
+    assert examples[0].bbox == (0, 0, 1, 1)
+    assert examples[1].bbox == (0, 0, 1, 1)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_mask_of_the_stored_size_turns_with_its_image(folder: Fill, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = folder({"image": "b.png"}, {"image": "b.png", "mask": "upright.png"})
+    # the picture shows its own mask
+    picture = Image.fromarray(np.repeat(np.uint8(MASK)[..., None], 3, 2))
+    picture.save(path / "images/b.png", exif=exif)
+    example = load_samples(path)[0]
+    shown = np.asarray(example.image)[..., 0] > 127
+    assert np.array_equal(example.mask, shown)
+    assert example.bbox == box_from_mask(shown)
+    if orientation > 4:  # the sizes tell that a mask is upright already
+        Image.fromarray(np.uint8(shown) * 255).save(path / "masks/upright.png")
+        assert np.array_equal(load_samples(path)[1].mask, shown)
+
+
+def read_names(path: Path, split: str) -> tuple[list[dict], list[str]]:
+    """A reader as a user would write it: the file's name is the answer."""
+    files = sorted(path.glob("*_mask.png")) if split == "train" else []
+    rows = []
+    for file in files:
+        name = file.stem.removesuffix("_mask")
+        image = path / "images/a.png"
+        rows.append({"query": f"Where is the {name}?", "image": image, "mask": file})
+    return rows, ["train"]
+
+
+def test_a_new_reader_is_a_function_and_its_name(
+    folder: Fill, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = folder({})
+    (path / "samples.jsonl").unlink()
+    mask = Image.new("L", (60, 40))
+    mask.paste(255, (10, 5, 30, 25))
+    mask.save(path / "liver_mask.png")
+    monkeypatch.setattr(data, "read_names", read_names, raising=False)
+    monkeypatch.setitem(readers.READERS, "*_mask.png", "data.read_names")
+    example = load_samples(path)[0]
+    assert example.bbox == (10, 5, 30, 25)
+    assert example.query == "Where is the liver?"
+    assert example.id == f"{path.name}-1"  # what the reader does not say
+    assert example.think == ""
+    assert example.category == ""
+    with pytest.raises(ValueError, match="splits there: train"):
+        load_samples(path, "test")
 
 
 # ---------------------------------------------------------------- what trains and what is held out

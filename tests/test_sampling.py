@@ -82,12 +82,16 @@ def test_attention_to_two_parts_is_that_to_all_keys_under_one_softmax(size):
     bias = torch.zeros(5, 1, 9)
     bias[1, 0, 2:4] = bias[3, 0, 7:] = -torch.inf  # padding, and the future
     expected = (size * (q @ keys.mT) + bias).softmax(-1) @ values
-    one, one_lse = sampling.attend_to(q, keys[:, :, :4], values[:, :, :4], bias[..., :4], size)
-    two, two_lse = sampling.attend_to(q, keys[:, :, 4:], values[:, :, 4:], bias[..., 4:], size)
+    one, one_lse = sampling.partial_attention(
+        q, keys[:, :, :4], values[:, :, :4], bias[..., :4], size
+    )
+    two, two_lse = sampling.partial_attention(
+        q, keys[:, :, 4:], values[:, :, 4:], bias[..., 4:], size
+    )
     torch.testing.assert_close(
         one.lerp(two, torch.sigmoid(two_lse - one_lse)), expected, atol=2e-5, rtol=1e-4
     )
-    whole, lse = sampling.attend_to(q, keys, values, bias, size)
+    whole, lse = sampling.partial_attention(q, keys, values, bias, size)
     torch.testing.assert_close(whole, expected, atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(lse, torch.logaddexp(one_lse, two_lse), atol=1e-5, rtol=1e-6)
 
@@ -139,7 +143,7 @@ def test_a_step_replayed_from_a_graph_draws_what_the_step_itself_draws(short, pr
     cases = [(prompts, 1.0, 0), (prompts[1:], 0.7, 2)]
     plain = [sample(short, some, 6, 40, temperature, seed) for some, temperature, seed in cases]
 
-    def record(step):
+    def capture(step):
         tapes.append(Tape())
         with tapes[-1]:
             step()
@@ -150,7 +154,7 @@ def test_a_step_replayed_from_a_graph_draws_what_the_step_itself_draws(short, pr
             self.graphs = True
             super().begin()
 
-    monkeypatch.setattr(sampling, "record", record)
+    monkeypatch.setattr(sampling, "capture", capture)
     monkeypatch.setattr(sampling, "Batch", WithGraphs)
     monkeypatch.setitem(sampling.CHECK_EVERY, "cpu", 8)
     monkeypatch.setitem(sampling.ROOM, "cpu", 20)  # so that caches grow under a graph

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import io
+import itertools
 import json
 import re
 import runpy
@@ -101,13 +102,16 @@ def help_of(target: str) -> str:
     argv = sys.argv
     sys.argv = [target, "--help"]
     try:
-        with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as exit_info:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that a module is imported already
-                if target.endswith(".py"):
-                    runpy.run_path(str(ROOT / target), run_name="__main__")
-                else:
-                    runpy.run_module(target, run_name="__main__")
+        with (
+            contextlib.redirect_stdout(out),
+            warnings.catch_warnings(),
+            pytest.raises(SystemExit) as exit_info,
+        ):
+            warnings.simplefilter("ignore")  # that a module is imported already
+            if target.endswith(".py"):
+                runpy.run_path(str(ROOT / target), run_name="__main__")
+            else:
+                runpy.run_module(target, run_name="__main__")
     finally:
         sys.argv = argv
     assert exit_info.value.code == 0
@@ -161,7 +165,7 @@ def test_what_the_readme_installs_is_in_the_requirements() -> None:
     installs = [words for words in COMMANDS if "pip" in words]
     assert installs
     for words in installs:
-        for before, word in zip(words, words[1:]):
+        for before, word in itertools.pairwise(words):
             if before == "-r":
                 assert (ROOT / word).is_file()
             elif "==" in word:
@@ -560,16 +564,16 @@ def test_a_minute_of_grpo_beats_its_start_by_more_than_chance(tmp_path: Path) ->
         "--warmup 0 --schedule constant --eval-limit 60 --out",
         tmp_path / "run",
     )
-    rewards = {0: {}, 8: {}}
+    ious = {0: {}, 8: {}}
     images = {}
     for row in read_jsonl(tmp_path / "run/held_out.jsonl"):
         if row["kind"] == "sampled":
-            rewards[row["step"]][row["index"]] = row["reward"]
+            ious[row["step"]][row["index"]] = row["iou"]
             images[row["index"]] = row["image"]
     questions = sorted(images)
     assert len(questions) == 60
-    before = [rewards[0][question] for question in questions]
-    after = [rewards[8][question] for question in questions]
+    before = [ious[0][question] for question in questions]
+    after = [ious[8][question] for question in questions]
     change = paired_interval(before, after, [images[question] for question in questions])
     assert change.mean > 0.05
     assert change.low > 0  # the 95 % interval of the paired change excludes chance

@@ -44,8 +44,7 @@ from asm import (
     normalise,
     read_config,
 )
-from data import Example
-from data import load_samples
+from data import Example, load_samples
 from metrics import mask_dice
 from runtime.cli import ROOT
 
