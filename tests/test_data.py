@@ -727,7 +727,8 @@ def test_files_that_are_no_data_set_are_named(tmp_path: Path) -> None:
 
 
 def test_a_path_that_no_reader_reads_is_named_with_what_is_read(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="neither .*samples.jsonl nor .*parquet.* in it"):
+    says = "neither .*samples.jsonl nor .*parquet nor .*json.* in it"
+    with pytest.raises(ValueError, match=says):
         load_samples(tmp_path)
     for name in ("data.csv", "data.jsonl"):
         (tmp_path / name).write_text("x")

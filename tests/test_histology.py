@@ -1,18 +1,25 @@
 """demo/histology: one of many alike, and all of several; masks have the pieces that rows say."""
 
 import io
+import json
 from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data import Examples, load_samples
+import evaluate
+import train_grpo
+import train_sft
+from data import ONE_BOX, AnswerFormat, Examples, Sizes, load_samples
 from demo.make.histology import WORDS, draw, make_rows, make_split
+from demo.make.several_boxes import EVALUATE, GRPO, WARM, filled, table
 from demo.make.wordings import check
-from extras.boxes import pieces
-from runtime.cli import ROOT
+from extras.boxes import SEVERAL_BOXES, pieces
+from metrics import prediction
+from runtime.cli import ROOT, parse_args
 
 DATA = ROOT / "demo/histology"
 
@@ -106,3 +113,57 @@ def test_pieces_do_not_touch(category):
     assert len(masks) >= 2
     assert np.sum(masks, axis=0).max() == 1
     assert len(pieces(np.any(masks, axis=0))) == len(masks)
+
+
+# ---------------------------------------------------------------- one box against several
+
+
+def write_perfect_predictions(folder: Path, answer_format: AnswerFormat, dice: float) -> None:
+    """Writes an evaluation in which every completion is the truth as that format writes it."""
+    lines = []
+    for i, example in enumerate(load_samples(DATA, "test")):
+        sizes = Sizes(example.image.size, example.image.size)
+        text = answer_format.target_text(example, sizes, True)
+        p = prediction(example, i, [text], sizes, answer_format)
+        p["dice"] = {"both": dice}
+        lines.append(json.dumps(p) + "\n")
+    folder.mkdir(parents=True)
+    (folder / "predictions.jsonl").write_text("".join(lines))
+
+
+def line_of(lines: list[str], start: str) -> str:
+    """The one line that begins so."""
+    found = [line for line in lines if line.startswith(start)]
+    assert len(found) == 1, (start, lines)
+    return found[0]
+
+
+def test_a_box_for_each_piece_beats_one_box_where_there_are_several(tmp_path):
+    for at in ("warm", "0"):
+        write_perfect_predictions(tmp_path / f"eval-reasoning-{at}", ONE_BOX, 0.5)
+        write_perfect_predictions(tmp_path / f"eval-boxes-{at}", SEVERAL_BOXES, 0.75)
+    lines = table(tmp_path, [0]).splitlines()
+    nucleus = line_of(lines, "| warm start | nucleus |")
+    assert nucleus.startswith("| warm start | nucleus | 1.000 | 1.000 | +0.000")
+    several = line_of(lines, "| warm start | all nuclei |")
+    cells = several.split(" | ")
+    assert float(cells[2]) < 0.2  # one box
+    assert float(cells[3]) == 1  # a box each
+    assert "| 0.500 | 0.750 | +0.250 [+0.250, +0.250] |" in several
+    trained = line_of(lines, "| GRPO, seed 0 | boxes |")
+    assert trained.startswith("| GRPO, seed 0 | boxes | 1.000 | 1.000 | +0.000 [+0.000, +0.000]")
+
+
+@pytest.mark.parametrize("command", [WARM, GRPO, EVALUATE])
+def test_the_commands_of_that_comparison_parse(command):
+    script, *words = command.split()
+    scripts = {"train_sft.py": train_sft, "train_grpo.py": train_grpo, "evaluate.py": evaluate}
+    cfg = parse_args(scripts[script].Config, "", argv=words)
+    assert cfg.max_new_tokens == 320
+
+
+def test_boxes_are_filled_where_the_pixels_have_their_centres():
+    mask = filled((4, 6), [(0, 0, 2, 1), (3.4, 1.6, 6, 4)])
+    assert mask[0].tolist() == [True, True, False, False, False, False]
+    assert not mask[1].any()
+    assert mask[2].tolist() == [False, False, False, True, True, True]
