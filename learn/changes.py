@@ -627,8 +627,8 @@ def mask_iou(p: dict) -> float | None:
 
 ''',
         ),
-        above(
-            '    "dice_points": ("Dice, points", lambda p: mask_score(p, "points")),',
+        below(
+            "    **HELD_OUT,",
             """\
     "mask_iou": ("IoU, mask", mask_iou),
 """,

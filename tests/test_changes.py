@@ -311,7 +311,7 @@ def check_overlong() -> None:
     cfg = train_grpo.Config(mode="iou", group=3, max_new_tokens=100, overlong=20)
     crm = SimpleNamespace(prompt_of=lambda question: None)
     setup = train_grpo.Setup(cfg, crm, None, {})
-    (rollout,) = train_grpo.roll_out(setup, ["a question"], [0], [0], step=0)
+    (rollout,) = train_grpo.roll_out(setup, ["a question"], [(0, 0)], step=0)
     assert rollout.rewards.tolist() == [3.0, 2.5, 2.0]
     assert [terms["overlong"] for terms in rollout.terms] == [0.0, -0.5, -1.0]
 

@@ -924,7 +924,8 @@ def test_without_a_held_out_split_training_starts_and_says_so(
     assert len(train) > 0
     assert isinstance(tests, Examples)
     assert len(tests) == 0
-    assert f'{path}: no split "test" there, so nothing is held out' in capsys.readouterr().out
+    says = f'{path}: no split "test" or "val" there, so nothing is held out'
+    assert says in capsys.readouterr().out
 
 
 def test_a_limit_takes_held_out_questions_from_all_over_a_sorted_file(folder: Fill) -> None:
