@@ -161,8 +161,8 @@ def scores_float32(q: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
 def partial_attention(
     q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention to some of the keys, and the logsumexp of its scores, by which `joint_attention` joins it
-    with attention to the rest.
+    """Attention to some of the keys, and the logsumexp of its scores, by which `joint_attention`
+    joins it with attention to the rest.
 
     q (…, a, d), keys and values (…, s, d), bias broadcastable to (…, a, s)
     -> (…, a, d), (…, a, 1), both float32"""

@@ -328,7 +328,7 @@ CISPO = Patch(
 """,
         ),
         below(
-            '    ratio: str = "token",',
+            "    sampler_is: float = 0.0,",
             """\
     cispo: bool = False,
 """,
@@ -365,7 +365,7 @@ SAPO = Patch(
 """,
         ),
         below(
-            '    ratio: str = "token",',
+            "    sampler_is: float = 0.0,",
             """\
     sapo: bool = False,
 """,
@@ -406,7 +406,7 @@ KL_TIMES_RATIO = Patch(
 """,
         ),
         below(
-            '    kl: str = "k3",',
+            "    sampler_is: float = 0.0,",
             """\
     kl_times_ratio: bool = False,
 """,

@@ -70,7 +70,8 @@ def run_in(copy: Path, *command: str | Path) -> str:
     """Returns what a script prints that runs in a copy. It must end with status 0."""
     script = Script(*command, before=partial(import_from, copy))
     said, errors = script.communicate(timeout=400)
-    assert script.returncode == 0, (said[-3000:], errors[-3000:])
+    if script.returncode != 0:
+        pytest.fail(f"status {script.returncode}\n{said[-4000:]}\n{errors[-4000:]}", pytrace=False)
     return said
 
 

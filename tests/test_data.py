@@ -389,7 +389,7 @@ def test_a_prompt_is_a_name_an_answer_formats_own_or_the_template_itself() -> No
     for name, entry in ANSWER_FORMATS.items():
         assert load_prompt(name) == find(entry).prompt
     assert load_prompt("{query} Answer.") == "{query} Answer."
-    with pytest.raises(ValueError, match="nonsense: neither one of reasoning, direct, bbox, boxes"):
+    with pytest.raises(ValueError, match="nonsense: neither one of reasoning, direct, .*boxes"):
         load_prompt("nonsense")
 
 
@@ -727,11 +727,12 @@ def test_files_that_are_no_data_set_are_named(tmp_path: Path) -> None:
 
 
 def test_a_path_that_no_reader_reads_is_named_with_what_is_read(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="neither samples.jsonl nor .*parquet nor .*json in it"):
+    says = "neither .*samples.jsonl nor .*parquet nor .*json.* in it"
+    with pytest.raises(ValueError, match=says):
         load_samples(tmp_path)
     for name in ("data.csv", "data.jsonl"):
         (tmp_path / name).write_text("x")
-        with pytest.raises(ValueError, match=f"{name}: neither samples.jsonl nor .*parquet"):
+        with pytest.raises(ValueError, match=f"{name}: neither .*samples.jsonl nor .*parquet"):
             load_samples(tmp_path / name)
 
 

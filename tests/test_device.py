@@ -217,7 +217,7 @@ RUNS = {
     ),
     "grpo_bfloat16": (
         train_grpo,
-        GRPO + "--prompts 2 --group 2 --max-new-tokens 30 --coefficients box_iou=1 "
+        GRPO + "--prompts 2 --group 2 --max-new-tokens 12 --coefficients box_iou=1 "
         "--minibatches 2 --inner-epochs 2 --resample 1 --checkpointing --dtype bfloat16 "
         "--entropy-coef 0.01 --eval-limit 1",
     ),
@@ -227,7 +227,7 @@ RUNS = {
         "--kl-coef 0 --agg token --ratio sequence --norm batch --pack-tokens 300 --offload "
         "--eval-every -1",
     ),
-    "sft": (train_sft, "--steps 2 --batch 2 --lr 1e-6 --eval-limit 1 --max-new-tokens 30"),
+    "sft": (train_sft, "--steps 2 --batch 2 --lr 1e-6 --eval-limit 1 --max-new-tokens 12"),
     "evaluate": (evaluate, "--limit 1 --completions 2 --max-new-tokens 100"),
     "infer": (infer, "--image demo/images/fundus.png --query where --completions 2"),
 }

@@ -525,7 +525,7 @@ def test_a_steps_row_by_hand():
         record(length=10, finished=0.0, reward=2.0, box_iou=1.0),
         record(length=7, finished=1.0, reward=6.0, box_iou=0.5),
     ]
-    row = step_row(records, TOTALS, grad_norms=[1.0, math.inf])
+    row = step_row(records, TOTALS, grad_norms=[1.0, math.inf], terms=["box_iou"])
     expected = {
         "reward": 3.0,
         "length": 7.0,
@@ -555,7 +555,7 @@ def test_a_steps_row_by_hand():
 
 
 def test_a_step_without_a_finished_completion_has_no_length_of_finished_ones():
-    row = step_row([record(9, 0.0, 1.0, 0.0)] * 2, TOTALS, grad_norms=[1.0])
+    row = step_row([record(9, 0.0, 1.0, 0.0)] * 2, TOTALS, grad_norms=[1.0], terms=["box_iou"])
     assert "length_finished" not in row
     assert row["length_min"] == 9
     assert row["length_max"] == 9

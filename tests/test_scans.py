@@ -17,7 +17,7 @@ import pytest
 import torch
 from hypothesis import given
 from PIL import Image
-from test_hostile import FEW, SEEDS, bent
+from test_hostile import FEW, SEEDS, changed
 
 import infer
 from crm import Group, load_crm
@@ -1277,7 +1277,7 @@ def write_bent(folder: Path, name: str, seed: int) -> Path:
         for k, source in enumerate(CT5N.iterdir()):
             data = source.read_bytes()
             if k == seed % 5:
-                data = bent(data, seed)
+                data = changed(data, seed)
             (folder / str(k)).write_bytes(data)
         return folder
     file = folder / "a.dcm"
@@ -1291,9 +1291,9 @@ def write_bent(folder: Path, name: str, seed: int) -> Path:
         data = (DICOM / name).read_bytes()
         cut = data.find(b"\xe0\x7f\x10\x00")  # the pixel data's tag, -1 if there is none
     if header_alone and cut > 0:
-        file.write_bytes(bent(data[:cut], seed) + data[cut:])
+        file.write_bytes(changed(data[:cut], seed) + data[cut:])
     else:
-        file.write_bytes(bent(data, seed))
+        file.write_bytes(changed(data, seed))
     return file
 
 

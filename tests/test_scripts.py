@@ -160,6 +160,19 @@ def test_each_make_target_of_the_readme_is_there_and_each_target_is_explained() 
     assert in_backticks <= set(explained)
 
 
+def test_the_commands_of_the_makefile_are_ones_that_the_scripts_take(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(ROOT)
+    makefile = (ROOT / "Makefile").read_text().replace("\\\n", " ")
+    taken = []
+    for line in re.findall(r"^\t\$\(RUN\) (\w+\.py.*)$", makefile, re.MULTILINE):
+        script, *flags = shlex.split(line)
+        parse_args(SCRIPTS[script].Config, "", argv=flags)
+        taken.append(script)
+    assert taken[:2] == ["train_grpo.py", "infer.py"]  # make demo
+
+
 def test_what_the_readme_installs_is_in_the_requirements() -> None:
     requirements = (ROOT / "requirements.txt").read_text()
     installs = [words for words in COMMANDS if "pip" in words]
