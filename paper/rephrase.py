@@ -141,7 +141,12 @@ SYNONYMS = {
     "structure": "formation",
     "organ": "body part",
 }
-FRAMES = ("In this image, {}", "Quick question from the ward: {}", "{} Thank you.", "pls help - {}")
+PHRASES = (
+    "In this image, {}",
+    "Quick question from the ward: {}",
+    "{} Thank you.",
+    "pls help - {}",
+)
 HISTORY = (
     "The patient is 58 years old and takes vitamin D.",
     "Seen on a Tuesday; no known allergies.",
@@ -193,11 +198,11 @@ def synonyms(query: str, rng: random.Random) -> str:
     return exchanged(query, SYNONYMS)
 
 
-def framed(query: str, rng: random.Random) -> str:
-    frame = rng.choice(FRAMES)
-    if frame.startswith("{"):
-        return frame.format(query)
-    return frame.format(query[:1].lower() + query[1:])
+def in_a_phrase(query: str, rng: random.Random) -> str:
+    phrase = rng.choice(PHRASES)
+    if phrase.startswith("{"):
+        return phrase.format(query)
+    return phrase.format(query[:1].lower() + query[1:])
 
 
 def with_history(query: str, rng: random.Random) -> str:
@@ -211,12 +216,12 @@ def telegraphic(query: str, rng: random.Random) -> str:
     return " ".join(kept) if kept else query
 
 
-VARIANTS: dict[str, Wording] = {
+VARIANTS: dict[str, Wording] = {  # a name also seeds the choices of its wording
     "typos": typos,
     "lower case": lower_case,
     "shorthand": shorthand,
     "synonyms": synonyms,
-    "frame": framed,
+    "frame": in_a_phrase,
     "history": with_history,
     "telegraphic": telegraphic,
 }

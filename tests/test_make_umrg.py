@@ -5,7 +5,10 @@ import json
 import re
 import threading
 import time
+from argparse import Namespace
+from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,14 +19,15 @@ from paper.make_umrg import clean, find, main, parse, split_of
 from paper.umrg_words import Facts, Item, problem, template
 
 
-def picture(folder, name, size=(90, 70), box=(10, 12, 40, 50), value=200, seed=0):
-    """An image with a bright rectangle and its mask."""
-    W, H = size
-    pixels = np.random.default_rng(seed).integers(0, 60, (H, W), dtype=np.uint8)
-    mask = np.zeros((H, W), bool)
+def picture(
+    folder: Path, name: str, box: tuple[int, int, int, int] = (10, 12, 40, 50), seed: int = 0
+) -> np.ndarray:
+    """Writes an image of 90 x 70 with a bright rectangle, and its mask, which is returned."""
+    pixels = np.random.default_rng(seed).integers(0, 60, (70, 90), dtype=np.uint8)
+    mask = np.zeros((70, 90), bool)
     x1, y1, x2, y2 = box
     mask[y1:y2, x1:x2] = True
-    pixels[mask] = value
+    pixels[mask] = 200
     for kind, array in (("images", pixels), ("masks", mask.astype(np.uint8) * 255)):
         (folder / kind).mkdir(parents=True, exist_ok=True)
         Image.fromarray(array).save(folder / kind / f"{name}.png")
@@ -37,22 +41,16 @@ def scans(tmp_path):
     return tmp_path
 
 
-def build(folder, *more):
-    main(
-        parse(
-            [
-                "--images",
-                str(folder / "images"),
-                "--masks",
-                str(folder / "masks"),
-                "--out",
-                str(folder / "out"),
-                "--cache",
-                str(folder / "cache"),
-                *map(str, more),
-            ]
-        )
-    )
+def arguments(folder: Path, *more: object) -> Namespace:
+    """The command line for the images and masks in a folder."""
+    words = ["--images", folder / "images", "--masks", folder / "masks"]
+    words += ["--out", folder / "out", "--cache", folder / "cache"]
+    return parse([str(word) for word in (*words, *more)])
+
+
+def build(folder: Path, *more: object) -> dict:
+    """Builds a data set. Returns its report.json."""
+    main(arguments(folder, *more))
     return json.loads((folder / "out/report.json").read_text())
 
 
@@ -63,20 +61,20 @@ def test_a_mask_turns_with_the_exif_orientation_of_its_image(tmp_path):
     upside_down[0x0112] = 3
     path = tmp_path / "images/photo.png"
     Image.open(path).save(path, exif=upside_down)
-    kept, dropped = clean(
-        find(tmp_path / "images", tmp_path / "masks", None),
-        parse(["--images", str(tmp_path), "--masks", str(tmp_path), "--out", str(tmp_path)]),
-    )
+    items = find(tmp_path / "images", tmp_path / "masks", None)
+    kept, dropped = clean(items, arguments(tmp_path))
     assert not dropped
     assert kept[0].facts.box == box_from_mask(mask[::-1, ::-1])
 
 
-def table(folder, lines):
-    (folder / "meta.csv").write_text(
-        "image,mask,category,supercategory,modality,patient\n"
-        + "".join(",".join(line) + "\n" for line in lines)
-    )
-    return "--table", folder / "meta.csv"
+def table(folder: Path, lines: list[tuple[str, ...]]) -> tuple[str, Path]:
+    """Writes a CSV of image, mask, category, supercategory, modality, patient. Returns the flag
+    that names it."""
+    rows = ["image,mask,category,supercategory,modality,patient"]
+    rows += [",".join(line) for line in lines]
+    file = folder / "meta.csv"
+    file.write_text("\n".join(rows) + "\n")
+    return "--table", file
 
 
 def test_templates_make_a_data_set_that_loads_with_patients_in_one_split_only(scans):
@@ -85,21 +83,23 @@ def test_templates_make_a_data_set_that_loads_with_patients_in_one_split_only(sc
         for i in range(12)
     ]
     report = build(scans, *table(scans, lines), "--test-share", 0.5)
-    train, test = (list(load_samples(scans / "out", split)) for split in ("train", "test"))
+    train = load_samples(scans / "out", "train")
+    test = load_samples(scans / "out", "test")
     assert len(train) == report["train"]
     assert len(test) == report["test"]
     assert len(train) + len(test) == 12
     assert report["words"] == {"template": 12}
-    patients = [{s.extra["patient"] for s in split} for split in (train, test)]
-    assert patients[0]
-    assert patients[1]
-    assert not patients[0] & patients[1]
-    for s in train:
-        assert s.bbox == box_from_mask(s.mask)
-        assert s.category == "left kidney"
-        assert s.supercategory == "Abdomen"
-        assert "kidney" not in s.query.lower()
-        assert s.think
+    train_patients = {example.extra["patient"] for example in train}
+    test_patients = {example.extra["patient"] for example in test}
+    assert train_patients
+    assert test_patients
+    assert not train_patients & test_patients
+    for example in train:
+        assert example.bbox == box_from_mask(example.mask)
+        assert example.category == "left kidney"
+        assert example.supercategory == "Abdomen"
+        assert "kidney" not in example.query.lower()
+        assert example.think
 
 
 def test_what_cannot_be_used_is_dropped_with_its_reason(scans):
@@ -184,7 +184,8 @@ def item(category: str = "left kidney", horizontal: str = "left") -> Item:
 )
 def test_unusable_words_are_sent_back_with_the_reason(answer, says):
     found = problem(answer, item())
-    assert says in found if says else found == ""
+    assert says in found
+    assert bool(found) == bool(says)
 
 
 def test_template_words_pass_the_same_checks(scans):
@@ -229,21 +230,15 @@ def test_the_review_page_escapes_and_its_decisions_are_read_back(scans):
 
 
 @pytest.mark.parametrize(
-    "spoil, says",
+    "text, says",
     [
-        (lambda s: (s / "meta.csv").write_text("image,mask\n"), "column category is missing"),
-        (
-            lambda s: (s / "meta.csv").write_text("image,mask,category\na.png,b.png,\n"),
-            "line 2: no category",
-        ),
-        (
-            lambda s: (s / "meta.csv").write_text("image,mask,category\na.png,b.png,c\n"),
-            "nothing usable",
-        ),
+        ("image,mask\n", "column category is missing"),
+        ("image,mask,category\na.png,b.png,\n", "line 2: no category"),
+        ("image,mask,category\na.png,b.png,c\n", "nothing usable"),
     ],
 )
-def test_a_bad_table_is_named_and_nothing_written(scans, spoil, says):
-    spoil(scans)
+def test_a_bad_table_is_named_and_nothing_written(scans, text, says):
+    (scans / "meta.csv").write_text(text)
     with pytest.raises(ValueError, match=says):
         build(scans, "--table", scans / "meta.csv")
     assert not (scans / "out").exists()
@@ -261,7 +256,7 @@ GOOD = {
 class Endpoint(ThreadingHTTPServer):
     """Answers by script: a status, a delay, or a text; after the script GOOD for ever."""
 
-    def __init__(self, script=()):
+    def __init__(self, script: Sequence[object] = ()):
         super().__init__(("127.0.0.1", 0), Handler)
         self.script = list(script)
         self.asked = []
@@ -270,14 +265,18 @@ class Endpoint(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    def do_POST(self):
+    def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         self.server.asked.append(body["messages"])
         step = self.server.script.pop(0) if self.server.script else json.dumps(GOOD)
         if isinstance(step, float):
             time.sleep(step)
             step = "too late"
-        status, text = (step, "") if isinstance(step, int) else (200, step)
+        status = 200
+        text = step
+        if isinstance(step, int):
+            status = step
+            text = ""
         reply = {
             "id": "1",
             "object": "chat.completion",
@@ -303,8 +302,8 @@ class Handler(BaseHTTPRequestHandler):
         except BrokenPipeError:
             pass  # the client did not wait
 
-    def log_message(self, *_):
-        pass
+    def log_message(self, *_: object) -> None:
+        """Says nothing."""
 
 
 @pytest.fixture
@@ -314,52 +313,30 @@ def one(tmp_path, monkeypatch):
     return tmp_path, *table(tmp_path, [("scan00.png", "scan00.png", "kidney", "Abdomen", "CT", "")])
 
 
-def ask(one, server, *more):
+def ask(one: tuple, server: Endpoint, *more: object) -> dict:
+    """Builds a data set of one image with words of an endpoint. Returns its report."""
     folder, *flags = one
-    return build(
-        folder,
-        *flags,
-        "--base-url",
-        server.url,
-        "--model",
-        "m",
-        "--timeout",
-        0.5,
-        "--price-in",
-        10,
-        *more,
-    )
+    flags += ["--base-url", server.url, "--model", "m", "--timeout", 0.5, "--price-in", 10]
+    return build(folder, *flags, *more)
 
 
 def test_errors_bad_json_and_named_targets_are_survived_and_nothing_is_asked_twice(one, capsys):
     description = json.dumps({"description": "bean", "formats": ["a"]})
     named = json.dumps({"question": "Where is the kidney?", "think": "x"})
-    server = Endpoint(
-        [
-            500,
-            429,
-            1.0,
-            description,
-            "no json at all {",
-            named,
-            "```json\n" + json.dumps(GOOD) + "\n```",
-        ]
-    )
+    fenced = "```json\n" + json.dumps(GOOD) + "\n```"
+    server = Endpoint([500, 429, 1.0, description, "no json at all {", named, fenced])
     report = ask(one, server)
     assert report["words"] == {"language model": 1}
     assert len(server.asked) == 7
     assert "must not name the target" in server.asked[-1][-1]["content"]  # told why
-    assert (
-        "4 replies, 0 from the cache, 400 tokens in, 80 out, 0.00 in money"
-        in capsys.readouterr().out
-    )
+    cost = "4 replies, 0 from the cache, 400 tokens in, 80 out, 0.00 in money"
+    assert cost in capsys.readouterr().out
     split = "train" if report["train"] else "test"
     assert load_samples(one[0] / "out", split)[0].query == GOOD["question"]
     assert ask(one, server)["words"] == {"language model": 1}
     assert len(server.asked) == 7
-    assert "secret-key" not in "".join(
-        p.read_text(errors="ignore") for p in one[0].rglob("*") if p.is_file()
-    )
+    for file in one[0].rglob("*"):
+        assert not file.is_file() or "secret-key" not in file.read_text(errors="ignore")
 
 
 def test_after_tries_unusable_answers_the_template_steps_in_and_is_counted(one):
