@@ -420,7 +420,7 @@ def test_compare_is_of_the_same_questions_with_the_same_truth():
     assert first_line.split()[:4] == ["IoU", "75.0", "->", "100.0"]
     for p in after:
         p["truth"] = p["truth"] | {"bbox": (10, 10, 20, 21)}
-    with pytest.raises(ValueError, match="question 0 has another truth"):
+    with pytest.raises(ValueError, match="question 0: its truth differs between the two"):
         compare(before, after)
     with pytest.raises(ValueError, match="1 questions are in only one, the first is 5"):
         compare(before, before[:5])
