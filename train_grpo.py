@@ -79,7 +79,16 @@ from runtime.cli import exit_on, flag, parse_args, print0, use_embedded
 from runtime.optim import Optimizer
 from runtime.parallel import Ranks, equal_passes, peak_memory
 from runtime.run import TRACKERS, Run, learning_rate, step_indices
-from runtime.stats import Phases, StepStats, check_first_step, spread
+from runtime.stats import (
+    Phases,
+    StepStats,
+    check_first_step,
+    covers,
+    explain_memory,
+    first_look,
+    spread,
+    warn_of_jump,
+)
 from sampling import sample
 from scoring import all_logp, make_packs, score
 
@@ -471,12 +480,15 @@ def completion_records(batch: list[Rollout], crm: CRM, ranks: Ranks) -> list[dic
             **spread(rollout.rewards, rollout.texts),
         }
         for g, text in enumerate(rollout.texts):
+            answer = crm.answer_format.parse(text)
+            boxes = [bbox for bbox, _ in answer.regions if bbox is not None]
             record = {
                 **of_group,
                 "text": text,
                 "reward": float(rollout.rewards[g]),
                 "length": int(rollout.lengths[g]),
-                "parse_ok": float(not crm.answer_format.parse(text).problem),
+                "parse_ok": float(not answer.problem),
+                "whole_image": float(any(covers(b, rollout.prompt.sizes.model) for b in boxes)),
                 "finished": float(rollout.finished[g]),
                 **rollout.terms[g],
             }
@@ -503,7 +515,8 @@ def step_row(records: list[dict], totals: dict[str, float], grad_norms: list[flo
     finished = [record["length"] for record in records if record["finished"]]
     if finished:
         row["length_finished"] = sum(finished) / len(finished)
-    not_terms = {"reward", "length", "parse_ok", "finished", "reward_std", "zero_std", "identical"}
+    of_a_completion = {"reward", "length", "parse_ok", "whole_image", "finished"}
+    not_terms = of_a_completion | {"reward_std", "zero_std", "identical"}
     for name in columns:
         if name not in not_terms:
             row[f"{name}/std"] = float(np.std(columns[name]))
@@ -623,6 +636,9 @@ def main(cfg: Config) -> None:
         means = log_held_out(run, crm, tests, cfg, coefficients, step=0, greedy=True)
         run.log("metrics", {"step": 0, **means})
         log_groups(run, 0, tests, setup, own=[])
+    if start_step > 0 and ranks.is_main:
+        lr_today = learning_rate(start_step - 1, cfg.steps, cfg.lr, cfg.warmup, cfg.schedule)
+        warn_of_jump(run.read("metrics"), lr_today)
     steps = range(start_step, cfg.steps)
     bar = tqdm(steps, initial=start_step, total=cfg.steps, disable=not ranks.is_main, ncols=100)
     for step in bar:
@@ -643,6 +659,11 @@ def main(cfg: Config) -> None:
             for attempt in range(1, cfg.resample + 1):
                 replace_equal_groups(batch, own_places, setup, train, step, attempt)
         phases.end("sample")
+        if step == 0:
+            texts = [text for group in batch for text in group.texts]
+            problems = [(text, crm.answer_format.parse(text).problem) for text in texts]
+            tokens = [int((group.prompt.ids == crm.image_id).sum()) for group in batch]
+            first_look(problems, tokens, crm.model.num_parameters())
 
         # 2. Each completion's advantage over its group. Rewards are those of all ranks.
         rewards = torch.stack(ranks.gather([group.rewards for group in batch]))  # (P, G)
@@ -742,5 +763,5 @@ def replace_equal_groups(
 
 
 if __name__ == "__main__":
-    with exit_on(BadRow):
+    with exit_on(BadRow), explain_memory():
         main(parse_args(Config, __doc__, recipe=RECIPE, moved=MOVED))
