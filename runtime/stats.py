@@ -170,8 +170,8 @@ WARNINGS: list[tuple[str, Callable[[Row, Row], bool]]] = [
         only_the_format_is_better,
     ),
     (
-        "completions can be parsed, but their boxes miss: python data.py PATH says whether the "
-        "data's boxes are pixels of the image",
+        "completions can be parsed, but their boxes miss: the data's boxes must be pixels of the "
+        "image; python data.py PATH --sheet sheet.png draws them",
         boxes_miss,
     ),
     (
@@ -245,7 +245,7 @@ def first_look(problems: list[tuple[str, str]], image_tokens: list[int], weights
     if weights >= SMALLEST_REAL_MODEL and mean < FEWEST_IMAGE_TOKENS:
         print0(
             f"an image has {mean:,.0f} tokens; Qwen's authors recommend 1,024 to 2,048 for boxes: "
-            "--resize square:896 gives 1,024"
+            "--resize aspect:1605632 allows 2,048; enlarge the files of small images"
         )
 
 
