@@ -104,11 +104,12 @@ class Optimizer:
         return norm
 
     def _what_is_not_finite(self, gradients: list[torch.Tensor | None]) -> str:
-        """Names the first parameter whose gradient is not finite, on any rank. All ranks call it."""
+        """Names the first parameter whose gradient is not finite on any rank. All ranks call it."""
         first = len(gradients)
-        for index, gradient in reversed(list(enumerate(gradients))):
+        for index, gradient in enumerate(gradients):
             if gradient is not None and not rows_of(gradient).values.isfinite().all():
                 first = index
+                break
         if dist.is_initialized():
             of_ranks = [first] * dist.get_world_size()
             dist.all_gather_object(of_ranks, first)
