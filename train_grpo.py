@@ -81,7 +81,18 @@ from runtime.cli import exit_on, flag, parse_args, print0, use_embedded
 from runtime.optim import Optimizer
 from runtime.parallel import Ranks, equal_passes, peak_memory
 from runtime.run import TRACKERS, Run, learning_rate, step_indices
-from runtime.stats import MAXIMA, MINIMA, Phases, StepStats, check_first_step, spread
+from runtime.stats import (
+    MAXIMA,
+    MINIMA,
+    Phases,
+    StepStats,
+    check_first_step,
+    covers,
+    explain_memory,
+    first_look,
+    spread,
+    warn_of_jump,
+)
 from sampling import TRAINING, sample
 from scoring import all_logp, make_packs, score
 
@@ -364,6 +375,17 @@ def mask_dice_term(asm: ASM, example: Example, text: str, group: Group, crm: CRM
     return smooth_log(metrics.mask_dice(mask, example.mask))
 
 
+def look_at_first(batch: list[Rollout], crm: CRM) -> None:
+    """Prints what the very first completions of this rank point to, see learn/SYMPTOMS.md."""
+    problems = []
+    image_tokens = []
+    for group in batch:
+        image_tokens.append(int((group.prompt.ids == crm.image_id).sum()))
+        for text in group.texts:
+            problems.append((text, crm.answer_format.parse(text).problem))
+    first_look(problems, image_tokens, crm.model.num_parameters())
+
+
 def places_of_rank(prompts: int, minibatches: int, ranks: Ranks) -> list[int]:
     """Returns which of a step's questions are this rank's: an equal part of every mini-batch, so
     that a mini-batch is the same on any number of ranks. They are in the order of mini-batches."""
@@ -462,12 +484,15 @@ def completion_records(batch: list[Rollout], crm: CRM, ranks: Ranks) -> list[dic
             **spread(rollout.rewards, rollout.texts),
         }
         for g, text in enumerate(rollout.texts):
+            answer = crm.answer_format.parse(text)
+            boxes = [bbox for bbox, _ in answer.regions if bbox is not None]
             record = {
                 **of_group,
                 "text": text,
                 "reward": float(rollout.rewards[g]),
                 "length": int(rollout.lengths[g]),
-                "parse_ok": float(not crm.answer_format.parse(text).problem),
+                "parse_ok": float(not answer.problem),
+                "whole_image": float(any(covers(b, rollout.prompt.sizes.model) for b in boxes)),
                 "finished": float(rollout.finished[g]),
                 **rollout.terms[g],
             }
@@ -615,6 +640,9 @@ def main(cfg: Config) -> None:
         means = log_held_out(run, crm, tests, cfg, coefficients, step=0, greedy=True)
         run.log("metrics", {"step": 0, **means})
         log_groups(run, 0, tests, setup, own=[])
+    if start_step > 0 and ranks.is_main:
+        lr_today = learning_rate(start_step - 1, cfg.steps, cfg.lr, cfg.warmup, cfg.schedule)
+        warn_of_jump(run.read("metrics"), lr_today)
     steps = range(start_step, cfg.steps)
     bar = tqdm(steps, initial=start_step, total=cfg.steps, disable=not ranks.is_main, ncols=100)
     for step in bar:
@@ -636,6 +664,8 @@ def main(cfg: Config) -> None:
             for attempt in range(1, cfg.resample + 1):
                 replace_equal_groups(batch, setup, train, own_places, step, attempt)
         phases.end("sample")
+        if step == 0:
+            look_at_first(batch, crm)
 
         # 2. Each completion's advantage over its group. Rewards are those of all ranks.
         rewards = torch.stack(ranks.gather([group.rewards for group in batch]))  # (P, G)
@@ -755,5 +785,5 @@ MOVED = {
 
 
 if __name__ == "__main__":
-    with exit_on(BadRow):
+    with exit_on(BadRow), explain_memory():
         main(parse_args(Config, __doc__, recipe=RECIPE, moved=MOVED))

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 from runtime.checkpoint import flush, write_record
+from runtime.cli import print0
 
 BUCKET = 2**26  # elements summed over ranks at once
 STATE = ("masters", "exp_avg", "exp_avg_sq", "step")  # AdamW's tensors of each parameter
@@ -96,9 +97,26 @@ class Optimizer:
         norm = norm.item()
         if math.isfinite(norm):
             self._update(gradients, lr, scale=min(1.0, max_norm / (norm + 1e-6)))
+        else:
+            print0(f"\n{self._what_is_not_finite(gradients)}")
         self.adamw.zero_grad(set_to_none=True)
         self.sums = [None] * len(self.sums)
         return norm
+
+    def _what_is_not_finite(self, gradients: list[torch.Tensor | None]) -> str:
+        """Names the first parameter whose gradient is not finite on any rank. All ranks call it."""
+        first = len(gradients)
+        for index, gradient in enumerate(gradients):
+            if gradient is not None and not rows_of(gradient).values.isfinite().all():
+                first = index
+                break
+        if dist.is_initialized():
+            of_ranks = [first] * dist.get_world_size()
+            dist.all_gather_object(of_ranks, first)
+            first = min(of_ranks)
+        if first == len(gradients):
+            return "the norm of the gradient is not finite, although each gradient is: it overflows"
+        return f"the gradient of {self.names[first]} is not finite"
 
     def _update(self, gradients: list[torch.Tensor | None], lr: float, scale: float) -> None:
         for master, gradient in zip(self.masters, gradients):

@@ -5,11 +5,14 @@ which of these names point to a problem, and to which flag.
 """
 
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
+from runtime.cli import print0
 from runtime.parallel import Ranks
 
 MAXIMA = ("ratio_max", "logp_gap")  # of these the largest value of a step counts
@@ -85,6 +88,40 @@ def spread(rewards: torch.Tensor, texts: list[str]) -> Row:
 # ---------------------------------------------------------------- warnings
 
 
+def boxes_miss(row: Row, first_values: Row) -> bool:
+    # A box that overlaps nothing still earns up to 0.1 for the attempt; 0.15 is an IoU of about
+    # 0.03. A completion that cannot be parsed earns 0.
+    parsed = row.get("parse_ok", 0)
+    return parsed > 0.5 and row.get("box_iou", 1) < 0.15 * parsed
+
+
+def only_the_format_is_better(row: Row, first_values: Row) -> bool:
+    parses = row.get("sampled/parse_ok", 0) > first_values.get("sampled/parse_ok", 1) + 0.1
+    points = row.get("sampled/iou_parsed", 1) >= first_values.get("sampled/iou_parsed", 0)
+    return parses and not points
+
+
+def held_out_reward_is_flat(row: Row, first_values: Row) -> bool:
+    if row.get("step", 0) < 50 or "sampled/reward" not in row:
+        return False
+    return row["sampled/reward"] <= first_values.get("sampled/reward", -math.inf)
+
+
+def gradient_is_zero(row: Row, first_values: Row) -> bool:
+    is_skipped = row.get("skipped", 0) > 0  # then the norm is that of no update
+    return row.get("grad_norm", 1) == 0 and not is_skipped
+
+
+def traces_are_missing(row: Row, first_values: Row) -> bool:
+    return row.get("parse_ok", 0) > 0.5 and row.get("think_format", 1) < 0.5
+
+
+def completions_became_short(row: Row, first_values: Row) -> bool:
+    # completions that were cut at first may become shorter without any harm
+    were_finished = first_values.get("finished", 0) > 0.5
+    return were_finished and row.get("length", math.inf) < 0.5 * first_values.get("length", 0)
+
+
 def entropy_has_collapsed(row: Row, first_values: Row) -> bool:
     return row.get("entropy", 1) < 0.1 * first_values.get("entropy", 0)
 
@@ -95,11 +132,16 @@ def held_out_parse_rate_fell(row: Row, first_values: Row) -> bool:
 
 # What in a row of metrics.jsonl points to a problem: the sentence with the flag that helps, and the
 # condition on the row and on the values that the run logged first. A value that a row lacks is
-# fine.
+# fine. learn/SYMPTOMS.md says more about each.
 WARNINGS: list[tuple[str, Callable[[Row, Row], bool]]] = [
     (
         "a gradient is not finite, its update was skipped: lower --lr",
         lambda row, first_values: row.get("skipped", 0) > 0,
+    ),
+    (
+        "the gradient is exactly 0, nothing is learned: rewards within each group are equal; raise "
+        "--temperature, --group or --max-new-tokens, or warm up with train_sft.py",
+        gradient_is_zero,
     ),
     (
         "almost no completion can be parsed: warm up with train_sft.py",
@@ -117,6 +159,34 @@ WARNINGS: list[tuple[str, Callable[[Row, Row], bool]]] = [
     (
         "most groups have equal rewards: raise --temperature or --group",
         lambda row, first_values: row.get("zero_std", 0) > 0.8,
+    ),
+    (
+        "the held-out reward is no higher than at first: raise --lr, --prompts or --group",
+        held_out_reward_is_flat,
+    ),
+    (
+        "held-out completions are better formed than at first, but their boxes are no better: give "
+        "--coefficients box_iou=2",
+        only_the_format_is_better,
+    ),
+    (
+        "completions can be parsed, but their boxes miss: the data's boxes must be pixels of the "
+        "image; python data.py PATH --sheet sheet.png draws them",
+        boxes_miss,
+    ),
+    (
+        "most boxes cover the whole image: give --mode hard or --coefficients box_scale=1",
+        lambda row, first_values: row.get("whole_image", 0) > 0.5,
+    ),
+    (
+        "most completions have no trace: give --prompt reasoning, and warm up with train_sft.py on "
+        "rows that have traces",
+        traces_are_missing,
+    ),
+    (
+        "completions are less than half as long as at first: read rollouts.jsonl; lower --lr or "
+        "raise --kl-coef",
+        completions_became_short,
     ),
     (
         "entropy has collapsed: lower --lr or raise --kl-coef",
@@ -137,6 +207,76 @@ def warnings_of(row: Row, first_values: Row) -> list[str]:
     """The sentences of WARNINGS that hold for a step's row. first_values: what the run logged first
     of each name."""
     return [sentence for sentence, holds in WARNINGS if holds(row, first_values)]
+
+
+# ---------------------------------------------------------------- what no row can hold
+
+# Qwen's authors recommend 1,024 to 2,048 for boxes (ggml-org/llama.cpp, issue 16842).
+FEWEST_IMAGE_TOKENS = 1024
+# The smallest Qwen2.5-VL has three billion weights. The embedded model has three million, and its
+# images are small on purpose.
+SMALLEST_REAL_MODEL = 1e9
+SHOWN = 3  # completions that cannot be parsed
+SHOWN_CHARACTERS = 300
+
+
+def covers(box: tuple[float, float, float, float], size: tuple[int, int]) -> bool:
+    """Whether a box (x1, y1, x2, y2) covers at least nine tenths of an image of (width, height)."""
+    width, height = size
+    x1, y1, x2, y2 = box
+    covered_width = min(x2, width) - max(x1, 0)
+    covered_height = min(y2, height) - max(y1, 0)
+    return covered_width > 0 and covered_width * covered_height >= 0.9 * width * height
+
+
+def first_look(problems: list[tuple[str, str]], image_tokens: list[int], weights: int) -> None:
+    """Prints what the first completions show: some that cannot be parsed, and whether images are
+    small for a real model.
+
+    problems      (text, what is wrong with it or "") of each completion
+    image_tokens  of each image
+    weights       of the model"""
+    broken = [(text, problem) for text, problem in problems if problem]
+    if broken:
+        print0(f"\n{len(broken)} of the first {len(problems)} completions cannot be parsed:")
+    for text, problem in broken[:SHOWN]:
+        print0(f"    {problem}: {text[:SHOWN_CHARACTERS]!r}")
+    mean = sum(image_tokens) / len(image_tokens)
+    if weights >= SMALLEST_REAL_MODEL and mean < FEWEST_IMAGE_TOKENS:
+        print0(
+            f"an image has {mean:,.0f} tokens; Qwen's authors recommend 1,024 to 2,048 for boxes: "
+            "--resize aspect:1605632 allows 2,048; enlarge the files of small images"
+        )
+
+
+def warn_of_jump(logged: list[Row], lr: float) -> None:
+    """Prints a line where the last step that was logged had another learning rate than today's
+    flags would have given it. logged: the rows of metrics.jsonl. lr: what they would have given."""
+    if not logged:
+        return
+    before = logged[-1].get("lr", lr)
+    if not math.isclose(before, lr, rel_tol=1e-6):
+        print0(
+            f"the learning rate of step {logged[-1]['step']} was {before:.3g}, and these flags "
+            f"would have made it {lr:.3g}: --schedule follows --steps, so curves jump here; give "
+            "--steps as before"
+        )
+
+
+@contextmanager
+def explain_memory() -> Iterator[None]:
+    """Inside, where the memory of an accelerator is used up, a line says which flags need less."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        print(
+            "out of memory: lower --pack-tokens (train_sft.py: --micro-batch), --max-new-tokens or "
+            "--resize, or give --checkpointing, --offload, --lora-rank or --parallel fsdp; python "
+            "-m bench.memory says what a run needs",
+            file=sys.stderr,
+            flush=True,
+        )
+        raise
 
 
 # ---------------------------------------------------------------- before the first update
