@@ -567,8 +567,12 @@ def log_groups(
     own: (place, group) of this rank."""
     ranks = run.ranks
     needs_mask = setup.asm is not None
-    fixed = [i for i in evenly_spread(len(tests), 8) if not needs_mask or tests[i].mask is not None]
-    picks = list(enumerate(fixed[::2]))[ranks.rank :: ranks.world]
+    usable = []
+    for i in evenly_spread(len(tests), 8):
+        if not needs_mask or tests[i].mask is not None:
+            usable.append(i)
+    fixed = [usable[i] for i in evenly_spread(len(usable), 4)]
+    picks = list(enumerate(fixed))[ranks.rank :: ranks.world]
     with setup.crm.gathered():
         groups = roll_out(setup, tests, picks, step=0)
     records = []

@@ -182,10 +182,10 @@ def test_compare_pairs_the_questions_and_names_those_in_only_one(tmp_path):
 @pytest.mark.parametrize(
     "change, says",
     [
-        ({"truth": {"bbox": [0, 0, 10, 11], "points": [[2, 2], [8, 8]]}}, "another truth"),
-        ({"truth": {"bbox": [0, 0, 10, 10], "points": [[2, 2], [8, 9]]}}, "another truth"),
-        ({"query": "!"}, "another query"),
-        ({"image": "another"}, "another image"),
+        ({"truth": {"bbox": [0, 0, 10, 11], "points": [[2, 2], [8, 8]]}}, "its truth differs"),
+        ({"truth": {"bbox": [0, 0, 10, 10], "points": [[2, 2], [8, 9]]}}, "its truth differs"),
+        ({"query": "!"}, "its query differs"),
+        ({"image": "another"}, "its image differs"),
     ],
 )
 def test_compare_does_not_pair_questions_of_different_data(tmp_path, change, says):
@@ -193,7 +193,7 @@ def test_compare_does_not_pair_questions_of_different_data(tmp_path, change, say
     lines = [line(i, [[0, 0, 5, 10]]) for i in range(6)]
     lines[4] |= change
     b = save(tmp_path / "b", lines)
-    with pytest.raises(ValueError, match=f"question 4 has {says}"):
+    with pytest.raises(ValueError, match=f"question 4: {says}"):
         metrics.compare(metrics.read_predictions(a), metrics.read_predictions(b))
 
 

@@ -154,11 +154,11 @@ def test_a_format_that_is_lost(means):
 
 
 def write_data_of_thousandths(folder: Path) -> None:
-    """Two of the embedded questions, on images of 2,000 pixels, with numbers from 0 to 1000."""
+    """Two of the embedded questions, on images of 3,000 pixels, with numbers from 0 to 1000."""
     (folder / "images").mkdir(parents=True)
     lines = []
     for i, example in enumerate(load_samples(EMBEDDED["data"], "train")[:2]):
-        example.image.resize((2000, 2000)).save(folder / f"images/{i}.png", compress_level=1)
+        example.image.resize((3000, 3000)).save(folder / f"images/{i}.png", compress_level=1)
         of_thousand = Sizes(example.image.size, (1000, 1000))
         row = {
             "image": f"{i}.png",
