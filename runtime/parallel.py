@@ -51,6 +51,9 @@ class Ranks:
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         # cuDNN's attention plans every new shape anew, and ours are all new
         torch.backends.cuda.enable_cudnn_sdp(False)
+        # float32 means float32: TF32 has ten bits, and the convolution of the patches would use it
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = False
 
         device = CPU
         if torch.cuda.is_available():

@@ -295,7 +295,7 @@ class Bounds:
 # By the type that computes, not the type in which weights are stored: shards are float32 although
 # the model computes in bfloat16. In float32 on a CPU a difference is a bug, whatever its size.
 EXACT = Bounds(logp_gap_max=1e-4, logp_gap_mean=1e-4, kl=1e-4, ratio=1e-5)
-# An accelerator picks its matrix kernels by shape, and convolutions may run in TF32.
+# An accelerator picks its matrix kernels by shape.
 FLOAT32_ACCELERATOR = Bounds(logp_gap_max=math.inf, logp_gap_mean=1e-3, kl=1e-3, ratio=0.05)
 # In bfloat16 two kernels differ in the third digit of each product: the mean says whether they
 # compute the same thing, and the worst of a million tokens says little.
