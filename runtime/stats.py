@@ -311,8 +311,8 @@ def check_first_step(
     updates: int,
     device_type: str = "cpu",
 ) -> None:
-    """Checks what must be true just before the very first update. RuntimeError otherwise, before
-    hours of compute.
+    """Checks numbers that were measured before the very first update moved a weight. RuntimeError
+    where they are wrong, before hours of compute; nothing is saved yet.
 
     totals               StepStats.total of the first update alone: loss, weight (the sum of the
                          tokens' weights), and where they were measured logp_gap_sum, logp_gap, kl,
