@@ -134,7 +134,7 @@ class Config:
     # advantages and loss
     norm: str = flag(
         "group",
-        "divide by the std of the group, not at all, or by that of the step",
+        "divide by the std of the group, of nothing, of the step",
         ("group", "none", "batch"),
     )
     agg: str = flag("sequence", "see token_weights", ("sequence", "token", "constant"))
