@@ -29,6 +29,7 @@ import torch
 from PIL import Image
 
 from data import (
+    ANSWER_FORMATS,
     MAX_PIXELS,
     MIN_PIXELS,
     PROMPTS,
@@ -43,6 +44,7 @@ from data import (
 from runtime.cli import matcher
 from runtime.parallel import Ranks
 from runtime.pretrained import (
+    check_folder,
     on_device,
     read_pretrained,
     read_settings,
@@ -112,8 +114,10 @@ def load_crm(
         "min_pixels": min_pixels,
         "max_pixels": max_pixels,
     }
+    check_folder(path)
     settings = read_settings(path)
     check_remembered(path, settings)
+    settings.pop("answers", None)  # the prompt says it; only a resume compares it
     for key, value in given.items():
         if value is not None:
             settings[key] = value
@@ -462,8 +466,8 @@ class CRM:
         )
 
     def settings(self) -> dict[str, Any]:
-        """Returns what a checkpoint remembers: how images are resized, and the prompt, by its name
-        where it has one."""
+        """Returns what a checkpoint remembers: how images are resized, the prompt, by its name
+        where it has one, and which entry of data.ANSWER_FORMATS rewarded its answers."""
         prompt = self.template
         for name, template in PROMPTS.items():
             if template == self.template:
@@ -473,6 +477,7 @@ class CRM:
             "min_pixels": self.min_pixels,
             "max_pixels": self.max_pixels,
             "prompt": prompt,
+            "answers": ANSWER_FORMATS[self.answer_format.key],
         }
 
     def check_settings(self, checkpoint: str | Path) -> None:

@@ -42,7 +42,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 
 import rewards
 from rewards import Answer, Box, Points, Terms, parse_answer, write_answer
-from runtime.cli import ROOT, exit_on, print0
+from runtime.cli import ROOT, exit_on, print0, show_every_character
 from runtime.files import read_text
 from runtime.images import headers_fit, load_image, load_mask
 from runtime.pictures import contact_sheet, overlay
@@ -532,6 +532,7 @@ def report_split(path: Path, split: str, known_problems: list[str]) -> list[tupl
 
 def main(argv: list[str] | None = None) -> int:
     """Prints what is in a data set. Returns the exit status: 2 where a row cannot be used."""
+    show_every_character()
     parser = argparse.ArgumentParser(
         description="What is in a data set, and what is wrong with it."
     )

@@ -42,6 +42,7 @@ from runtime.run import Run
 from sampling import EVALUATION, default_temperature, sample
 
 EVAL_COMPLETIONS = 4  # per held-out question while training, sampled as in training
+CHANGE_NOTHING = ("out", "batch", "rescore", "compare")  # flags that no result depends on
 EXAMPLES_SHOWN = 12  # questions in examples.png
 # what the segmenter is given of a completion: whether the box, and how many points
 GIVEN = {"points": (False, 2), "box": (True, 0), "one": (True, 1), "both": (True, 2)}
@@ -285,14 +286,15 @@ def checkpoint_files(crm: str) -> list[Path]:
     return [file for file in sorted(config.parent.iterdir()) if file.is_file()]
 
 
-def fingerprint(files: Sequence[Path], examples: Examples) -> str:
-    """Returns a digest of files and of the data: other weights, questions, images or masks under
-    the same path are another evaluation."""
-    digest = hashlib.blake2b(digest_size=12)
+def fingerprint(files: Sequence[Path], examples: Examples, prompt: str = "") -> str:
+    """Returns a digest of files, of the data and of the prompt's text: other weights, questions,
+    images, masks or words under the same name are another evaluation."""
+    digest = hashlib.blake2b(prompt.encode(), digest_size=12)
     for file in files:
         add_file(digest, file)
     for row in examples.rows:
-        parts = [row["id"], row["query"], row["bbox"], row["points"]]
+        keys = ("id", "query", "bbox", "points", "supercategory", "category", "extra")
+        parts = [row[key] for key in keys]
         digest.update(json.dumps(parts, default=str).encode())
         for source in (row["image"], row["mask"]):
             if isinstance(source, Path):
@@ -302,6 +304,14 @@ def fingerprint(files: Sequence[Path], examples: Examples) -> str:
             elif source is not None:
                 digest.update(source)
     return digest.hexdigest()
+
+
+def segmenter_files(spec: str) -> list[Path]:
+    """Returns the files of a segmenter, whose spec may have a prefix; none where it is "none"."""
+    path = Path(spec if Path(spec).exists() else spec.partition(":")[2])
+    if path.is_file():
+        return [path]
+    return [file for file in sorted(path.glob("*")) if spec != "none" and file.is_file()]
 
 
 def add_file(digest: Any, file: Path) -> None:
@@ -336,15 +346,16 @@ def why_not_ours(out: Path, config: dict[str, Any]) -> str:
     """Returns why an evaluation with this config may not write into a folder; "" if it may."""
     file = out / "config.json"
     if not file.exists():
-        for name in ("predictions.jsonl", "summary.json", "table.md", "examples.png"):
-            if (out / name).exists():
-                return f"has a {name} that no evaluation here wrote; give another --out"
+        ours = ["predictions.jsonl", "summary.json", "table.md", "examples.png"]
+        for file in [*(out / name for name in ours), *out.glob("part-*.jsonl")]:
+            if file.exists():
+                return f"has a {file.name} that no evaluation here wrote; give another --out"
         return ""
     earlier = parse_object(read_text(file), file)
     if earlier.get("fingerprint") is None:
         return "its config.json is not that of an evaluation; give another --out"
     for name, value in json.loads(json.dumps(config)).items():
-        if earlier.get(name) == value:
+        if earlier.get(name) == value or name in CHANGE_NOTHING:
             continue
         if name == "fingerprint":
             return "the weights or the data have changed since; give another --out"
@@ -434,7 +445,8 @@ def evaluate(cfg: Config) -> None:
     crm = load_crm(cfg.crm, ranks.device, ranks.dtype(cfg.dtype), cfg.prompt, cfg.resize)
     config = asdict(cfg)
     if ranks.is_main:
-        config["fingerprint"] = fingerprint(checkpoint_files(cfg.crm), examples)
+        files = checkpoint_files(cfg.crm) + segmenter_files(cfg.asm)
+        config["fingerprint"] = fingerprint(files, examples, crm.template)
     claim_folder(out, config, ranks)
     rows = from_model(cfg, crm, examples, asm, ranks)
     if ranks.is_main:
@@ -465,5 +477,5 @@ MOVED = {
 
 
 if __name__ == "__main__":
-    with exit_on(BadRow):
+    with exit_on(BadRow, FloatingPointError):
         main(parse_args(Config, __doc__, moved=MOVED))

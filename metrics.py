@@ -180,17 +180,27 @@ def named(p: dict, completion: dict) -> bool | None:
 
 
 def has_word(text: str, word: str) -> bool:
-    """Whether a text has a word, or words, between other characters than letters: "ear" is not in
-    "clear"."""
+    """Whether a text has a word, or words, with no letter or digit beside it: "ear" is not in
+    "clear", and "t1" is not in "t12". Chinese and the like have no spaces, so there any place
+    counts."""
     at = text.find(word)
     while at >= 0:
+        end = at + len(word)
         before = text[at - 1 : at]
-        after = text[at + len(word) : at + len(word) + 1]
-        plural = after == "s" and not text[at + len(word) + 1 : at + len(word) + 2].isalpha()
-        if not before.isalpha() and (plural or not after.isalpha()):
+        after = text[end : end + 1]
+        if after == "s":  # a plural
+            after = text[end + 1 : end + 2]
+        if not goes_on(before, word[:1]) and not goes_on(word[-1:], after):
             return True
         at = text.find(word, at + 1)
     return False
+
+
+def goes_on(left: str, right: str) -> bool:
+    """Whether two neighbouring characters, or the ends of a text (""), are of one word."""
+    if not left.isalnum() or not right.isalnum():
+        return False
+    return left < "\u2e80" and right < "\u2e80"  # from there on: Chinese, Japanese, Korean
 
 
 def mask_dice(mask: np.ndarray, truth: np.ndarray) -> float:
@@ -467,9 +477,10 @@ def changes(held_out: Sequence[dict], metric_rows: Sequence[dict]) -> str:
     """Returns what a training run changed on the held-out split, from its first evaluation to its
     last, and how long it took. The arguments are the rows of held_out.jsonl and metrics.jsonl."""
     steps = sorted({row["step"] for row in held_out})
-    before = {(row["kind"], row["index"]): row for row in held_out if row["step"] == steps[0]}
-    after = {(row["kind"], row["index"]): row for row in held_out if row["step"] == steps[-1]}
-    both = [key for key in before if key in after]  # --eval-limit may have changed on --resume
+    # by id: another --eval-limit on --resume gives a question another index
+    before = {(row["kind"], row["id"]): row for row in held_out if row["step"] == steps[0]}
+    after = {(row["kind"], row["id"]): row for row in held_out if row["step"] == steps[-1]}
+    both = [key for key in before if key in after]
     lines = [
         f"\nheld-out split, step {steps[0]} -> {steps[-1]}, mean over questions "
         "[95 % paired bootstrap interval]"

@@ -716,6 +716,8 @@ def main(cfg: Config) -> None:
         row["tokens_per_second"] = row["tokens"] / row["seconds"]
         row["peak_memory_gb"] = peak_memory(ranks.device)
         stopped = run.stopped()
+        if run.is_due(done, stopped):  # first: an evaluation takes long, and a cluster may not wait
+            run.save(done, crm, optimizer)
         is_last = done == cfg.steps
         if len(tests) > 0 and run.evaluation_is_due(done) and (is_last or not stopped):
             row |= log_held_out(run, crm, tests, cfg, coefficients, done, greedy=is_last)
@@ -725,12 +727,11 @@ def main(cfg: Config) -> None:
         run.log("best_and_worst", {"step": done, **best_and_worst(records)})
         bar.set_postfix(reward=f"{row['reward']:.2f}", seconds=f"{row['seconds']:.2f}")
         if run.is_due(done, stopped):
-            run.save(done, crm, optimizer)
             run.curves(PANELS)
         run.give_up_on_skipped()
         if stopped:
             break
-    if done == cfg.steps and len(tests) > 0:
+    if done == cfg.steps and len(tests) > 0 and ranks.is_main:
         print0(metrics.changes(run.read("held_out"), run.read("metrics")))
     run.finish(done)
     if len(tests) > 0:

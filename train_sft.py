@@ -31,6 +31,7 @@ from runtime.cli import exit_on, flag, parse_args, print0, use_embedded
 from runtime.optim import Optimizer
 from runtime.parallel import Ranks, equal_passes, peak_memory
 from runtime.run import TRACKERS, Run, learning_rate, step_indices
+from runtime.stats import explain_memory, warn_of_jump
 from scoring import Pack, group_of, score
 
 
@@ -142,6 +143,9 @@ def main(cfg: Config) -> None:
     if start_step == 0 and len(tests) > 0:
         means = log_held_out(run, crm, tests, cfg, {}, step=0, greedy=True)
         run.log("metrics", {"step": 0, **means})
+    if start_step > 0 and ranks.is_main:
+        lr_today = learning_rate(start_step - 1, steps, cfg.lr, warmup, cfg.schedule)
+        warn_of_jump(run.read("metrics"), lr_today)
     bar = tqdm(
         range(start_step, steps),
         initial=start_step,
@@ -190,6 +194,8 @@ def main(cfg: Config) -> None:
             "tokens_per_second": tokens / seconds,
             "peak_memory_gb": peak_memory(ranks.device),
         }
+        if run.is_due(done, stopped):  # first: an evaluation takes long, and a cluster may not wait
+            run.save(done, crm, optimizer)
         is_last = done == steps
         if len(tests) > 0 and run.evaluation_is_due(done) and (is_last or not stopped):
             row |= log_held_out(run, crm, tests, cfg, {}, done, greedy=is_last)
@@ -197,12 +203,11 @@ def main(cfg: Config) -> None:
         run.log("metrics", row)
         bar.set_postfix(loss=f"{row['loss']:.3f}", s=f"{seconds:.1f}")
         if run.is_due(done, stopped):
-            run.save(done, crm, optimizer)
             run.curves(PANELS)
         run.give_up_on_skipped()
         if stopped:
             break
-    if done == steps and len(tests) > 0:
+    if done == steps and len(tests) > 0 and ranks.is_main:
         print0(metrics.changes(run.read("held_out"), run.read("metrics")))
     run.finish(done)
     ranks.stop()
@@ -223,5 +228,5 @@ MOVED = {
 
 
 if __name__ == "__main__":
-    with exit_on(BadRow):
+    with exit_on(BadRow), explain_memory():
         main(parse_args(Config, __doc__, moved=MOVED))

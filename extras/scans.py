@@ -38,6 +38,7 @@ import infer
 from data import EMBEDDED
 from extras.scan_files import Dicom, Nifti, ScanError, is_dicom
 from runtime.cli import dashed, exit_on, flag, parse_args, use_embedded
+from runtime.files import parse_object, read_text
 from runtime.images import MIN_SIDE
 
 # Directions in the patient: the axis of LPS, and the sign along it.
@@ -554,10 +555,12 @@ def view_of(cfg: Config) -> View:
 def earlier_masks(folder: Path) -> list[Path]:
     """The masks of an earlier scan in the folder. ValueError if this program did not write them."""
     found = [folder / name for name in WRITTEN_MASKS if (folder / name).exists()]
-    if found and not (folder / "result.json").exists():
+    file = folder / "result.json"
+    of_a_scan = file.exists() and "scan" in parse_object(read_text(file), file)
+    if found and not of_a_scan:
         raise ValueError(
-            f"--out {folder} has a {found[0].name} and no result.json, so it is not a folder of "
-            "this program: give another"
+            f"--out {folder} has a {found[0].name} and no result.json of a scan, so it is not a "
+            "folder of this program: give another"
         )
     return found
 

@@ -52,7 +52,7 @@ STATUS=$?
 
 # A run that was stopped ends with status 0 and says so. A signal in the first seconds, before there
 # is anything to save, ends it with 128 + 15. Both go on later; anything else is done, or an error.
-if grep -q "the same command with --resume continues" "$LOG" || [ "$STATUS" -eq 143 ]; then
+if grep -q "the same command with --resume" "$LOG" || [ "$STATUS" -eq 143 ]; then
     scontrol requeue "$SLURM_JOB_ID"
     STATUS=0
 fi

@@ -31,7 +31,13 @@ LOADING_ERRORS = (  # what from_pretrained raises on a broken folder, found by t
     StrictDataclassError,
 )
 SETTINGS_FILES = ("settings.json", "frame.json")  # the second is the name of older checkpoints
-SETTINGS_TYPES = {"resize": str, "min_pixels": int, "max_pixels": int, "prompt": str}
+SETTINGS_TYPES = {
+    "resize": str,
+    "min_pixels": int,
+    "max_pixels": int,
+    "prompt": str,
+    "answers": str,
+}
 # files of a checkpoint that neither model nor tokenizer nor image processor writes
 SIDE_FILES = ("chat_template.json", "chat_template.jinja", "video_preprocessor_config.json")
 
@@ -42,7 +48,7 @@ def read_pretrained(
     """Returns (model, tokenizer, image processor) of a folder or a hub name.
 
     ValueError, one line, says what is missing or torn, or that this is no Qwen2.5-VL."""
-    _check_folder(path)
+    check_folder(path)
     kind = _load(AutoConfig, path).model_type
     if kind != "qwen2_5_vl":
         raise ValueError(f"--crm {path}: its config.json says {kind!r}, not 'qwen2_5_vl'")
@@ -50,7 +56,7 @@ def read_pretrained(
     return model.to(device), _load(AutoTokenizer, path), _load(Qwen2VLImageProcessorPil, path)
 
 
-def _check_folder(path: str | Path) -> None:
+def check_folder(path: str | Path) -> None:
     """ValueError for a path that is no checkpoint, before anything looks for it on the hub."""
     folder = Path(path)
     of_run = list(checkpoints(folder).values())

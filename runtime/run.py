@@ -172,7 +172,7 @@ class Run:
         rows = [row for name in LOGS for row in self.read(name)]
         files = [config, *(self.folder / f"{name}.jsonl" for name in LOGS)]
         there = [path.name for path in files if path.exists()]
-        is_ours = config.exists() and "out" in parse_object(read_text(config), config)
+        is_ours = config.exists() and "save_every" in parse_object(read_text(config), config)
         is_ours = is_ours and all("step" in row for row in rows)
         if (rows or config.exists()) and not is_ours:
             raise ValueError(
@@ -416,13 +416,17 @@ class Run:
             raise BadRow(bad_rows[0])
         if was_asked_to_stop:
             self._leave(step, crm, optimizer)
+        self._delete_old()  # the newest weights have just shown that they work
 
     def _give_up_on_broken_weights(self, step: int, problem: str) -> None:
         if step == 0:
             raise BadRow(problem)  # these weights are not ours
+        last = f"and {self._newest_words()} is as it was"
+        if step == self.saved_step:
+            last = f"but {self._newest_words()} has them: delete it, and the one before is used"
         self._end_with_error(
-            f"step {step + 1}: {problem}; these weights are not saved, and {self._newest_words()} "
-            "is as it was: a lower --lr helps, in a run that starts from it or anew"
+            f"step {step + 1}: {problem}; these weights are not saved any more, {last}. A lower "
+            "--lr helps, in a run that starts from good weights or anew"
         )
 
     # ------------------------------------------------------------ checkpoints and evaluations
@@ -444,7 +448,8 @@ class Run:
             self.save(step, crm, optimizer)
 
     def save(self, step: int, crm: Any, optimizer: Optimizer) -> None:
-        """Writes the checkpoint of `step` steps, and deletes those that --keep does not ask for.
+        """Writes the checkpoint of `step` steps. Older ones that --keep does not ask for are deleted
+        once these weights have worked for another step.
 
         crm: has gathered(), a context manager inside which crm.save(folder) writes all weights. A
         kill at any moment leaves the checkpoint before it. Where any rank cannot write, all end
@@ -466,14 +471,12 @@ class Run:
             if self.ranks.is_main:
                 checkpoint.publish(folder)
         self.saved_step = step
-        with self._all_write(folder):
-            if self.ranks.is_main:
-                self._delete_old(folder)
 
-    def _delete_old(self, saved: Path) -> None:
+    def _delete_old(self) -> None:
         """--keep: the newest stay, and the best of those that were evaluated."""
-        if self.config.keep == 0:
+        if self.config.keep == 0 or self.saved_step is None or not self.ranks.is_main:
             return
+        saved = checkpoint.path_of(self.folder, self.saved_step)
         scores = {}
         for row in self.read("metrics"):
             if row.get("sampled/iou") is not None:
@@ -523,16 +526,18 @@ class Run:
     def finish(self, done: int) -> None:
         """Prints where everything is after `done` steps, and closes the tracker."""
         if done < self.steps:
-            can_resume = self.saved_step is not None
-            resume = "; the same command with --resume continues" if can_resume else ""
+            resume = "; the same command with --resume continues"
+            if self.saved_step is None:
+                resume = "; nothing is saved, the same command with --resume auto begins again"
             print0(f"\nstopped at {done} of {self.steps} steps{resume}")
+        else:
+            self._delete_old()
         if self.tracker is not None:
             self.tracker.finish()
         weights = "not saved" if self.saved_step is None else self._newest_words()
-        print0(
-            f"weights {weights}, numbers {self.folder / 'metrics.jsonl'}, "
-            f"picture {self.folder / 'curves.png'}"
-        )
+        picture = self.folder / "curves.png"
+        shown = f", picture {picture}" if picture.exists() else ""
+        print0(f"weights {weights}, numbers {self.folder / 'metrics.jsonl'}{shown}")
 
 
 def find_tracker(name: str) -> type:
