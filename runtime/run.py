@@ -448,8 +448,8 @@ class Run:
             self.save(step, crm, optimizer)
 
     def save(self, step: int, crm: Any, optimizer: Optimizer) -> None:
-        """Writes the checkpoint of `step` steps. Older ones that --keep does not ask for are deleted
-        once these weights have worked for another step.
+        """Writes the checkpoint of `step` steps. Older ones that --keep does not ask for are
+        deleted once these weights have worked for another step.
 
         crm: has gathered(), a context manager inside which crm.save(folder) writes all weights. A
         kill at any moment leaves the checkpoint before it. Where any rank cannot write, all end
