@@ -605,3 +605,20 @@ def test_help_names_every_flag_and_the_commands_that_moved():
     for module in ("extras.predictions", "extras.oracle"):
         said, _ = run(f"-m {module} --help")
         assert f"python -m {module}" in said
+
+
+def test_other_words_of_a_prompt_file_and_another_segmenter_are_another_evaluation(tmp_path):
+    examples = load_samples("demo/data", "test")[:1]
+    assert evaluate.fingerprint([], examples, "a") != evaluate.fingerprint([], examples, "b")
+    assert evaluate.segmenter_files("none") == []
+    in_folder = {file.name for file in evaluate.segmenter_files("demo/asm")}
+    assert {"config.yaml", "model.safetensors"} <= in_folder
+    (tmp_path / "m.pt").write_bytes(b"x")
+    assert evaluate.segmenter_files(f"medsam:{tmp_path / 'm.pt'}") == [tmp_path / "m.pt"]
+
+
+def test_flags_that_change_no_result_do_not_make_another_evaluation(tmp_path):
+    config = {"crm": "a", "batch": 16, "out": "x", "fingerprint": "f"}
+    evaluate.claim_folder(tmp_path, config, Ranks())
+    assert evaluate.why_not_ours(tmp_path, config | {"batch": 8, "out": "./x"}) == ""
+    assert "other flags" in evaluate.why_not_ours(tmp_path, config | {"crm": "b"})

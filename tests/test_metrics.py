@@ -586,3 +586,32 @@ def test_a_run_is_compared_from_its_first_evaluation_to_its_last():
 def test_every_metric_has_a_title_of_its_own():
     titles = [title for title, _ in METRICS.values()]
     assert len(set(titles)) == len(titles)
+
+
+@pytest.mark.parametrize(
+    "text, word, is_there",
+    [
+        ("a clear border", "ear", False),
+        ("the ear.", "ear", True),
+        ("both ears are seen", "ear", True),
+        ("nerve t12 is meant", "t1", False),
+        ("nerve t1 is meant", "t1", True),
+        ("这是肝脏。", "肝脏", True),  # no spaces there
+        ("", "ear", False),
+    ],
+)
+def test_a_name_is_a_word_of_the_trace(text, word, is_there):
+    assert has_word(text, word) is is_there
+
+
+def test_changes_pair_questions_by_id_where_a_limit_has_moved_them():
+    """Other limits spread over the split otherwise, so index 1 is another question then."""
+
+    def row(step, index, name, value):
+        same = {"kind": "greedy", "wording": None, "image": name}
+        return {"step": step, "index": index, "id": name, "iou": value, **same}
+
+    held_out = [row(0, i, f"q{i}", 0.1 * i) for i in range(8)]
+    held_out += [row(9, i, f"q{2 * i}", 0.2 * i + 0.5) for i in range(4)]  # every second, +0.5
+    timed = [{"seconds": 1.0, "peak_memory_gb": 1.0}]
+    assert "+0.500" in metrics.changes(held_out, timed)

@@ -240,3 +240,12 @@ def test_the_command_trains_with_the_released_rewards(monkeypatch, capsys):
     assert "--kl-coef" in capsys.readouterr().out  # train_grpo.py's own help
     assert data.answer_format_of(data.PROMPTS["reasoning"]) is AS_RELEASED
     assert data.answer_format_of(data.PROMPTS["direct"]) is AS_RELEASED
+
+
+def test_a_resume_with_other_rewards_is_an_error(crm, tmp_path, monkeypatch):
+    monkeypatch.setitem(data.ANSWER_FORMATS, "bbox", "extras.official_rewards.AS_RELEASED")
+    crm.save(tmp_path)
+    crm.check_settings(tmp_path)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="answers was 'extras.official_rewards.AS_RELEASED'"):
+        crm.check_settings(tmp_path)

@@ -946,3 +946,21 @@ def test_what_an_optimizer_saves_are_plain_safetensors(tmp_path):
         one.parameters[0].sum().backward()
         one.step(0.1)
     assert torch.equal(again.parameters[0], optimizer.parameters[0])
+
+
+def test_an_old_checkpoint_stays_until_the_newest_weights_have_worked(cfg, capsys):
+    """Diverged weights are only noticed when they sample: the good ones must be there then."""
+    run = begun(cfg, keep=1)
+    train(run, 2, save=(2,))
+    run.save(4, StubCRM(), an_optimizer())
+    assert names(run) == ["step_000002", "step_000004"]
+    with pytest.raises(SystemExit), run.checkpoint_on_bad_row(4, StubCRM(), an_optimizer()):
+        raise FloatingPointError("logits are not finite")
+    assert names(run) == ["step_000002", "step_000004"]
+    assert "step_000004 has them: delete it, and the one before is used" in capsys.readouterr().err
+
+
+def test_the_folder_of_an_evaluation_is_not_touched(cfg, tmp_path):
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval/config.json").write_text('{"out": "eval", "fingerprint": "x"}')
+    assert "not a training run's" in rejected(cfg, out=str(tmp_path / "eval"))
