@@ -7,6 +7,7 @@ tests/test_faults.py                     # the campaign, make faults: hundreds o
 
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -280,11 +281,12 @@ def report(name, tries, hits, losses):
 
 def disturb_runs(place, name, number, tries, each, start=start):
     """Runs that are hit `each` times, until `tries` hits were tried; a line of the table."""
-    whole = run_undisturbed(place / f"{name}-undisturbed", start)
+    kind = re.sub("[^A-Za-z0-9]+", "_", name)  # of its folders: a command line has no spaces in it
+    whole = run_undisturbed(place / f"{kind}-undisturbed", start)
     hits = 0
     losses = 0
     for i in range(tries // each):
-        folder = place / f"{name}-{i}"
+        folder = place / f"{kind}-{i}"
         hits += disturbed(folder, each, lambda process: process.send_signal(number), start)
         losses += not equal(folder, whole)
     report(name, tries, hits, losses)
