@@ -107,7 +107,8 @@ def numbers(folder):
 
 
 def same_weights(a, b):
-    one, two = (load_file(folder / LAST / "model.safetensors") for folder in (a, b))
+    one = load_file(a / LAST / "model.safetensors")
+    two = load_file(b / LAST / "model.safetensors")
     return all(torch.equal(one[name], two[name]) for name in one)
 
 

@@ -308,7 +308,10 @@ def test_several_boxes_become_one_mask(ask):
     assert got.status == 0
     assert len(got.result["regions"]) == 2
     assert len(got.asked) == 2
-    first, second = (region["bbox"] for region in got.result["regions"])
+    regions = got.result["regions"]
+    first = regions[0]["bbox"]
+    second = regions[1]["bbox"]
+    assert len(regions) == 2
     assert first == pytest.approx(in_image(boxes[0]))
     assert second == pytest.approx(in_image(boxes[1]))
     assert got.result["bbox"] == [*first[:2], *second[2:]]

@@ -565,7 +565,7 @@ def test_a_run_is_compared_over_all_questions_and_over_each_kind_of_wording():
         ["sampled,", "unseen", "iou"],
     ]
     assert "0.250 -> 0.500   +0.250 [+0.250, +0.250]" in of_iou[0]
-    _, seen, unseen = (line for line in lines if "named" in line)
+    _, seen, unseen = [line for line in lines if "named" in line]
     assert "0.000 -> 0.000" in seen
     assert "0.250 -> 0.500" in unseen
     assert not any("pdice" in line for line in lines)
