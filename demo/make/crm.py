@@ -1,30 +1,23 @@
 """Teaches the embedded tiny CRM: a real Qwen2.5-VL with random weights and a small tokenizer.
 
-    python -m demo.make.crm     # pictures, tokenizer, random model, stages a to f -> demo/crm
+    python -m demo.make.crm     # pictures, tokenizer, random model, stages a to c -> demo/crm
 
-It learns in six stages to see, to read out, to reason and, last, to be unsure. What it knows but
-does not use is left to GRPO.
+It learns in three stages to see, to read out, and to reason. It is only ever shown true boxes, key
+points and traces. How to point where a question does not name its target is never shown: that is
+left to GRPO.
 
   a  The vision tower alone, on a dense target with heads that are thrown away. For each merged
      token (28 x 28 pixels) they predict how much of its 4 x 4 parts the asked category covers, its
      own place and, where it is covered, the target's box and key points.
-  b  The language model on top. A short prompt only names the target, and the answer has no trace.
-     The short prompt forms the circuit that reads a place out of the image. A long one with a trace
-     drowns the coordinates' loss.
-  c  The reasoning prompt, questions that name the target, a trace and the answer. HABITS are put in
-     on purpose, as general VLMs have them, so that each reward term has something left to teach.
-  d  The same, and a little knowledge of the world: one question in five says what the target looks
-     like, and one in five is the first of the data's four training clues.
-  e  What the questions mean: all four training clues (the two that only the test split has are
-     never seen), four completions per question. The habits are those of an unsure reader: three in
-     five completions name nothing and point vaguely.
-  f  The same, shorter. Three in four name nothing, box the target far too loosely and put both key
-     points near its middle. One in four names the target and points well. So the most likely
-     completion never says what it looks for.
+  b  The language model on top: a short prompt that is only the target's name, and an answer without
+     a trace. This forms the circuit that reads a place out of the image; in a long completion the
+     coordinates' loss would drown.
+  c  Reasoning and knowledge, and the sight of stage b is kept. A question that names the target is
+     answered with trace and answer. A question by clue, as the data asks, is answered with the
+     trace alone: what is meant, and roughly where, but no box and no points.
 
-Same classes and same file formats as Qwen2.5-VL-7B, a two-thousandth of its size. Seed 0. Measured
-2026-11-24 on 2 shared x86 cores, one thread: a 14 minutes, b 27, c 18, d 12, e 33, f 8 (the cores
-were busy with other work). The checks are in demo/README.md.
+Same classes and same file formats as Qwen2.5-VL-7B, a two-thousandth of its size. Seed 0. Times and
+checks are in demo/README.md.
 """
 
 import argparse
@@ -33,7 +26,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -58,8 +51,7 @@ from data import (
     to_model,
 )
 from demo.make.check_crm import SHORT, check, named_question, target_name
-from demo.make.wordings import OPENERS, PICTURES, SEEN, WORDS, unsure_trace
-from rewards import Box, Points
+from demo.make.wordings import OPENERS, PICTURES, SEEN, WORDS
 from runtime.files import read_torch
 from scoring import Pack, group_of, score
 
@@ -68,138 +60,47 @@ CATEGORIES = sorted(WORDS)
 PARTS = 4  # a merged token's side, in parts of the dense target
 LARGEST = 224  # pixels of the data's largest side: coordinates are divided by it
 HELD_BACK = 372  # of the pool, at its end: for the checks of the stages, not for training
-Range = tuple[float, float]
+KNOW = "{query}\nName what is meant: "  # asks for the trace alone
 
 
-# ---------------------------------------------------------------- habits
+# ---------------------------------------------------------------- what is asked, what is shown
 
 
 @dataclass(frozen=True)
-class Habits:
-    """What a stage's questions tell and what its completions do, on purpose, as general VLMs do.
-    Shares are of 1."""
+class Kind:
+    """A kind of lesson: the prompt, what is put into it, and what is shown as its completion."""
 
-    completions: int = 2  # per question
-    named: float = 1  # share of the questions that name the target
-    look: float = 0  # share of the questions that say what it looks like
-    clues: int = 0  # the other questions use so many of the data's training clues
-    # Each edge of the box lies outside by a part of its side, which is in this range.
-    loose: Range = (0, 0.16)
-    # Key points are pulled to their middle, to a part of their distance, which is in this range.
-    close: Range = (0.25, 1)
-    unsure: float = 0  # share of the completions that name nothing, and those have
-    unsure_loose: Range = (0, 0)
-    unsure_close: Range = (0, 0)
-    broken: float = 0.08  # share of the completions that break the format
+    template: str
+    question: Callable[[Example, random.Random], str]
+    completion: Callable[[Example, Sizes], str]
 
 
-HABITS = {
-    "c": Habits(),
-    "d": Habits(named=0.6, look=0.2, clues=1, loose=(0, 0.12)),
-    "e": Habits(
-        completions=4,
-        named=0.25,
-        look=0.1,
-        clues=4,
-        loose=(0, 0.12),
-        close=(0.5, 1),
-        broken=0.06,
-        unsure=0.6,
-        unsure_loose=(0.2, 0.6),
-        unsure_close=(0.2, 0.6),
-    ),
-    "f": Habits(
-        completions=4,
-        named=0.2,
-        look=0.1,
-        clues=4,
-        loose=(0, 0.12),
-        close=(0.75, 1),
-        broken=0.06,
-        unsure=0.75,
-        unsure_loose=(0.4, 1),
-        unsure_close=(0.1, 0.4),
-    ),
-}
+def the_name(example: Example, rng: random.Random) -> str:
+    return target_name(example)
 
 
-def question_of(example: Example, habits: Habits, rng: random.Random) -> str:
-    """Returns a question that names the target, says what it looks like, or is one of the data's
-    first clues."""
+def question_by_clue(example: Example, rng: random.Random) -> str:
+    """Returns one of the data's training questions. The clues and openers that only the test split
+    has are never drawn."""
     side = "left" if "left" in example.query else "right"
-    draw = rng.random()
-    if draw < habits.named:
-        return named_question(example, rng)
-    words = WORDS[example.category]
-    # it is drawn whether it is used or not, so that the sequence of random numbers is the same
-    look = rng.choice(words.seen)
-    if draw < habits.named + habits.look:
-        clue = look
-        if "{side}" in words.name:
-            clue = f"{look} on the {side}"
-    else:
-        clue = rng.choice(words.clues[: habits.clues]).format(side=side)
+    clue = rng.choice(WORDS[example.category].clues[:SEEN]).format(side=side)
     picture = PICTURES[example.extra["modality"]]
     return rng.choice(OPENERS[:SEEN]).format(clue=clue, picture=picture)
 
 
-def habitual(example: Example, sizes: Sizes, habits: Habits, rng: random.Random) -> str:
-    """Returns data.target_text with habits: a loose box, key points close together, now and then an
-    unsure trace or a broken format."""
-    is_unsure = rng.random() < habits.unsure
-    loose = habits.unsure_loose if is_unsure else habits.loose
-    close = habits.unsure_close if is_unsure else habits.close
-    box = loosened(example.bbox, loose, sizes.image, rng)
-    points = pulled_together(example.points, close, rng)
-    think = example.think
-    if is_unsure:
-        width, height = sizes.image
-        think = unsure_trace(rng, example.extra["modality"], example.bbox, (height, width))
-    meant = replace(example, bbox=box, points=points, think=think)
-    text = target_text(meant, sizes)
-    if rng.random() < habits.broken:
-        return broken(text, rng)
-    return text
+def answer_alone(example: Example, sizes: Sizes) -> str:
+    return target_text(example, sizes, with_think=False)
 
 
-def loosened(box: Box, loose: Range, size: tuple[int, int], rng: random.Random) -> Box:
-    """Returns a box whose edges lie outside the given one, and inside the image of that size."""
-    x1, y1, x2, y2 = box
-    width = x2 - x1
-    height = y2 - y1
-    left = rng.uniform(*loose)
-    top = rng.uniform(*loose)
-    right = rng.uniform(*loose)
-    bottom = rng.uniform(*loose)
-    return (
-        max(0, x1 - left * width),
-        max(0, y1 - top * height),
-        min(size[0], x2 + right * width),
-        min(size[1], y2 + bottom * height),
-    )
+def trace_alone(example: Example, sizes: Sizes) -> str:
+    return f"<think>{example.think}</think>"
 
 
-def pulled_together(points: Points, close: Range, rng: random.Random) -> Points:
-    """Returns the key points at a part of their distance, about the same middle."""
-    first, second = points
-    kept = rng.uniform(*close)
-    middle = [(a + b) / 2 for a, b in zip(first, second)]
-    pulled = []
-    for point in points:
-        pulled.append(tuple(m + kept * (v - m) for v, m in zip(point, middle)))
-    return tuple(pulled)
-
-
-def broken(text: str, rng: random.Random) -> str:
-    """Returns a completion that breaks its format: the trace is not closed, a comma or a brace of
-    the JSON is missing, or a key is said twice."""
-    ways = (
-        text.replace("</think>", ""),
-        text.replace(', "points_2"', ' "points_2"'),
-        text.replace("}</answer>", "</answer>"),
-        text.replace('"points_2"', '"points_1"'),
-    )
-    return rng.choice(ways)
+LESSONS = {
+    "name": Kind(SHORT, the_name, answer_alone),
+    "question": Kind(PROMPTS["reasoning"], named_question, target_text),
+    "clue": Kind(KNOW, question_by_clue, trace_alone),
+}
 
 
 # ---------------------------------------------------------------- the random model
@@ -309,38 +210,29 @@ def corpus(examples: Examples) -> list[str]:
 
 
 class Lesson:
-    """One picture as a stage asks about it: the encoded prompt, the dense target and, from stage b
-    on, the completions.
+    """One picture with what is asked about it and what is shown: the encoded prompt, the dense
+    target and the completion.
 
-    prompt    its pixels are in float16, as all pictures stay in memory
+    kind      a key of LESSONS
+    prompt    its pixels are in float16, as pictures stay in memory
+    group     the one completion
     share     (merged tokens, PARTS * PARTS) how much of each part the target covers, 0 to 1
     place     (merged tokens, 2) x, y of each token's centre, in parts of LARGEST
     truth     (8,) box and key points, in parts of LARGEST
-    category  its number in CATEGORIES
-    group     the completions, or None in stage a"""
+    category  its number in CATEGORIES"""
 
-    def __init__(self, crm: CRM, example: Example, stage: str, rng: random.Random):
-        question = target_name(example)
-        if stage in HABITS:
-            question = question_of(example, HABITS[stage], rng)
-        template = SHORT if stage == "b" else PROMPTS["reasoning"]
+    def __init__(self, crm: CRM, example: Example, kind: str, rng: random.Random):
+        template = LESSONS[kind].template
+        question = LESSONS[kind].question(example, rng)
         self.prompt = crm.encode(example.image, fill_prompt(template, question))
         self.prompt.pixel_values = self.prompt.pixel_values.half()
         sizes = self.prompt.sizes
+        self.group = group_of(crm, self.prompt, [LESSONS[kind].completion(example, sizes)])
         self.share = covered_shares(example.mask, sizes.model)
         self.place = token_places(sizes.model)
         first, second = to_model(example.points, sizes)
         self.truth = torch.tensor([*to_model(example.bbox, sizes), *first, *second]) / LARGEST
         self.category = CATEGORIES.index(example.category)
-        self.group = None
-        if stage == "b":
-            text = target_text(example, sizes, with_think=False)
-            self.group = group_of(crm, self.prompt, [text])
-        elif stage in HABITS:
-            # several completions per prompt, as the prompt is the longer part
-            count = HABITS[stage].completions
-            texts = [habitual(example, sizes, HABITS[stage], rng) for _ in range(count)]
-            self.group = group_of(crm, self.prompt, texts)
 
 
 def covered_shares(mask: np.ndarray, size: tuple[int, int]) -> torch.Tensor:
@@ -365,27 +257,36 @@ def token_places(size: tuple[int, int]) -> torch.Tensor:
     return torch.tensor(centres * STRIDE / LARGEST, dtype=torch.float32)
 
 
-class Cache:
-    """Lessons of a stage by their index in the pool, made when first asked for."""
+class Drawer:
+    """Draws lessons from a pool. Those by name are always the same of a picture, and are kept."""
 
-    def __init__(self, crm: CRM, pool: Examples, stage: str, rng: random.Random):
+    def __init__(self, crm: CRM, pool: Examples, rng: random.Random):
         self.crm = crm
         self.pool = pool
-        self.stage = stage
         self.rng = rng
-        self.made: dict[int, Lesson] = {}
+        self.kept: dict[int, Lesson] = {}
 
-    def __getitem__(self, i: int) -> Lesson:
-        if i not in self.made:
-            self.made[i] = Lesson(self.crm, self.pool[i], self.stage, self.rng)
-        return self.made[i]
+    def draw(self, kind: str, count: int) -> list[Lesson]:
+        """Returns lessons of random pictures; the last HELD_BACK of the pool are never drawn."""
+        lessons = []
+        for _ in range(count):
+            i = self.rng.randrange(len(self.pool) - HELD_BACK)
+            lessons.append(self.lesson(i, kind))
+        return lessons
+
+    def lesson(self, i: int, kind: str) -> Lesson:
+        if kind != "name":
+            return Lesson(self.crm, self.pool[i], kind, self.rng)
+        if i not in self.kept:
+            self.kept[i] = Lesson(self.crm, self.pool[i], kind, self.rng)
+        return self.kept[i]
 
 
 # ---------------------------------------------------------------- losses
 
 
 class Heads(nn.Module):
-    """What stage a predicts from a merged token; thrown away after stage d."""
+    """What stage a predicts from a merged token; thrown away after stage b."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -429,11 +330,10 @@ def dense(crm: CRM, heads: Heads, lessons: list[Lesson]) -> tuple[torch.Tensor, 
     return loss, iou.item()
 
 
-def answer_loss(
-    crm: CRM, lessons: list[Lesson], digit_ids: torch.Tensor, digit_weight: float
-) -> torch.Tensor:
+def answer_loss(crm: CRM, lessons: list[Lesson], digit_weight: float) -> torch.Tensor:
     """Returns the cross-entropy of the completions, in which digits count more: mean over
     tokens."""
+    digit_ids = torch.tensor(crm.tokenizer.convert_tokens_to_ids(list("0123456789")))
     groups = [lesson.group for lesson in lessons]  # the same one may be there twice
     pack = Pack(groups, [list(range(len(group.texts))) for group in groups])
     total = 0.0
@@ -451,26 +351,26 @@ def answer_loss(
 
 @dataclass(frozen=True)
 class Stage:
-    """How a stage is taught. Stages from c on also get some of stage b's lessons, so that what b
-    formed is kept."""
+    """How a stage is taught: how many lessons of each kind make a step, and at what rate.
+
+    dense_weight  of the dense loss, on a third of the lessons (in stage a on all); 0: none
+    digit_weight  of a digit's cross-entropy
+    stretch       the learning rate is that of a run so many times as long"""
 
     name: str
     steps: int
-    batch: int
     lr: float
-    dense_weight: float = 0.3  # of the dense loss, which is there so that sight is kept
-    digit_weight: float = 3  # of a digit's cross-entropy
-    stretch: float = 1  # the learning rate is that of a run so many times as long
+    lessons: dict[str, int]
+    dense_weight: float = 0
+    digit_weight: float = 1
+    stretch: float = 1
 
 
 STAGES = (
-    Stage("a", 4000, 16, 1e-3, dense_weight=1, digit_weight=1),
+    Stage("a", 4000, 1e-3, {"name": 16}, dense_weight=1),
     # it ends at a quarter of its peak, as stage c goes on from there
-    Stage("b", 1500, 24, 1e-3, digit_weight=1, stretch=22 / 15),
-    Stage("c", 750, 12, 8e-4),
-    Stage("d", 320, 12, 6e-4),
-    Stage("e", 900, 12, 8e-4, dense_weight=0),
-    Stage("f", 200, 12, 4e-4, dense_weight=0),
+    Stage("b", 1900, 1e-3, {"name": 24}, dense_weight=0.3, stretch=22 / 15),
+    Stage("c", 1400, 8e-4, {"question": 8, "clue": 6, "name": 6}, digit_weight=3),
 )
 NAMES = "".join(stage.name for stage in STAGES)
 
@@ -480,26 +380,17 @@ def run_stage(
 ) -> None:
     """Trains one stage and checks what it taught. Stage a trains the vision tower, the others
     everything. Snapshots go into the folder `work`."""
-    rng = random.Random(seed)
     start = time.time()
-    cache = Cache(crm, pool, stage.name, rng)
-    cache_of_b = Cache(crm, pool, "b", rng)
-    count = len(pool) - HELD_BACK
+    drawer = Drawer(crm, pool, random.Random(seed))
     trained = crm.model.model.visual if stage.name == "a" else crm.model
     parameters = list(trained.parameters())
     adamw = torch.optim.AdamW([*parameters, *heads.parameters()], lr=stage.lr, weight_decay=0.01)
-    digits = torch.tensor(crm.tokenizer.convert_tokens_to_ids(list("0123456789")))
     for step in range(stage.steps):
-        lessons = [cache[rng.randrange(count)] for _ in range(stage.batch)]
-        if stage.name == "a":
-            dense_loss, parts = dense(crm, heads, lessons)
-            text_loss = torch.zeros(())
-        else:
-            dense_loss, parts = dense(crm, heads, lessons[: stage.batch // 3])
-            if stage.name in HABITS:
-                lessons += [cache_of_b[rng.randrange(count)] for _ in range(stage.batch // 2)]
-            text_loss = answer_loss(crm, lessons, digits, stage.digit_weight)
-        (stage.dense_weight * dense_loss + text_loss).backward()
+        lessons = []
+        for kind, count in stage.lessons.items():
+            lessons += drawer.draw(kind, count)
+        loss, told = stage_loss(stage, crm, heads, lessons)
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         for group in adamw.param_groups:
             group["lr"] = learning_rate(stage, step)
@@ -507,18 +398,33 @@ def run_stage(
         adamw.zero_grad()
         if step % 50 == 0 or step == stage.steps - 1:
             print(
-                f"stage {stage.name} step {step:5}  dense {dense_loss.item():.3f}  "
-                f"parts' IoU {parts:.2f}  text {text_loss.item():.3f}  "
-                f"{time.time() - start:.0f} s",
-                flush=True,
+                f"stage {stage.name} step {step:5}  {told}  {time.time() - start:.0f} s", flush=True
             )
         if stage.name != "a" and step % 250 == 249 and step < stage.steps - 1:
-            report(stage.name, crm, pool, limit=124)
+            report(stage, crm, pool, limit=124)
             crm.save(f"{work}/{stage.name}_{step + 1}")
     if stage.name == "a":
-        report_dense(crm, heads, pool, cache)
+        report_dense(crm, heads, drawer)
     else:
-        report(stage.name, crm, pool)
+        report(stage, crm, pool)
+
+
+def stage_loss(
+    stage: Stage, crm: CRM, heads: Heads, lessons: list[Lesson]
+) -> tuple[torch.Tensor, str]:
+    """Returns the loss of a step, and its parts in words."""
+    loss = torch.zeros(())
+    told = []
+    if stage.dense_weight:
+        shown = lessons if stage.name == "a" else lessons[: len(lessons) // 3]
+        dense_loss, parts = dense(crm, heads, shown)
+        loss = loss + stage.dense_weight * dense_loss
+        told.append(f"dense {dense_loss.item():.3f}  parts' IoU {parts:.2f}")
+    if stage.name != "a":
+        text_loss = answer_loss(crm, lessons, stage.digit_weight)
+        loss = loss + text_loss
+        told.append(f"text {text_loss.item():.3f}")
+    return loss, "  ".join(told)
 
 
 def learning_rate(stage: Stage, step: int) -> float:
@@ -529,27 +435,25 @@ def learning_rate(stage: Stage, step: int) -> float:
 
 
 @torch.no_grad()
-def report_dense(crm: CRM, heads: Heads, pool: Examples, cache: Cache) -> None:
+def report_dense(crm: CRM, heads: Heads, drawer: Drawer) -> None:
     """Prints stage a's check: the parts' IoU on the pictures that were held back."""
     ious = []
-    for at in range(len(pool) - HELD_BACK, len(pool), 31):
-        _, iou = dense(crm, heads, [cache[i] for i in range(at, at + 31)])
+    total = len(drawer.pool)
+    for at in range(total - HELD_BACK, total, 31):
+        _, iou = dense(crm, heads, [drawer.lesson(i, "name") for i in range(at, at + 31)])
         ious.append(iou)
     iou = np.mean(ious)
     print(f"check a: IoU of the parts on {HELD_BACK} pictures held back {iou:.3f}", flush=True)
 
 
-def report(stage: str, crm: CRM, pool: Examples, limit: int = HELD_BACK) -> None:
-    """Prints the check of stages b to f: greedy completions about pictures that were held back.
-
-    Stages are asked as they ask. After e and f, whose completions are vague on purpose, the
-    question is stage b's."""
+def report(stage: Stage, crm: CRM, pool: Examples, limit: int = HELD_BACK) -> None:
+    """Prints the check of stages b and c: greedy completions about pictures that were held back."""
     held_back = pool[len(pool) - HELD_BACK :][:limit]
-    if stage in ("b", "e", "f"):
-        line = check(crm, held_back, SHORT, "name")
-    else:
-        line = check(crm, held_back, PROMPTS["reasoning"], "named")
-    print(f"check {stage}: {line}", flush=True)
+    asked = [(SHORT, "name")]
+    if "clue" in stage.lessons:
+        asked += [(PROMPTS["reasoning"], "named"), (PROMPTS["reasoning"], "data")]
+    for template, how in asked:
+        print(f"check {stage.name}, {how}: {check(crm, held_back, template, how)}", flush=True)
 
 
 # ---------------------------------------------------------------- main
@@ -568,10 +472,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--begin", default="a", choices=NAMES, help="stage to begin with, from --work"
     )
-    parser.add_argument("--end", default="f", choices=NAMES, help="last stage")
+    parser.add_argument("--end", default=NAMES[-1], choices=NAMES, help="last stage")
     for stage in STAGES:
         parser.add_argument(f"--steps-{stage.name}", type=int, default=stage.steps)
-        parser.add_argument(f"--batch-{stage.name}", type=int, default=stage.batch)
         parser.add_argument(f"--lr-{stage.name}", type=float, default=stage.lr)
     for field in fields(Shape):
         parser.add_argument("--" + field.name.replace("_", "-"), type=int, default=field.default)
@@ -583,9 +486,8 @@ def asked_stages(args: argparse.Namespace) -> list[Stage]:
     stages = []
     for stage in STAGES[NAMES.index(args.begin) : NAMES.index(args.end) + 1]:
         steps = getattr(args, f"steps_{stage.name}")
-        batch = getattr(args, f"batch_{stage.name}")
         lr = getattr(args, f"lr_{stage.name}")
-        stages.append(replace(stage, steps=steps, batch=batch, lr=lr))
+        stages.append(replace(stage, steps=steps, lr=lr))
     return stages
 
 
@@ -610,13 +512,13 @@ def main() -> None:
         before = f"{args.work}/{NAMES[NAMES.index(args.begin) - 1]}"
         crm = load_crm(before)
     heads = Heads(args.hidden)
-    if args.begin in ("b", "c", "d"):  # the later stages have no dense loss
+    if args.begin != "a":
         heads.load_state_dict(read_torch(f"{before}/heads.pt"))
     for stage in asked_stages(args):
         run_stage(stage, crm, heads, pool, seed=ord(stage.name), work=args.work)
         crm.save(f"{args.work}/{stage.name}")
         torch.save(heads.state_dict(), f"{args.work}/{stage.name}/heads.pt")
-    if args.end == "f":
+    if args.end == NAMES[-1]:
         crm.model.half()  # on disk only: load_crm casts to what is asked for
         crm.save(args.out)
 

@@ -6,7 +6,6 @@ appear only in the test split. `check()` holds that no question, seen or not, gi
 that questions have 8 to 18 words and traces 15 to 30.
 """
 
-import random
 from dataclasses import dataclass
 from itertools import product
 
@@ -29,16 +28,6 @@ TRACES = (
     "In the {where} of the {picture} there is {seen}, which is the usual look of {name}.",
     "Looking for {name}: {seen} stands out in the {where} of this {picture}, clear of its "
     "surroundings.",
-)
-UNSURE = (  # of a reader who describes a place but commits to no structure
-    "Something in the {where} of this {picture} stands out from what is around it. It may be what "
-    "is asked for, so I mark it.",
-    "This {picture} shows several structures. The one in the {where} could fit the question, so I "
-    "mark that region.",
-    "I look over the {picture} and find a region in the {where} that differs from its "
-    "surroundings. I mark it.",
-    "There is a change in the {where}. I cannot say for sure what it is, but it may be meant, so I "
-    "mark it.",
 )
 PICTURES = {
     "CT": "CT slice",
@@ -574,16 +563,6 @@ def third(place: float, first: str, last: str) -> str:
     if place > 0.58:
         return last
     return ""
-
-
-def unsure_trace(
-    rng: random.Random,
-    modality: str,
-    box: tuple[float, float, float, float],
-    size: tuple[int, int],
-) -> str:
-    """Returns a trace that names nothing. box, size: see `where`."""
-    return rng.choice(UNSURE).format(picture=PICTURES[modality], where=where(box, size))
 
 
 def pick_trace(
