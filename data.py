@@ -61,9 +61,9 @@ __all__ = ["BadRow", "load_image", "load_mask"]  # re-exported
 
 STRIDE = 28  # one visual token of Qwen2.5-VL covers 2 x 2 patches of 14 pixels
 MIN_PIXELS, MAX_PIXELS = 56 * 56, 840 * 840
-EMBEDDED = {
-    name: ROOT / "demo" / name for name in ("crm", "asm", "data")
-}  # used where none is given
+# used where none is given: training starts from EMBEDDED, questions are put to TAUGHT
+EMBEDDED = {name: ROOT / "demo" / name for name in ("crm", "asm", "data")}
+TAUGHT = EMBEDDED | {"crm": ROOT / "demo/crm_grpo"}
 
 
 # ---------------------------------------------------------------- prompts

@@ -31,7 +31,7 @@ from tqdm import tqdm
 import metrics
 from asm import ASM, load_asm, overlay, segment_regions
 from crm import CRM, Group, load_crm
-from data import EMBEDDED, BadRow, Example, Examples, clip_to, load_samples
+from data import TAUGHT, BadRow, Example, Examples, clip_to, load_samples
 from rewards import PIXEL_TERMS, total_reward
 from runtime.cli import exit_on, flag, parse_args, print0, use_embedded
 from runtime.files import parse_object, read_jsonl, read_text, write_whole
@@ -432,7 +432,7 @@ def evaluate(cfg: Config) -> None:
     """Asks, scores, and writes everything into --out."""
     start = time.perf_counter()
     ranks = Ranks.start()
-    use_embedded(cfg, EMBEDDED)
+    use_embedded(cfg, TAUGHT)
     out = Path(cfg.out)
     examples = load_samples(cfg.data, cfg.split, cfg.skip_bad_rows)
     if cfg.limit:

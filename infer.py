@@ -24,7 +24,7 @@ from PIL import Image
 
 from asm import ASM, load_asm, overlay, segment_regions
 from crm import CRM, Prompt, load_crm
-from data import EMBEDDED, Sizes, clip_to, load_image, to_image
+from data import TAUGHT, Sizes, clip_to, load_image, to_image
 from metrics import medoid, regions_of
 from runtime.cli import exit_on, flag, parse_args, use_embedded
 from runtime.files import parse_object, read_text
@@ -63,7 +63,7 @@ class Config:
 
 def load_models(cfg: Any) -> tuple[CRM, ASM]:
     """Returns the CRM and the ASM of a Config, the embedded ones where none is given."""
-    use_embedded(cfg, {"crm": EMBEDDED["crm"], "asm": EMBEDDED["asm"]})
+    use_embedded(cfg, {"crm": TAUGHT["crm"], "asm": TAUGHT["asm"]})
     ranks = Ranks.start()
     crm = load_crm(cfg.crm, ranks.device, ranks.dtype(cfg.dtype), cfg.prompt, cfg.resize)
     return crm, load_asm(cfg.asm, ranks.device, multimask=cfg.multimask)

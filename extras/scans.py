@@ -35,7 +35,7 @@ import numpy as np
 from PIL import Image
 
 import infer
-from data import EMBEDDED
+from data import TAUGHT
 from extras.scan_files import Dicom, Nifti, ScanError, is_dicom
 from runtime.cli import dashed, exit_on, flag, parse_args, use_embedded
 from runtime.files import parse_object, read_text
@@ -567,7 +567,7 @@ def earlier_masks(folder: Path) -> list[Path]:
 
 def main(cfg: Config) -> int:
     """The exit status: 0 or 3, as infer.py's. Bad input raises SystemExit(2)."""
-    use_embedded(cfg, {"crm": EMBEDDED["crm"], "asm": EMBEDDED["asm"]})
+    use_embedded(cfg, {"crm": TAUGHT["crm"], "asm": TAUGHT["asm"]})
     folder = Path(cfg.out)
     with exit_on(ValueError, OSError):
         if not cfg.query.strip():

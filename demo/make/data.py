@@ -575,7 +575,7 @@ def print_counts(rows_of: dict[str, list[dict]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--train", type=int, default=1800, help="rows of train.parquet")
+    parser.add_argument("--train", type=int, default=1200, help="rows of train.parquet")
     parser.add_argument("--test", type=int, default=360, help="rows of test.parquet; 0: none")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("demo/data"))
