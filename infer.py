@@ -1,6 +1,7 @@
 """One image and one question -> reasoning, box, two key points, mask.
 
-    python infer.py --image demo/images/brain_mr_axial.png --query "What are the dark cavities?"
+    python infer.py --image demo/images/brain_mr_axial.png \\
+                    --query "What could the paired dark cavities deep within the brain represent?"
     python infer.py --image x.png --query "…" --completions 8   # keep what most others agree with
     python infer.py --image x.png --query "…" --crm zzzyzh/MedReasoner-Soft-7B \\
                     --asm MedSAM2_latest.pt --resize square:840

@@ -127,10 +127,14 @@ def score(text: str, example: Example, sizes: Sizes) -> tuple[float, ...]:
     if answer.points is not None:
         pdice = point_dice(to_image(answer.points, sizes), example.points)
     parse = float(not answer.problem)
-    trace = (answer.think or "").lower()
-    names = example.extra.get("names", ())
-    named = float(any(name in trace for name in names))
+    named = float(named_right(answer.think, example))
     return iou, pdice, parse, named, iou * named
+
+
+def named_right(trace: str | None, example: Example) -> bool:
+    """Whether a trace names the example's target."""
+    text = (trace or "").lower()
+    return any(name in text for name in example.extra.get("names", ()))
 
 
 def bootstrap(values: Sequence[float], draws: int = 10_000) -> np.ndarray:
