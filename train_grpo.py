@@ -588,7 +588,7 @@ def log_groups(
 
 PANELS = {  # of curves.png: title, keys of metrics.jsonl
     "reward": ["reward"],
-    "held-out box IoU": ["sampled/iou", "greedy/iou"],
+    "held-out box IoU": ["sampled/iou", "greedy/iou", "sampled/iou_named"],
     "held-out completions": ["sampled/parse_ok", "sampled/named"],
     "reward terms": ["think_format", "answer_format", "box_iou", "point_dice"],
     "completion length (tokens)": ["length"],
