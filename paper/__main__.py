@@ -101,7 +101,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", default="demo/data")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
-        "--steps", type=int, default=40, help="of GRPO and of SFT, on the same questions"
+        "--steps", type=int, default=80, help="of GRPO and of SFT, on the same questions"
+    )
+    parser.add_argument(
+        "--early",
+        default="build/crm/c_500",
+        help="a base whose names are mostly wrong; demo.make.crm leaves this one",
     )
     parser.add_argument("--flags", default="@recipes/demo.args", help="of every GRPO run")
     parser.add_argument("--sft-flags", default="--batch 12 --lr 1e-4", help="of every SFT run")

@@ -24,6 +24,7 @@ class Experiment:
     ask: str = ""  # flags of evaluate.py
     longer: int = 1  # times --steps
     careless: bool = False  # starts from the model of paper/careless.py
+    early: bool = False  # starts from --early, a base that names its target wrong more often
     seen_only: bool = False  # trains on the super-categories in SEEN, see paper/subset.py
 
 
@@ -56,17 +57,23 @@ RUNS = {
     "agg-constant": Experiment(GRPO, "--agg constant"),
     "no-kl": Experiment(GRPO, "--kl-coef 0"),
     # SFT against RL on the same questions, in and out of distribution (Table 6)
+    # SFT without traces is shown what GRPO's reward knows, SFT with them the right words as well
     "sft": Experiment(SFT),
+    "sft-answers": Experiment(SFT, "--no-think"),
     "sft-x5": Experiment(SFT, "--lr 4e-4", longer=5),  # about the seconds that GRPO takes
     "soft-ood": Experiment(GRPO, seen_only=True),
     "sft-ood": Experiment(SFT, seen_only=True),
-    # Table 5: the short prompt
-    "soft-direct": Experiment(GRPO, "--prompt direct", "--prompt direct"),
+    # Table 5: the prompt that asks for no reasoning; its completions are half as long
+    "soft-direct": Experiment(GRPO, "--prompt direct", "--prompt direct", longer=2),
+    # does reasoning pay where the names are mostly wrong?
+    "early": Experiment(None, early=True),
+    "early-soft": Experiment(GRPO, early=True),
 }
 TABLES = {
     "Does training help, and which kind (Table 3)": (
         "start",
         "sft",
+        "sft-answers",
         "sft-x5",
         "soft",
         "hard",
@@ -86,6 +93,7 @@ TABLES = {
     ),
     "Variants of GRPO": ("soft", "norm-none", "agg-token", "agg-constant", "no-kl"),
     "Prompts (Table 5)": ("start", "start-direct", "soft", "soft-direct"),
+    "A base whose names are mostly wrong": ("early", "early-soft"),
 }
 
 
@@ -112,6 +120,8 @@ def commands(name: str, seed: int, args: Namespace) -> list[Command]:
     if run.careless:
         crm = f"{args.work}/careless"
         todo.append(careless_command(crm, args))
+    if run.early:
+        crm = args.early
     if run.seen_only:
         data = f"{args.work}/seen"
         todo.append(subset_command(data, args))

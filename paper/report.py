@@ -74,7 +74,10 @@ class Question:
 QUESTIONS = (
     Question("Does GRPO on soft rewards improve on its start?", "start", "soft"),
     Question("Does it name the target more often?", "start", "soft", "named"),
-    Question("Does RL beat SFT on the same questions?", "sft", "soft"),
+    Question("Does it point better where it names the target?", "start", "soft", "iou_named"),
+    Question("Does it point better with its key points?", "start", "soft", "pdice"),
+    Question("Does RL beat SFT on the same boxes and points?", "sft-answers", "soft"),
+    Question("Does RL beat SFT that is shown true traces as well?", "sft", "soft"),
     Question(
         "And SFT that sees five times as many (about the same seconds)?",
         "sft-x5",
@@ -128,6 +131,11 @@ QUESTIONS = (
         "start-direct",
         "start",
     ),
+    Question("After GRPO with as many sampled tokens, does reasoning pay?", "soft-direct", "soft"),
+    Question(
+        "Where names are mostly wrong, does GRPO make them right?", "early", "early-soft", "named"
+    ),
+    Question("Does it point better there?", "early", "early-soft"),
 )
 
 
@@ -265,7 +273,7 @@ def verdict(question: Question, before: Result, after: Result) -> str:
 
 def report(results: dict[str, Result]) -> str:
     """Returns RESULTS.md."""
-    shown = [name for name in ("start", "sft", "sft-x5", "soft") if name in results]
+    shown = [name for name in ("start", "sft-answers", "sft", "sft-x5", "soft") if name in results]
     lines = [
         "# The paper's experiments, rerun",
         "",
@@ -380,7 +388,7 @@ def experiments_table(results: dict[str, Result], names: list[str]) -> list[str]
 
 
 def out_of_distribution(results: dict[str, Result]) -> list[str]:
-    names = ("sft", "sft-x5", "sft-ood", "soft", "soft-ood")
+    names = ("sft-answers", "sft", "sft-x5", "sft-ood", "soft", "soft-ood")
     rows = []
     for name in names:
         if name in results:

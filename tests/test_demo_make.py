@@ -18,6 +18,7 @@ from demo.make import data as make_data
 from paper import careless
 from rewards import parse_answer, write_answer
 from runtime.cli import ROOT
+from runtime.parallel import Ranks
 
 SIZES = Sizes(image=(140, 112), model=(140, 112))
 PHANTOMS = [
@@ -218,7 +219,7 @@ def test_a_stage_moves_what_it_trains(name, examples, monkeypatch, tmp_path, cap
     heads = make_crm.Heads(64)
     lessons = {"name": 3} if name != "c" else {"name": 1, "question": 1, "clue": 1}
     stage = make_crm.Stage(name, steps=1, lr=1e-3, lessons=lessons, dense_weight=name != "c")
-    make_crm.run_stage(stage, crm, heads, examples, seed=0, work=tmp_path)
+    make_crm.run_stage(stage, crm, heads, examples, 0, tmp_path, Ranks.start())
     assert f"stage {name} step     0" in capsys.readouterr().out
     moved = {key for key, value in crm.model.state_dict().items() if not before[key].equal(value)}
     assert any("visual" in key for key in moved)

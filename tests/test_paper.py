@@ -234,6 +234,7 @@ ARGS = Namespace(
     work="w",
     torchrun="",
     crm="demo/crm",
+    early="build/early",
     data="demo/data",
     asm="demo/asm",
     limit=0,
@@ -247,7 +248,7 @@ ARGS = Namespace(
 @pytest.mark.parametrize("name", RUNS)
 def test_every_command_of_every_run_parses(name):
     experiment = RUNS[name]
-    crm = "demo/crm"
+    crm = "build/early" if experiment.early else "demo/crm"
     data = "demo/data"
     for command in commands(name, 1, ARGS):
         words = command.words
@@ -284,7 +285,7 @@ def test_the_listed_commands_are_those_that_run():
     assert lines[0].startswith("python train_grpo.py @recipes/demo.args --crm demo/crm")
     assert lines[0].endswith("--mode soft")
     assert f"python -m paper.subset --data demo/data --supercategories '{SEEN}'" in lines[2]
-    args = Namespace(**vars(ARGS) | {"work": "runs/paper", "steps": 40, "max_new_tokens": 128})
+    args = Namespace(**vars(ARGS) | {"work": "runs/paper", "steps": 80, "max_new_tokens": 128})
     args.sft_flags = "--batch 12 --lr 1e-4"
     assert lines[2:] == [shown(command) for command in commands("sft-ood", 0, args)]
 

@@ -1,6 +1,7 @@
 """Teaches the embedded tiny CRM: a real Qwen2.5-VL with random weights and a small tokenizer.
 
     python -m demo.make.crm     # pictures, tokenizer, random model, stages a to c -> demo/crm
+    torchrun --nproc-per-node 2 -m demo.make.crm     # a step's lessons in two processes of a CPU
 
 It learns in three stages to see, to read out, and to reason. It is only ever shown true boxes, key
 points and traces. How to point where a question does not name its target is never shown: that is
@@ -52,7 +53,9 @@ from data import (
 )
 from demo.make.check_crm import SHORT, check, named_question, target_name
 from demo.make.wordings import OPENERS, PICTURES, SEEN, WORDS
+from runtime.cli import print0
 from runtime.files import read_torch
+from runtime.parallel import Ranks
 from scoring import Pack, group_of, score
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *BANNED]
@@ -369,28 +372,36 @@ class Stage:
 STAGES = (
     Stage("a", 4000, 1e-3, {"name": 16}, dense_weight=1),
     # it ends at a quarter of its peak, as stage c goes on from there
-    Stage("b", 1900, 1e-3, {"name": 24}, dense_weight=0.3, stretch=22 / 15),
-    Stage("c", 1400, 8e-4, {"question": 8, "clue": 6, "name": 6}, digit_weight=3),
+    Stage("b", 1600, 1e-3, {"name": 24}, dense_weight=0.3, stretch=22 / 15),
+    Stage("c", 1300, 8e-4, {"question": 8, "clue": 6, "name": 6}, digit_weight=3),
 )
 NAMES = "".join(stage.name for stage in STAGES)
 
 
 def run_stage(
-    stage: Stage, crm: CRM, heads: Heads, pool: Examples, seed: int, work: str | Path
+    stage: Stage,
+    crm: CRM,
+    heads: Heads,
+    pool: Examples,
+    seed: int,
+    work: str | Path,
+    ranks: Ranks,
 ) -> None:
     """Trains one stage and checks what it taught. Stage a trains the vision tower, the others
-    everything. Snapshots go into the folder `work`."""
+    everything. Every rank draws its share of a step's lessons. Snapshots go into the folder
+    `work`."""
     start = time.time()
-    drawer = Drawer(crm, pool, random.Random(seed))
+    drawer = Drawer(crm, pool, random.Random(seed + 1000 * ranks.rank))
     trained = crm.model.model.visual if stage.name == "a" else crm.model
     parameters = list(trained.parameters())
     adamw = torch.optim.AdamW([*parameters, *heads.parameters()], lr=stage.lr, weight_decay=0.01)
     for step in range(stage.steps):
         lessons = []
         for kind, count in stage.lessons.items():
-            lessons += drawer.draw(kind, count)
+            lessons += drawer.draw(kind, count // ranks.world)
         loss, told = stage_loss(stage, crm, heads, lessons)
-        loss.backward()
+        (loss / ranks.world).backward()
+        sum_over_ranks([*parameters, *heads.parameters()], ranks)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         for group in adamw.param_groups:
             group["lr"] = learning_rate(stage, step)
@@ -407,6 +418,15 @@ def run_stage(
         report_dense(crm, heads, drawer)
     else:
         report(stage, crm, pool)
+
+
+def sum_over_ranks(parameters: list[nn.Parameter], ranks: Ranks) -> None:
+    """Adds up the gradients of torchrun's processes."""
+    if ranks.world == 1:
+        return
+    for parameter in parameters:
+        if parameter.grad is not None:
+            torch.distributed.all_reduce(parameter.grad)
 
 
 def stage_loss(
@@ -499,15 +519,17 @@ def make_pool(path: str, size: int) -> None:
 
 def main() -> None:
     args = parse()
+    ranks = Ranks.start()
     sizes = {field.name: getattr(args, field.name) for field in fields(Shape)}
-    if not Path(args.pool).exists():
+    if ranks.is_main and not Path(args.pool).exists():
         make_pool(args.pool, args.pool_size)
+    ranks.wait()
     pool = load_samples(args.pool)
     before = ""
     if args.begin == "a":
         crm = tiny_crm(corpus(pool), **sizes)
         millions = sum(p.numel() for p in crm.model.parameters()) / 1e6
-        print(f"{millions:.2f}M parameters, {len(crm.tokenizer)} tokens", flush=True)
+        print0(f"{millions:.2f}M parameters, {len(crm.tokenizer)} tokens")
     else:
         before = f"{args.work}/{NAMES[NAMES.index(args.begin) - 1]}"
         crm = load_crm(before)
@@ -515,12 +537,15 @@ def main() -> None:
     if args.begin != "a":
         heads.load_state_dict(read_torch(f"{before}/heads.pt"))
     for stage in asked_stages(args):
-        run_stage(stage, crm, heads, pool, seed=ord(stage.name), work=args.work)
-        crm.save(f"{args.work}/{stage.name}")
-        torch.save(heads.state_dict(), f"{args.work}/{stage.name}/heads.pt")
-    if args.end == NAMES[-1]:
+        run_stage(stage, crm, heads, pool, ord(stage.name), args.work, ranks)
+        if ranks.is_main:
+            crm.save(f"{args.work}/{stage.name}")
+            torch.save(heads.state_dict(), f"{args.work}/{stage.name}/heads.pt")
+        ranks.wait()
+    if ranks.is_main and args.end == NAMES[-1]:
         crm.model.half()  # on disk only: load_crm casts to what is asked for
         crm.save(args.out)
+    ranks.stop()
 
 
 if __name__ == "__main__":
