@@ -412,7 +412,6 @@ def run_stage(
                 f"stage {stage.name} step {step:5}  {told}  {time.time() - start:.0f} s", flush=True
             )
         if stage.name != "a" and step % 250 == 249 and step < stage.steps - 1:
-            report(stage, crm, pool, limit=124)
             crm.save(f"{work}/{stage.name}_{step + 1}")
     if stage.name == "a":
         report_dense(crm, heads, drawer)
@@ -466,9 +465,9 @@ def report_dense(crm: CRM, heads: Heads, drawer: Drawer) -> None:
     print(f"check a: IoU of the parts on {HELD_BACK} pictures held back {iou:.3f}", flush=True)
 
 
-def report(stage: Stage, crm: CRM, pool: Examples, limit: int = HELD_BACK) -> None:
+def report(stage: Stage, crm: CRM, pool: Examples) -> None:
     """Prints the check of stages b and c: greedy completions about pictures that were held back."""
-    held_back = pool[len(pool) - HELD_BACK :][:limit]
+    held_back = pool[len(pool) - HELD_BACK :]
     asked = [(SHORT, "name")]
     if "clue" in stage.lessons:
         asked += [(PROMPTS["reasoning"], "named"), (PROMPTS["reasoning"], "data")]
