@@ -407,12 +407,15 @@ def run_stage(
             group["lr"] = learning_rate(stage, step)
         adamw.step()
         adamw.zero_grad()
+        if not ranks.is_main:
+            continue
         if step % 50 == 0 or step == stage.steps - 1:
-            print(
-                f"stage {stage.name} step {step:5}  {told}  {time.time() - start:.0f} s", flush=True
-            )
+            seconds = time.time() - start
+            print(f"stage {stage.name} step {step:5}  {told}  {seconds:.0f} s", flush=True)
         if stage.name != "a" and step % 250 == 249 and step < stage.steps - 1:
             crm.save(f"{work}/{stage.name}_{step + 1}")
+    if not ranks.is_main:
+        return
     if stage.name == "a":
         report_dense(crm, heads, drawer)
     else:
