@@ -39,6 +39,8 @@ root = here if (here / "train_grpo.py").is_file() else here.parent
 sys.path.insert(0, str(root))  # so that the project's files are found
 
 # %%
+import math
+
 import torch
 
 from learn import show
@@ -68,7 +70,7 @@ settings = Config(
     inner_epochs=2,
     lr=1e-4,
     weight_decay=0,
-    sampler_is=0,
+    sampler_is=0,  # a correction for samplers that round differently, as GPUs do
     eval_every=-1,
     save_every=-1,
 )
@@ -78,8 +80,9 @@ print(f"{crm.model.num_parameters():,} weights, {len(train):,} training question
 
 # %% [markdown]
 # The seed decides which question the step asks and what is sampled. In a real run one takes what
-# comes. Here we choose: twelve seeds are tried, and we keep the one whose four rewards are easiest
-# to tell apart. (You will soon see every part of what the next cell does.)
+# comes. Here we choose: twelve seeds are tried, and of those whose four completions are all well
+# formed we keep the one whose four rewards are easiest to tell apart. (You will soon see every part
+# of what the next cell does.)
 
 # %%
 from dataclasses import replace
@@ -88,15 +91,18 @@ from runtime.run import step_indices
 from train_grpo import Setup, roll_out
 
 
-def rewards_with(seed):
-    """Samples the first step of a run with this seed. Returns its four rewards, lowest first."""
+def smallest_gap(seed):
+    """Samples the first step of a run with this seed. Returns the smallest difference between two
+    of its rewards, or 0 where a completion is not well formed."""
     cfg = replace(settings, seed=seed)
     (index,) = step_indices(len(train), cfg.prompts, cfg.seed, step=0)
     (rollout,) = roll_out(Setup(cfg, crm, None, {}), train, [(0, index)], step=0)
-    return rollout.rewards.sort().values
+    if any(of_one["think_format"] + of_one["answer_format"] < 2 for of_one in rollout.terms):
+        return 0.0
+    return rollout.rewards.sort().values.diff().min().item()
 
 
-gaps = {seed: rewards_with(seed).diff().min().item() for seed in range(12)}
+gaps = {seed: smallest_gap(seed) for seed in range(12)}
 cfg = replace(settings, seed=max(gaps, key=gaps.get))
 print(f"seed {cfg.seed}: neighbouring rewards are at least {gaps[cfg.seed]:.2f} apart")
 
@@ -121,7 +127,8 @@ overlay(example.image, example.mask, example.bbox, example.points)
 #
 # A language model reads tokens. The image is resized to multiples of 28 pixels and cut into patches
 # of 14 x 14 pixels. The vision tower makes one vector of every 2 x 2 patches, so a token stands for
-# 28 x 28 pixels.
+# 28 x 28 pixels. (A patch has 3 x 14 x 14 numbers, and each is there twice, because the model was
+# made for videos as well and reads two frames at a time.)
 
 # %%
 prompt = crm.encode_question(example.image, example.query)
@@ -135,8 +142,8 @@ show.image_tokens(example, prompt.sizes)
 with torch.no_grad():
     (features,) = crm.image_features([prompt])
     x, positions = crm.embed(prompt, features)
-print("from the vision tower, (image tokens, D):", tuple(features.shape))
-print("into the language model, (L, D):         ", tuple(x.shape))
+print("from the vision tower, image tokens x D:  ", tuple(features.shape))
+print("into the language model, prompt tokens x D:", tuple(x.shape))
 
 # %% [markdown]
 # The same prompt as text. Each image token is a placeholder here, whose embedding the vision
@@ -158,7 +165,8 @@ print("\n".join(textwrap.fill(line, 100) for line in text.splitlines()))
 # ## 3. Four completions
 #
 # A completion is drawn token by token from softmax(logits / temperature), at temperature 1. Each of
-# the four has random numbers of its own. They all answer the same prompt.
+# the four has random numbers of its own. They all answer the same prompt. Shapes are (G, T): G
+# completions, T tokens in the longest.
 
 # %%
 from sampling import TRAINING, sample
@@ -179,7 +187,6 @@ show.completions(example, answers, prompt.sizes, titles)
 
 # %% [markdown]
 # Yellow is the box that was written, dots are the two points, and the dashed line is the true box.
-# A completion whose answer cannot be read has no box here.
 #
 # **Think about it.** All four come from one distribution. What would the group look like at
 # temperature 0, where the most likely token is taken each time? Could anything be learned from it?
@@ -212,15 +219,23 @@ show.overlap(answers[best], example, prompt.sizes)
 
 # %%
 from data import to_model
-from rewards import box_gates, box_iou, smooth_log
+from rewards import box_gates, box_iou, box_size, smooth_log
 
 box = answers[best].bbox
 true_box = to_model(example.bbox, prompt.sizes)
-true_points = to_model(example.points, prompt.sizes)
+shared_width = max(0.0, min(box[2], true_box[2]) - max(box[0], true_box[0]))
+shared_height = max(0.0, min(box[3], true_box[3]) - max(box[1], true_box[1]))
+shared = shared_width * shared_height
+covered = math.prod(box_size(box)) + math.prod(box_size(true_box)) - shared
+print("the box that was written:", *(f"{edge:.2f}" for edge in box))
+print("the true box:            ", *(f"{edge:.2f}" for edge in true_box))
+print(f"shared:  {shared_width:.2f} x {shared_height:.2f} = {shared:.2f}")
+print(f"covered: both areas less what they share = {covered:.2f}")
+print(f"IoU = {shared / covered:.4f}, box_iou says {box_iou(box, true_box):.4f}")
+
+# %%
 iou = box_iou(box, true_box)
-print(f"the box that was written: {box}")
-print(f"the true box:             {tuple(round(edge, 1) for edge in true_box)}")
-print(f"IoU = shared / covered  = {iou:.4f}")
+true_points = to_model(example.points, prompt.sizes)
 print(f"smoothed: 0.9 ln(3 IoU + 1) / ln(4) + 0.1 = {smooth_log(iou):.4f}")
 v1, v2 = box_gates(box, true_box, true_points)
 print(f"gates: true points in the box {v1}, size within a factor of two {v2}")
@@ -230,7 +245,7 @@ print(f"as in the table: {terms[best]['box_iou']:.4f}")
 
 # %% [markdown]
 # The smoothing makes the first bit of overlap worth more than the last one, so that a poor box has
-# somewhere to go. A gate takes off a few percent.
+# somewhere to go. Each gate that does not hold takes off a few percent.
 #
 # **Think about it.** Go through the table row by row. Which term tells the four completions apart
 # the most? Which one could be left out here without changing their order? No term looks at whether
@@ -265,9 +280,9 @@ print("group_advantages:", advantages)
 print(group_advantages(torch.tensor([[2.5, 2.5, 2.5, 2.5]])))
 
 # %% [markdown]
-# Nothing. Every advantage is 0, and you will see below that the gradient is a sum of terms that
-# each have an advantage as a factor. If the model always fails, or always succeeds, a question is
-# of no use. GRPO needs differences.
+# Nothing. Every advantage is 0, and you will see below that what rewards add to the gradient is a
+# sum of terms that each have an advantage as a factor. If the model always fails, or always
+# succeeds, a question is of no use. GRPO needs differences.
 #
 # **Think about it.** Multiply all rewards by ten. What happens to the advantages? Three completions
 # earn 2.50, and the fourth earns 2.51. What is its advantage? Is that what you want?
@@ -303,15 +318,13 @@ parts += [(f"c{i}", length) for i, length in enumerate(lengths)]
 show.attention_mask(allowed, parts)
 
 # %% [markdown]
-# Read it row by row: a row is a token, and its coloured columns are what it may look at. Below the
-# diagonal of the prompt everything is allowed. A completion has the whole prompt, and a triangle of
-# its own. White is forbidden.
+# Read it row by row: a row is a token, and its coloured columns are what it may look at. A token of
+# the prompt looks at what is before it. A token of a completion looks at the whole prompt and at
+# its own completion so far, which is the triangle. White is forbidden.
 #
 # `score` does this without ever building the mask, and returns the log-probability of each token.
 
 # %%
-import math
-
 import scoring
 from scoring import make_packs, score
 
@@ -437,7 +450,8 @@ for part, square in squares.items():
     print(f"length of the gradient, {part}: {square**0.5:.4f}")
 
 grad_norm = optimizer.step(cfg.lr)
-print(f"of all weights: {grad_norm:.4f}, shortened by {min(1.0, MAX_GRAD_NORM / grad_norm):.4f}")
+scale = min(1.0, MAX_GRAD_NORM / grad_norm)
+print(f"of all weights: {grad_norm:.4f}, so it is multiplied by {scale:.4f}")
 
 # %%
 moves = []
@@ -518,7 +532,7 @@ good = mask & (A > 0)
 place = int(torch.where(good, rho, 0.0).argmax())
 i, t = divmod(place, rho.shape[1])
 x = (ref_logp - logp_2.detach())[i, t]
-distance = x.exp() - x - 1
+distance = (x.exp() - x - 1).clamp(max=10)
 print(f"completion {i}, token {t}: {tokens[i][t]!r}")
 print(f"rho  = exp({logp_2[i, t]:.4f} - ({old_logp[i, t]:.4f})) = {rho[i, t]:.4f}")
 print(f"clip = {clipped[i, t]:.4f}")
@@ -529,11 +543,12 @@ print(f"L    = {weights[i, t]:.6f} x (0.01 x {distance:.4f} - {gain[i, t]:.4f})"
 print(f"     = {weights[i, t] * (cfg.kl_coef * distance - gain[i, t]):+.6f}")
 
 # %% [markdown]
-# All tokens together, by hand and by `grpo_loss`:
+# All tokens together, by hand and by `grpo_loss`. (K is cut off at 10, so that one token which has
+# become very unlikely cannot take over the loss.)
 
 # %%
 x = torch.where(mask, ref_logp - logp_2.detach(), 0.0)
-distances = x.exp() - x - 1
+distances = (x.exp() - x - 1).clamp(max=10)
 print(f"by hand:   {(weights * (cfg.kl_coef * distances - gain)).sum():+.6f}")
 
 loss_2, stats_2 = grpo_loss(
@@ -559,8 +574,8 @@ print(f"length of the gradient: {grad_norm_2:.4f}, before: {grad_norm:.4f}")
 
 # %% [markdown]
 # If the token above was clipped, what is left of its slope comes from the KL, which pulls it back
-# towards the reference. The KL is small after one step. Over thousands of steps it is what keeps
-# the model from forgetting how to write.
+# towards the reference. Over thousands of steps this is what keeps the model from forgetting how to
+# write.
 #
 # **Think about it.** What would happen at ten times the learning rate: to the ratios, to the share
 # of clipped tokens, to the KL? Change `lr` in section 1 and run everything again.
@@ -613,3 +628,30 @@ print(
 # changes of ten lines (`learn/CHANGES.md`), and read what goes wrong and how one notices
 # (`learn/SYMPTOMS.md`, `learn/FAILURES.md`). `train_grpo.py` is the loop itself, and after this
 # notebook it should read like a summary.
+
+# %% [markdown]
+# <details>
+# <summary>Answers to the questions, in a few words each</summary>
+#
+# 1. What the words mean has to be known, and where the thing lies has to be seen. A grade for the
+#    box can teach both, but only by way of attempts that happen to be right.
+# 2. Four times as many. The question's tokens stay, and so does D.
+# 3. Four equal completions with equal rewards, so nothing could be learned.
+# 4. A term that is equal in all four changes no difference of rewards. A thought that names the
+#    right thing is followed by a better box, so it is found in the better completions.
+# 5. They stay as they are, because the deviation grows as well. The fourth has +1.5 and the others
+#    -0.5, as if 2.51 were far better than 2.50. Some algorithms do not divide, for this reason
+#    (`--norm none`).
+# 6. It would be the probability of writing c3 after having read the three others, and that is not
+#    how c3 was sampled. The prompt would be there four times instead of once.
+# 7. A word that good and bad completions share is pushed up as often as down. Only what is found
+#    more often in the good ones adds up.
+# 8. Just as far, because AdamW divides by the size. Later its averages of gradients remember such a
+#    gradient for many steps.
+# 9. Another completion with a positive advantage writes the same word in a similar place, with the
+#    same weights. A token of probability 1 cannot become likelier.
+# 10. The ratios spread, more tokens are clipped, and the KL grows faster than the rate.
+# 11. Most of it. More questions help most: their luck is independent, and a large group about one
+#     question says only more about that question. A lower rate also averages, over more steps.
+#
+# </details>
