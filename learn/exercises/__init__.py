@@ -1,0 +1,1 @@
+"""Eight functions of the project to write oneself: python -m learn.exercises"""
