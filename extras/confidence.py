@@ -331,7 +331,7 @@ def judge(
     if kept is None:
         return found, completions, kept
     said = opinion(crm, asm, fit, image, prompt, completions, kept, cfg.abstain)
-    found["sure"] = said
+    found["opinion"] = said
     print(f"confidence {said['confidence']:.2f}, at least {cfg.abstain:g} is asked for")
     apart = Path(cfg.out) / UNSURE
     if said["sure"]:
@@ -455,13 +455,29 @@ TITLES = {
 }
 
 
+def bounds(rows: Sequence[dict]) -> dict[str, dict[str, Any]]:
+    """Returns two lines for the table: a confidence that says nothing, and one that knows the true
+    IoU. A question without an answer has none in either."""
+    iou = np.array([kept_iou(p) for p in rows])
+    images = [p["image"] for p in rows]
+    answered = np.array([p["kept"] is not None for p in rows])
+    found = {}
+    for name, values in (("(none)", np.ones(len(iou))), ("(perfect)", iou)):
+        columns = (np.where(answered, values, NO_ANSWER), iou)
+        found[name] = {
+            "aurc": selective.bootstrap(selective.aurc, columns, images),
+            "coverage_at_50": selective.bootstrap(selective.coverage_at, columns, images),
+        }
+    return found
+
+
 def table(results: dict[str, dict[str, Any]], note: str) -> str:
     """Returns Markdown: a line for each confidence. results: {its name: score_confidence of it}."""
     names = [name for name in TITLES if name in next(iter(results.values()))]
     head = " | ".join(TITLES[name] for name in names)
     lines = [note, "", f"| confidence | {head} |", "|---" * (len(names) + 1) + "|"]
     for title, found in results.items():
-        cells = " | ".join(selective.shown(found[name]) for name in names)
+        cells = " | ".join(selective.shown(found.get(name)) for name in names)
         lines.append(f"| {title} | {cells} |")
     return "\n".join(lines) + "\n"
 
@@ -608,6 +624,7 @@ def run(cfg: Config) -> None:
             threshold = 0.0
         of_absent = judged(fit, absent_rows) if absent_rows else None
         results[name] = score_confidence(judged(fit, rows), rows, threshold, of_absent, absent_rows)
+    results |= bounds(rows)
     for part in parts:
         finish_part(part, fits["all"])
     save_fits(cfg, fits, len(fitted.answerable))

@@ -36,6 +36,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,11 @@ def place_of(category: str, supercategory: str, modality: str) -> str | None:
     return None
 
 
+def is_lesion(category: str) -> bool:
+    """Whether one of the LESIONS is in the name of a category."""
+    return bool(set(LESIONS.split()) & set(category.lower().split()))
+
+
 def image_key(row: dict) -> Any:
     """Returns a path, or the hash of the bytes: what tells two images apart."""
     source = row["image"]
@@ -154,7 +160,10 @@ class Knowledge:
             return None
         if image.place is None or asked.place is None or image.place == asked.place:
             return None
-        if asked.category in self.in_image[image.image]:
+        shown = self.in_image[image.image]
+        if asked.category in shown:
+            return None
+        if is_lesion(asked.category) and any(is_lesion(category) for category in shown):
             return None
         if image.modality in self.modalities[asked.category]:
             return "absent category"
@@ -211,8 +220,9 @@ def one_sided(
             break
         fact = facts[i]
         words = set(examples.rows[i]["query"].lower().replace(",", " ").split())
-        is_lesion = bool(set(LESIONS.split()) & set(fact.category.split()))
-        if not is_lesion or times[fact.image, fact.category] > 1 or words & {"left", "right"}:
+        if not is_lesion(fact.category) or times[fact.image, fact.category] > 1:
+            continue
+        if words & {"left", "right"}:
             continue
         half = half_of(examples[i])
         if half is not None:
@@ -229,15 +239,16 @@ def make_rows(examples: Examples, count: int, seed: int) -> tuple[list[dict], in
     facts = facts_of(examples)
     rng = np.random.default_rng([seed, len(facts)])
     share = -(-count // len(KINDS))
-    of_kind: list[list[dict]] = []
+    of_kind: list[list[list[dict]]] = []  # of each kind its questions, of a side with their twins
     for kind in KINDS[:2]:
-        rows = [absent_row(examples, kind, *two) for two in pair(facts, kind, share, rng)]
-        of_kind.append(rows)
-    sides = []
-    for fact, half in one_sided(facts, examples, share, rng):
-        sides += side_rows(examples, fact, half)
-    of_kind.append(sides)
-    rows = [row for some in of_kind for row in some]
+        pairs = pair(facts, kind, share, rng)
+        of_kind.append([[absent_row(examples, kind, *two)] for two in pairs])
+    sides = one_sided(facts, examples, share, rng)
+    of_kind.append([side_rows(examples, *side) for side in sides])
+    rows = []
+    for turn in zip_longest(*of_kind, fillvalue=()):
+        for some in turn:
+            rows += some
     if not rows:
         raise ValueError(
             "no question can be made: rows need a category and a modality in extra_info, and the "

@@ -18,6 +18,7 @@ from extras.confidence import (
     SIGNALS,
     Fit,
     agreement,
+    bounds,
     fit_all,
     fit_logistic,
     is_number_token,
@@ -28,6 +29,7 @@ from extras.confidence import (
     score_confidence,
     vote,
 )
+from extras.selective import aurc
 from runtime.files import read_jsonl
 from sampling import sample
 
@@ -203,6 +205,16 @@ def test_a_model_that_knows_refuses_what_is_not_there_and_nothing_else():
     assert found["coverage_at_50"].mean == pytest.approx(5 / 6)
 
 
+def test_the_bounds_of_any_confidence():
+    found = bounds([*ANSWERABLE, prediction(9, None)])
+    iou = np.array([*IOUS, 0])
+    answered_first = np.array([1] * 6 + [-1])
+    assert found["(none)"]["aurc"].mean == pytest.approx(aurc(answered_first, iou))
+    assert found["(none)"]["coverage_at_50"].mean == 0  # the mean of the answered is 0.467
+    assert found["(perfect)"]["aurc"].mean == pytest.approx(aurc(iou, iou))
+    assert found["(perfect)"]["coverage_at_50"].mean == pytest.approx(5 / 7)
+
+
 def test_each_signal_and_all_together_are_fitted_on_what_was_answered():
     rows = [prediction(i, iou, value=iou) for i, iou in enumerate(IOUS)] + [prediction(9, None)]
     fits = fit_all(rows)
@@ -226,8 +238,8 @@ def test_the_tables_of_evaluate_show_agreement_and_confidence():
 def test_infer_gives_an_answer_that_it_is_sure_of(ask: Asker):  # noqa: F811
     got = ask([completion(BOX)] * 4, "--abstain 0.5")
     assert got.status == 0
-    assert got.result["sure"]["confidence"] == 1
-    assert got.result["sure"]["sure"]
+    assert got.result["opinion"]["confidence"] == 1
+    assert got.result["opinion"]["sure"]
     assert got.result["bbox"] is not None
     assert (ask.out / "mask.png").is_file()
     assert not (ask.out / "unsure").exists()
@@ -283,7 +295,7 @@ def test_the_command_measures_and_goes_on_where_it_stopped(tmp_path: Path):
     flags = ["-m extras.confidence --limit 5 --fit-limit 6 --completions 3 --max-new-tokens 96"]
     flags += ["--absent", absent, "--out", tmp_path / "sure"]
     out, _ = run(*flags)
-    for name in (*SIGNALS, "all"):
+    for name in (*SIGNALS, "all", "(none)", "(perfect)"):
         assert f"| {name} |" in out
     for title in ("AURC", "calibration error", "false alarms at coverage 0.8"):
         assert title in out

@@ -76,6 +76,9 @@ def test_what_an_image_may_show_after_all_is_not_asked_about():
     assert knowledge.kind(UNKNOWN, LIVER_CT) is None
     assert knowledge.kind(LIVER_CT, UNKNOWN) is None
     assert knowledge.kind(fact(7, "liver", "", "trunk"), BRAIN_MR) is None  # modality not known
+    tumour = fact(9, "brain tumour", "mr", "head")
+    assert Knowledge([*ALL, tumour]).kind(SKIN, tumour) is None  # a lump is a lump
+    assert Knowledge([*ALL, tumour]).kind(LIVER_MR, tumour) == "absent category"
     both = [*ALL, fact(8, "brain stem", "mr", "trunk", "image 1")]  # odd, but the data says so
     assert Knowledge(both).kind(LIVER_MR, BRAIN_MR) is None
 
@@ -168,6 +171,14 @@ def test_the_seed_decides(embedded):
     ids = [row["extra_info"]["id"] for row in one]
     assert ids == [row["extra_info"]["id"] for row in again]
     assert ids != [row["extra_info"]["id"] for row in other]
+
+
+def test_the_embedded_set_is_what_the_command_makes_of_the_embedded_data(embedded):
+    rows, _ = make_rows(embedded, 60, seed=0)
+    there = load_samples(ROOT / "demo/absent", "test")
+    assert there.ids() == [row["extra_info"]["id"] for row in rows]
+    kinds = [row["extra"]["kind"] for row in there.rows]
+    assert kinds[:4] == [*KINDS, "present side"]  # in turns, so that --limit has all of them
 
 
 def test_a_mix_has_both_splits_and_the_ordinary_rows_as_they_were(tmp_path, embedded):
