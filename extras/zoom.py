@@ -34,7 +34,7 @@ from tqdm import tqdm
 from crm import CRM, load_crm
 from data import EMBEDDED, Example, Sizes, load_samples
 from infer import answer
-from metrics import image_digest, interval, paired_interval
+from metrics import FEW, image_digest, interval, paired_interval
 from rewards import Box, box_iou
 from runtime.cli import exit_on, flag, parse_args, use_embedded
 from runtime.files import write_whole
@@ -284,8 +284,8 @@ def table(rows: Sequence[dict], note: str) -> str:
 
 
 def shown(found: Any, sign: str = "") -> str:
-    """Returns "0.375 [0.300, 0.450]" of an interval."""
-    if found.images == 1:
+    """Returns "0.375 [0.300, 0.450]" of an interval; no ends where it is of few images."""
+    if found.images < FEW:
         return f"{found.mean:{sign}.3f} [–]"
     return f"{found.mean:{sign}.3f} [{found.low:{sign}.3f}, {found.high:{sign}.3f}]"
 

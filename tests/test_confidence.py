@@ -1,6 +1,7 @@
 """extras/confidence.py: signals by hand, the fit, infer.py --abstain, and the command."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ from extras.confidence import (
     vote,
 )
 from extras.selective import aurc
+from runtime.cli import ROOT
 from runtime.files import read_jsonl
 from sampling import sample
 
@@ -290,10 +292,11 @@ def test_a_fit_is_read_from_the_checkpoint_and_a_wrong_one_is_one_line(tmp_path:
 
 
 def test_the_command_measures_and_goes_on_where_it_stopped(tmp_path: Path):
-    absent = tmp_path / "absent"
-    run("-m extras.false_premise --count 6 --limit 60 --out", absent)
+    absent = ROOT / "demo/absent"
+    crm = tmp_path / "crm"
+    shutil.copytree(EMBEDDED["crm"], crm)
     flags = ["-m extras.confidence --limit 5 --fit-limit 6 --completions 3 --max-new-tokens 96"]
-    flags += ["--absent", absent, "--out", tmp_path / "sure"]
+    flags += ["--save --crm", crm, "--absent", absent, "--out", tmp_path / "sure"]
     out, _ = run(*flags)
     for name in (*SIGNALS, "all", "(none)", "(perfect)"):
         assert f"| {name} |" in out
@@ -309,10 +312,18 @@ def test_the_command_measures_and_goes_on_where_it_stopped(tmp_path: Path):
     assert all(set(row["signals"]) == set(SIGNALS) for row in rows if row["kept"] is not None)
     assert any(row["signals"] for row in rows)
     assert "confidence" in (folder / "test/table.md").read_text()
-    again, _ = run(*flags)  # nothing is asked again
+    assert (crm / "confidence.json").read_text() == (folder / "confidence.json").read_text()
+    again, _ = run(*flags)  # nothing is asked again, although the checkpoint has a new file
     assert again.splitlines()[-8:] == out.splitlines()[-8:]
     rescored, _ = run("evaluate.py --rescore", folder / "test")
     assert "| agreement | confidence |" in rescored
+    picture = ROOT / "demo/images/fundus.png"
+    asked = ["infer.py --query Where? --abstain 1 --image", picture, "--crm", crm]
+    said, _ = run(*asked, "--out", tmp_path / "out")
+    assert "not sure" in said
+    opinion = json.loads((tmp_path / "out/result.json").read_text())["opinion"]
+    assert opinion["fitted"]
+    assert 0 < opinion["confidence"] < 1
 
 
 @pytest.mark.parametrize(

@@ -175,6 +175,8 @@ def test_the_table_has_the_paired_difference_and_the_seconds():
     assert "| all | 20 | 0.200 [0.200, 0.200] | 0.200 [0.200, 0.200] | 0.250 [" in text
     assert "| +0.050 [+0.0" in text
     assert text.count("50 %") == 3  # all, small targets, A
+    few = table(rows[:3], "note")
+    assert "| all | 3 | 0.200 [–] |" in few
     assert "- zoom: 3.00 s per question (median)" in text
 
 
