@@ -110,6 +110,7 @@ paper: setup
 embedded: setup build/nilearn-0.14.1-py3-none-any.whl build/pyradiomics-3.0.1.tar.gz
 	$(RUN) -m demo.make.data
 	$(RUN) -m demo.make.histology
+	$(RUN) -m extras.false_premise --count 60 --out demo/absent
 	$(RUN) -m demo.make.crm
 	$(RUN) -m demo.make.asm
 

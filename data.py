@@ -299,6 +299,7 @@ ONE_BOX = AnswerFormat(
 )
 # the key of the answer's JSON object that a prompt shows -> how such answers are treated
 ANSWER_FORMATS = {
+    "nothing": "extras.silence.MAY_BE_SILENT",  # before "bbox", which its prompt shows as well
     "bbox": "data.ONE_BOX",
     "boxes": "extras.boxes.SEVERAL_BOXES",
 }

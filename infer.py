@@ -3,6 +3,7 @@
     python infer.py --image demo/images/brain_mr_axial.png \\
                     --query "What could the paired dark cavities deep within the brain represent?"
     python infer.py --image x.png --query "…" --completions 8   # keep what most others agree with
+    python infer.py --image x.png --query "…" --abstain 0.5     # may answer that it is not sure
     python infer.py --image x.png --query "…" --crm zzzyzh/MedReasoner-Soft-7B \\
                     --asm MedSAM2_latest.pt --resize square:840
 
@@ -31,9 +32,14 @@ from runtime.cli import exit_on, flag, parse_args, use_embedded
 from runtime.files import parse_object, read_text
 from runtime.images import is_scan
 from runtime.parallel import Ranks
+from runtime.registry import find
 from sampling import default_temperature, sample
 
 OUTPUTS = ("mask.png", "overlay.png", "result.json")
+AFTERWARDS = {  # flag: what it does with an answer, (cfg, crm, asm, image, *answer) -> answer
+    "zoom": "extras.zoom.look_again",
+    "abstain": "extras.confidence.judge",
+}
 FOR_SCANS = "python -m extras.scans takes it, with the flags of this script"
 
 
@@ -60,6 +66,8 @@ class Config:
     )
     max_new_tokens: int = flag(512, "longest completion in tokens", low=1)
     seed: int = flag(0, "seed of every random choice", low=0)
+    zoom: float | None = flag(None, "look again this much closer, and keep what agrees", above=1)
+    abstain: float | None = flag(None, "not sure below this confidence", low=0, high=1)
 
 
 def load_models(cfg: Any) -> tuple[CRM, ASM]:
@@ -131,10 +139,12 @@ def ground(
 
     # 1. the clinical reasoning module answers
     temperature = default_temperature(cfg.temperature, cfg.completions)
-    with exit_on(FloatingPointError):
-        found, completions, kept = answer(
-            crm, prompt, cfg.completions, cfg.max_new_tokens, temperature, cfg.seed
-        )
+    with exit_on(ValueError, FloatingPointError):
+        answered = answer(crm, prompt, cfg.completions, cfg.max_new_tokens, temperature, cfg.seed)
+        for name, entry in AFTERWARDS.items():
+            if getattr(cfg, name) is not None:
+                answered = find(entry)(cfg, crm, asm, image, *answered)
+    found, completions, kept = answered
     result = {
         "image": cfg.image,
         "size": image.size,
@@ -147,6 +157,9 @@ def ground(
         (out / name).unlink(missing_ok=True)
     if kept is None:
         write_result(out, result)
+        if not result["problem"]:  # a good answer that points to nothing
+            print(f"answer     {result.get('said', 'nothing here')}; see {out}")
+            return 0, result, None
         count = cfg.completions
         print(f"no usable completion of {count}: {result['problem']}; see {out}", file=sys.stderr)
         return 3, result, None

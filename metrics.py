@@ -263,6 +263,8 @@ METRICS: dict[str, Metric] = {  # name: (title, function of a prediction; None w
     "voted": ("IoU, voted", voted_iou),
     "best": ("IoU, best of N", lambda p: over_ious(p, max, at_least=2)),
     "pass": ("pass@N", lambda p: over_ious(p, lambda ious: max(ious) >= 0.5, at_least=2)),
+    "agreement": ("agreement", lambda p: p.get("agreement")),  # see extras/confidence.py
+    "confidence": ("confidence", lambda p: p.get("confidence")),
 }
 
 

@@ -11,9 +11,12 @@ image frame.
     POST /view      {"id", "scan"} -> id, name, size, picture (upright, its longer side at most
                     SHOWN pixels), scan: null, or what there is to choose from
     POST /ask       {"id", "scan", "query", "completions": how many} -> result (as infer.py's),
-                    completions (a list), kept, crm_ms, and what /segment answers
+                    completions (a list), kept, crm_ms, opinion, and what /segment answers
     POST /segment   {"id", "scan", "bbox", "points"} -> mask, mask_score, mask_pixels, asm_ms: the
                     segmenter alone
+
+opinion: how sure the answer is (extras/confidence.py); null where there is one completion, or none
+that can be used. The page greys out an answer below --abstain.
 
 "id" is from /image. "scan" is the slice and the window, as in samples.jsonl: {"slice": 45,
 "window": "lung"}; without it, the middle slice. What goes wrong is {"error": one line}.
@@ -43,6 +46,7 @@ import torch
 from PIL import Image
 
 from data import load_image
+from extras.confidence import opinion, read_fit
 from extras.scan_files import SeveralFrames
 from extras.scans import PLANES, WINDOWS, ScanConfig, View, read_view, scan_config
 from infer import answer, load_models
@@ -86,6 +90,7 @@ class Config:
     # completions
     max_new_tokens: int = flag(512, "longest completion in tokens", low=1)
     seed: int = flag(0, "seed of every random choice", low=0)
+    abstain: float = flag(0.5, "confidence from which an answer is shown as one", low=0, high=1)
     # page
     port: int = flag(8000, "of this machine (0: any that is free)", low=0, high=65535)
 
@@ -165,6 +170,7 @@ class Service(ThreadingHTTPServer):
         self.lock = Lock()
         self.files: dict[str, tuple[str, bytes]] = {}  # id: name, content
         self.crm, self.asm = load_models(cfg)
+        self.fit = read_fit(cfg.crm)
         if self.crm.answer_format.several:
             raise ValueError(
                 "the page shows one box, and this prompt asks for several: give --prompt "
@@ -254,6 +260,13 @@ class Service(ThreadingHTTPServer):
             result["scan"] = {"shown": str(opened.view)}
         result |= answers[0 if kept is None else kept]
         reply = {"result": result, "completions": answers, "kept": kept, "crm_ms": crm_ms}
+        reply["opinion"] = None
+        if kept is not None and completions > 1:
+            with self.lock:
+                models = (self.crm, self.asm, self.fit)
+                reply["opinion"] = opinion(
+                    *models, opened.image, prompt, answers, kept, cfg.abstain
+                )
         if kept is not None:
             reply |= self.segment(request | answers[kept])
         return reply

@@ -15,6 +15,7 @@ import pytest
 import asm
 import crm
 import data
+import infer
 import metrics
 import rewards
 import sampling
@@ -34,6 +35,7 @@ REGISTRIES = {
     "segmenters": [asm.SEGMENTERS],
     "answer formats": [data.ANSWER_FORMATS],
     "trackers": [run.TRACKERS],
+    "what infer.py does afterwards": [infer.AFTERWARDS],
 }
 
 
@@ -107,7 +109,7 @@ def test_there_are_no_import_circles():
         visit(name, ())
 
 
-def test_the_outer_ring_is_reached_through_four_registries_only():
+def test_the_outer_ring_is_reached_through_five_registries_only():
     """No other string in rings 1 and 2 names a function of the outer ring."""
     known = {
         entry for tables in REGISTRIES.values() for table in tables for entry in table.values()

@@ -129,6 +129,22 @@ def test_a_segment_is_that_of_the_segmenter(call, opened, bbox, points):
     assert answer["asm_ms"] > 0
 
 
+def test_the_page_is_told_how_sure_an_answer_is(service, call, opened, monkeypatch):
+    request = {"id": opened["id"], "query": QUESTION, "completions": 4}
+    monkeypatch.setattr(service, "fit", None)
+    monkeypatch.setattr(service.cfg, "abstain", 1.0)
+    _, unsure = call("/ask", request)
+    assert not unsure["opinion"]["sure"]
+    assert "different places" in unsure["opinion"]["reasons"][0]
+    monkeypatch.setattr(service.cfg, "abstain", 0.0)
+    _, sure = call("/ask", request)
+    assert sure["opinion"]["sure"]
+    assert sure["opinion"]["reasons"] == []
+    assert sure["opinion"]["confidence"] == unsure["opinion"]["confidence"]
+    _, of_one = call("/ask", request | {"completions": 1})
+    assert of_one["opinion"] is None  # there is nothing to compare
+
+
 def test_completions_that_cannot_be_read_have_no_mask(service, call, opened, monkeypatch):
     monkeypatch.setattr(service.cfg, "max_new_tokens", 3)
     status, answer = call("/ask", {"id": opened["id"], "query": QUESTION, "completions": 4})
@@ -780,6 +796,23 @@ def test_a_browser_asks_and_shows_every_completion(answered, tmp_path):
     page.picture(tmp_path / "wide.png")
     assert (tmp_path / "wide.png").stat().st_size > 20_000
     assert page.run(OUTLINE_IS_DRAWN)
+    assert_no_other_errors(page)
+
+
+@pytest.mark.skipif(not CHROMIUM, reason=NO_CHROMIUM)
+def test_a_browser_greys_out_what_it_is_not_sure_of(answered, tmp_path):
+    page = answered
+    greyed = "document.body.classList.contains('unsure')"
+    page.run("answer.opinion.sure = true, answer.opinion.reasons = [], take(answer.kept)")
+    until(page, SETTLED)
+    assert not page.run(greyed)
+    assert "confidence" in page.text("#numbers")
+    page.run("answer.opinion.sure = false, answer.opinion.reasons = ['a guess'], show()")
+    assert page.run(greyed)
+    assert "not sure: a guess" in page.text("#numbers")
+    page.picture(tmp_path / "unsure.png")
+    page.run("bbox = [30, 40, 70, 90], show()")  # what was drawn by hand is the reader's own
+    assert not page.run(greyed)
     assert_no_other_errors(page)
 
 
