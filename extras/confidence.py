@@ -27,7 +27,7 @@ into the folder of --crm, where infer.py --abstain and the page look for it.
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -436,10 +436,10 @@ def score_confidence(
         def alarms(values: np.ndarray, absent: np.ndarray, share: float = share) -> float:
             return selective.false_alarms(values, absent, share)
 
-        name = f"alarms_{100 * share:.0f}"
-        found[name] = selective.bootstrap(
-            alarms, (everything, is_of_absent), images + absent_images
-        )
+        interval = selective.bootstrap(alarms, (everything, is_of_absent), images + absent_images)
+        if interval is not None:  # few images without an answer make no interval
+            interval = replace(interval, images=len(set(absent_images)))
+        found[f"alarms_{100 * share:.0f}"] = interval
     return found
 
 

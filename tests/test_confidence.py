@@ -182,6 +182,8 @@ def test_a_model_that_is_always_sure_has_only_false_alarms():
     assert found["ece"].mean == pytest.approx(0.9 - 3 / 6)
     assert found["refused"].mean == 0
     assert found["alarms_50"].mean == found["alarms_80"].mean == 1
+    of_two = score_confidence(sure, ANSWERABLE, 0.5, sure[:2], ABSENT[:2])
+    assert of_two["alarms_50"].images == 2  # too few for an interval, see selective.shown
 
 
 def test_a_model_that_is_always_silent_refuses_everything():
