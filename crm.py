@@ -1,4 +1,4 @@
-"""The Clinical Reasoning Module: a Qwen2.5-VL that reads an image and a question and writes
+"""The Clinical Reasoning Module: a Qwen-VL that reads an image and a question and writes
 <think>…</think><answer>…</answer>.
 
     crm = load_crm("demo/crm", device="cpu", dtype=torch.float32)
@@ -7,7 +7,7 @@
     with crm.reference(): ...                       # inside, the weights are the reference model's
     crm.save("runs/mine/step_000100")               # a folder that from_pretrained loads
 
-Any Qwen2.5-VL checkpoint loads, from a folder or by its hub name. All weights train, or LoRA
+Any checkpoint of FAMILIES loads, from a folder or by its hub name. All weights train, or LoRA
 matrices on the language model's linear layers, or those whose name a regular expression finds. The
 reference model is frozen. It is a copy of the weights that training starts from, or, with LoRA, the
 same weights with the matrices switched off.
@@ -27,9 +27,11 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch.nn.functional import pad
 
 from data import (
     ANSWER_FORMATS,
+    COORDINATES,
     MAX_PIXELS,
     MIN_PIXELS,
     PROMPTS,
@@ -40,10 +42,13 @@ from data import (
     fill_prompt,
     load_prompt,
     model_size,
+    to_image,
 )
-from runtime.cli import matcher
+from rewards import box_iou
+from runtime.cli import matcher, print0
 from runtime.parallel import Ranks
 from runtime.pretrained import (
+    FAMILIES,
     check_folder,
     on_device,
     read_pretrained,
@@ -53,9 +58,9 @@ from runtime.pretrained import (
     write_pretrained,
 )
 
-# the chat format that the checkpoints were trained on, around the image and the user's text
+# the chat format that the checkpoints were trained on, around the image and the user's text; what a
+# family's system prompt says stands before it
 CHAT = (
-    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
     "<|im_start|>user\n<|vision_start|>",
     "<|vision_end|>",
     "<|im_end|>\n<|im_start|>assistant\n",
@@ -77,7 +82,7 @@ class Prompt:
     positions: torch.Tensor  # (3, L) M-RoPE positions in time, height, width
     sizes: Sizes  # of the image, in both frames
     image_start: int  # index of the first image token in ids
-    features: torch.Tensor | None = None  # (image tokens, D), kept where the vision tower is frozen
+    features: torch.Tensor | None = None  # see image_features; kept where the tower is frozen
 
 
 @dataclass
@@ -99,24 +104,29 @@ def load_crm(
     dtype: torch.dtype = torch.float32,
     prompt: str | None = None,
     resize: str | None = None,
+    coordinates: str | None = None,
     min_pixels: int | None = None,
     max_pixels: int | None = None,
 ) -> "CRM":
     """Returns a CRM from a folder or a hub name.
 
     The other arguments are those of CRM. Where one is None, what the checkpoint remembers is taken.
-    ValueError, one line, where there is no Qwen2.5-VL."""
+    ValueError, one line, where there is no such model, or it was trained in other coordinates."""
     if prompt is not None:
         load_prompt(prompt)  # a wrong --prompt is an error now, not after minutes of loading
     given = {
         "prompt": prompt,
         "resize": resize,
+        "coordinates": coordinates,
         "min_pixels": min_pixels,
         "max_pixels": max_pixels,
     }
     check_folder(path)
     settings = read_settings(path)
     check_remembered(path, settings)
+    if coordinates not in (None, settings.get("coordinates", coordinates)):
+        remembered = settings["coordinates"]
+        raise ValueError(f"--coordinates {coordinates}: {path} was trained in {remembered}")
     settings.pop("answers", None)  # the prompt says it; only a resume compares it
     for key, value in given.items():
         if value is not None:
@@ -124,6 +134,7 @@ def load_crm(
     model, tokenizer, image_processor = read_pretrained(path, dtype, device)
     crm = CRM(model, tokenizer, image_processor, **settings)
     crm.side_files = read_side_files(path)
+    print0(f"CRM: {model.config.model_type}, coordinates {crm.coordinates}")
     return crm
 
 
@@ -132,17 +143,20 @@ def check_remembered(path: str | Path, settings: dict[str, Any]) -> None:
     the checkpoint remembers."""
     try:
         load_prompt(settings.get("prompt", "reasoning"))
-        model_size((56, 56), settings.get("resize", "aspect"))
+        model_size((56, 56), settings.get("resize", "aspect"), stride=1)
+        if settings.get("coordinates", "pixels") not in COORDINATES:
+            raise ValueError(f"coordinates are one of {', '.join(COORDINATES)}")
     except ValueError as error:
         file = settings_file(path)
         raise ValueError(f"{file}: correct or remove the file: {error}") from None
 
 
 class CRM:
-    """Model, tokenizer and image processor of one Qwen2.5-VL.
+    """Model, tokenizer and image processor of one checkpoint.
 
     prompt   see data.load_prompt; None is the reasoning prompt
     resize   how images become the model frame, see data.model_size; None is "aspect"
+    coordinates   of data.COORDINATES; None is what the family was taught
     min_pixels, max_pixels   limits of the model frame; None are the usual ones, and at most what
                              the checkpoint was made for
     """
@@ -154,12 +168,15 @@ class CRM:
         image_processor: Any,
         prompt: str | None = None,
         resize: str | None = None,
+        coordinates: str | None = None,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
     ):
         self.model = model
         self.tokenizer = tokenizer
         self.image_processor = image_processor
+        self.family = FAMILIES[model.config.model_type]
+        self.coordinates = coordinates or self.family.coordinates
         self.side_files: dict[str, bytes] = {}  # of the checkpoint, see runtime/pretrained.py
 
         # how a question is put and how an answer is read
@@ -171,11 +188,11 @@ class CRM:
         self.min_pixels = min_pixels or MIN_PIXELS
         self.max_pixels = max_pixels or min(MAX_PIXELS, image_processor.size["longest_edge"])
         if self.resize.startswith("aspect:"):
-            model_size((56, 56), self.resize)  # a wrong number is an error now
+            self.frames((56, 56))  # a wrong number is an error now
             self.max_pixels = int(self.resize.removeprefix("aspect:"))
             self.min_pixels = min(self.min_pixels, self.max_pixels)
             self.resize = "aspect"
-        model_size((56, 56), self.resize, self.min_pixels, self.max_pixels)
+        self.frames((56, 56))
         # so that a server that loads what `save` writes resizes to the same frame
         image_processor.size = {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels}
 
@@ -210,7 +227,13 @@ class CRM:
 
     def encode_question(self, image: Image.Image, query: str) -> Prompt:
         """Puts a question into the prompt's template, and encodes it with its image."""
-        return self.encode(image, fill_prompt(self.template, query))
+        return self.encode(image, fill_prompt(self.template, query, self.coordinates))
+
+    def frames(self, size: tuple[int, int]) -> dict[str, Sizes]:
+        """Returns the sizes of an image of some (width, height) by the COORDINATES of a model."""
+        stride = self.family.stride
+        resized = model_size(size, self.resize, self.min_pixels, self.max_pixels, stride)
+        return {"pixels": Sizes(size, resized), "norm1000": Sizes(size, (1000, 1000))}
 
     def prompt_of(self, example: Example) -> Prompt:
         """Returns an example as the model reads it. BadRow where it is too long for the model."""
@@ -219,18 +242,36 @@ class CRM:
         except ValueError as error:
             raise BadRow(f"{example.id}: {error}") from None
 
+    def check_coordinates(self, examples: Sequence[Example], groups: Sequence[Group]) -> None:
+        """Prints a line where boxes fit far better once they are read in other coordinates."""
+        fits = dict.fromkeys(COORDINATES, 0.0)  # mean IoU
+        for example, group in zip(examples, groups):
+            boxes = [self.answer_format.parse(text).bbox for text in group.texts]
+            for name, sizes in self.frames(example.image.size).items():
+                ious = [box_iou(to_image(box, sizes), example.bbox) for box in boxes if box]
+                fits[name] += sum(ious) / len(boxes) / len(groups)
+        best = max(fits, key=fits.get)
+        own = self.coordinates
+        if fits[best] > fits[own] + 0.1:
+            print0(
+                f"boxes look like {best} (mean IoU {fits[best]:.2f}), not like {own} (mean IoU "
+                f"{fits[own]:.2f}): give --coordinates {best}"
+            )
+
     def encode(self, image: Image.Image, prompt_text: str) -> Prompt:
         """Encodes an RGB image in the image frame and a text as a Prompt.
 
         The image is resized here, once, to the model frame. Text that looks like a special token
         stays text. ValueError where the prompt is longer than the model's context."""
-        size = model_size(image.size, self.resize, self.min_pixels, self.max_pixels)
+        frames = self.frames(image.size)
+        size = frames["pixels"].model
         resized = image.resize(size, Image.Resampling.BICUBIC)
         pixels = self.image_processor(images=resized, do_resize=False, return_tensors="pt")
         grid = pixels["image_grid_thw"].to(self.device)
         image_tokens = int(grid.prod()) // self.image_processor.merge_size**2
 
-        before, between, after = (self.tokenizer(text).input_ids for text in CHAT)
+        chat = (self.family.system + CHAT[0], *CHAT[1:])
+        before, between, after = (self.tokenizer(text).input_ids for text in chat)
         words = self.tokenizer(prompt_text, split_special_tokens=True).input_ids
         image_ids = [self.image_id] * image_tokens
         ids = torch.tensor(before + image_ids + between + words + after, device=self.device)
@@ -247,12 +288,13 @@ class CRM:
             pixel_values=pixels["pixel_values"].to(self.device),
             grid_thw=grid,
             positions=positions[:, 0],
-            sizes=Sizes(image.size, size),
+            sizes=frames[self.coordinates],
             image_start=len(before),
         )
 
     def image_features(self, prompts: Sequence[Prompt]) -> list[torch.Tensor]:
-        """Returns what the vision tower makes of each prompt's image, (image tokens, D).
+        """Returns what the vision tower makes of each prompt's image, (1 + K, image tokens, D). The
+        first takes the image tokens' place; for the other K see `deepstack`.
 
         A frozen tower's features are computed once and kept in `prompt.features`, where sampler,
         reference and policy find them."""
@@ -269,7 +311,30 @@ class CRM:
     def _vision_tower(self, prompts: Sequence[Prompt]) -> list[torch.Tensor]:
         pixels = torch.cat([prompt.pixel_values for prompt in prompts])
         grids = torch.cat([prompt.grid_thw for prompt in prompts])
-        return self.model.model.get_image_features(pixels, grids).pooler_output
+        found = self.model.model.get_image_features(pixels, grids)
+        deep = found.deepstack_features if self.family.deepstack else []
+        return [torch.stack(of_image) for of_image in zip(found.pooler_output, *deep)]
+
+    def deepstack(
+        self, prompts: Sequence[Prompt], features: Sequence[torch.Tensor], lengths: Sequence[int]
+    ) -> dict[str, Any]:
+        """Returns keywords by which Qwen3-VL's language model adds K vision layers' features to
+        its image tokens, after its first K layers. lengths: of prompts with completions."""
+        if not self.family.deepstack:
+            return {}
+        is_image = [prompt.ids == self.image_id for prompt in prompts]
+        places = [pad(mask, (0, n - len(mask))) for mask, n in zip(is_image, lengths)]
+        added = torch.cat([of_image[1:] for of_image in features], dim=1)  # (K, image tokens, D)
+        return {"visual_pos_masks": torch.cat(places)[None], "deepstack_visual_embeds": added}
+
+    def norm_heads(
+        self, module: torch.nn.Module, q: torch.Tensor, key: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Qwen3-VL normalises every head's query and key (n, heads, d), before their rotation."""
+        if self.family.norms_heads:
+            q = module.q_norm(q)
+            key = module.k_norm(key)
+        return q, key
 
     def embed(
         self,
@@ -279,12 +344,12 @@ class CRM:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """[prompt | completion 1 | … | completion g] -> embeddings (S, D), positions (3, S).
 
-        features (image tokens, D) replace the embeddings of the prompt's image tokens. Positions of
+        features[0] replaces the embeddings of the prompt's image tokens. Positions of
         every completion continue from the prompt's."""
         words = self.model.get_input_embeddings()(torch.cat([prompt.ids, *completions]))
         start = prompt.image_start
-        end = start + len(features)
-        x = torch.cat([words[:start], features.to(words.dtype), words[end:]])
+        end = start + features.shape[1]
+        x = torch.cat([words[:start], features[0].to(words.dtype), words[end:]])
 
         next_position = prompt.positions.max() + 1
         positions = [prompt.positions]
@@ -476,6 +541,7 @@ class CRM:
             "resize": self.resize,
             "min_pixels": self.min_pixels,
             "max_pixels": self.max_pixels,
+            "coordinates": self.coordinates,
             "prompt": prompt,
             "answers": ANSWER_FORMATS[self.answer_format.key],
         }

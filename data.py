@@ -6,7 +6,7 @@
     python data.py PATH [--split test] [--sheet sheet.png]   # what is in a data set, every bad row
 
 There are two coordinate frames. Both are in pixels with the origin at the top left, x to the right
-and y down.
+and y down. (A model frame may be in thousandths of width and height instead, see COORDINATES.)
 
     image frame   the image, upright: what people, masks and the segmenter use
     model frame   the image after our one resize: what the language model reads and writes
@@ -61,6 +61,10 @@ __all__ = ["BadRow", "load_image", "load_mask"]  # re-exported
 
 STRIDE = 28  # one visual token of Qwen2.5-VL covers 2 x 2 patches of 14 pixels
 MIN_PIXELS, MAX_PIXELS = 56 * 56, 840 * 840
+COORDINATES = {  # what the numbers of a model are, and how its prompt says so
+    "pixels": "in pixels of this image",
+    "norm1000": "in thousandths of the width and height of this image",
+}
 # used where none is given: training starts from EMBEDDED, questions are put to TAUGHT
 EMBEDDED = {name: ROOT / "demo" / name for name in ("crm", "asm", "data")}
 TAUGHT = EMBEDDED | {"crm": ROOT / "demo/crm_grpo"}
@@ -72,11 +76,11 @@ EXAMPLE_ANSWER = write_answer(("x1", "y1", "x2", "y2"), (("x", "y"), ("x", "y"))
 ADVICE = "The box is tight; both points lie well inside the region, apart from each other."
 PROMPTS = {  # --prompt takes one of these, or a text file with {query} in it
     "reasoning": "{query}\n"
-    "Reason first, then point to the region that is meant, in pixels of this image:\n"
+    "Reason first, then point to the region that is meant, {coordinates}:\n"
     f"<think>what you see, what it is, where it lies</think>{EXAMPLE_ANSWER}\n"
     f"{ADVICE}",
     "direct": "{query}\n"
-    "Point to the region that is meant, in pixels of this image, and write nothing else:\n"
+    "Point to the region that is meant, {coordinates}, and write nothing else:\n"
     f"{EXAMPLE_ANSWER}\n"
     f"{ADVICE}",
 }
@@ -104,9 +108,9 @@ def load_prompt(name: str) -> str:
     return text
 
 
-def fill_prompt(template: str, query: str) -> str:
+def fill_prompt(template: str, query: str, coordinates: str = "pixels") -> str:
     """Returns what the language model is asked. The template's JSON has braces of its own."""
-    return template.replace("{query}", query)
+    return template.replace("{coordinates}", COORDINATES[coordinates]).replace("{query}", query)
 
 
 # ---------------------------------------------------------------- one question about one image
@@ -175,10 +179,11 @@ def model_size(
     resize: str = "aspect",
     min_pixels: int = MIN_PIXELS,
     max_pixels: int = MAX_PIXELS,
+    stride: int = STRIDE,
 ) -> tuple[int, int]:
-    """Returns the size (width, height) of an image in the model frame, multiples of 28.
+    """Returns the size (width, height) to which an image is resized, multiples of the stride.
 
-    resize  "aspect" is Qwen's own smart_resize: it keeps the ratio as well as multiples of 28 can,
+    resize  "aspect" is Qwen's own smart_resize: it keeps the ratio as well as such multiples can,
             with min_pixels <= width * height <= max_pixels
             "aspect:MAX" is the same with its own max_pixels
             "square:SIDE" is SIDE x SIDE: the ratio is not kept, as in the released data
@@ -188,18 +193,18 @@ def model_size(
     has_number = re.fullmatch(r"[0-9]{1,8}", number) is not None
     if kind == "aspect" and (has_number or resize == "aspect"):
         most = int(number) if has_number else max_pixels
-        if most < STRIDE * STRIDE:
-            raise ValueError(f"--resize {resize}: give at least {STRIDE * STRIDE} pixels")
+        if most < stride * stride:
+            raise ValueError(f"--resize {resize}: give at least {stride * stride} pixels")
         width, height = size
         # rounding up to the least may quadruple an area, and then the most must still hold
         least = min(min_pixels, most // 4)
-        height, width = smart_resize(height, width, STRIDE, least, most)
+        height, width = smart_resize(height, width, stride, least, most)
         return width, height
     side = int(number) if kind == "square" and has_number else 0
-    if side == 0 or side % STRIDE:
+    if side == 0 or side % stride:
         raise ValueError(
             f'--resize {resize}: give "aspect", "aspect:PIXELS", or "square:SIDE", where SIDE is a '
-            f"multiple of {STRIDE}"
+            f"multiple of {stride}"
         )
     if side * side > max_pixels:
         raise ValueError(

@@ -51,12 +51,13 @@ GIVEN = {"points": (False, 2), "box": (True, 0), "one": (True, 1), "both": (True
 @dataclass
 class Config:
     # model
-    crm: str | None = flag(None, "Qwen2.5-VL folder or hub name")
+    crm: str | None = flag(None, "Qwen2.5-VL or Qwen3-VL, folder or hub name")
     asm: str | None = flag(None, "segmenter for the mask's Dice, or none")
     prompt: str | None = flag(
         None, "reasoning, direct, boxes, a text file with {query}, or the text itself"
     )
     resize: str | None = flag(None, "aspect, aspect:MAX_PIXELS or square:SIDE")
+    coordinates: str | None = flag(None, "see data.COORDINATES", ("pixels", "norm1000"))
     dtype: str = flag(
         "auto", "compute type; auto is bfloat16 on CUDA", ("auto", "float32", "bfloat16")
     )
@@ -106,6 +107,8 @@ def ask(
         for kind, (completions, temperature) in kinds.items():
             seeds = [(seed, EVALUATION, i) for i in part]
             groups = sample(crm, prompts, completions, max_new_tokens, temperature, seeds)
+            if start == 0:
+                crm.check_coordinates(chosen, groups)
             for i, example, group in zip(part, chosen, groups):
                 sizes = group.prompt.sizes
                 p = metrics.prediction(example, i, group.texts, sizes, crm.answer_format)
@@ -442,7 +445,8 @@ def evaluate(cfg: Config) -> None:
     if cfg.asm != "none":
         asm = load_asm(cfg.asm, ranks.device)
     # before anything is written: a checkpoint that does not load must not claim the folder
-    crm = load_crm(cfg.crm, ranks.device, ranks.dtype(cfg.dtype), cfg.prompt, cfg.resize)
+    dtype = ranks.dtype(cfg.dtype)
+    crm = load_crm(cfg.crm, ranks.device, dtype, cfg.prompt, cfg.resize, cfg.coordinates)
     config = asdict(cfg)
     if ranks.is_main:
         files = checkpoint_files(cfg.crm) + segmenter_files(cfg.asm)

@@ -49,12 +49,13 @@ class Config:
     query: str = flag("required", "the question, in plain words")
     out: str = flag("out", "folder for mask.png, overlay.png and result.json")
     # models
-    crm: str | None = flag(None, "Qwen2.5-VL folder or hub name")
+    crm: str | None = flag(None, "Qwen2.5-VL or Qwen3-VL, folder or hub name")
     asm: str | None = flag(None, "segmenter: a folder, MedSAM2_latest.pt, or see asm.SEGMENTERS")
     prompt: str | None = flag(
         None, "reasoning, direct, boxes, a text file with {query}, or the text itself"
     )
     resize: str | None = flag(None, "aspect, aspect:MAX_PIXELS or square:SIDE")
+    coordinates: str | None = flag(None, "see data.COORDINATES", ("pixels", "norm1000"))
     dtype: str = flag(
         "auto", "compute type; auto is bfloat16 on CUDA", ("auto", "float32", "bfloat16")
     )
@@ -74,7 +75,8 @@ def load_models(cfg: Any) -> tuple[CRM, ASM]:
     """Returns the CRM and the ASM of a Config, the embedded ones where none is given."""
     use_embedded(cfg, {"crm": TAUGHT["crm"], "asm": TAUGHT["asm"]})
     ranks = Ranks.start()
-    crm = load_crm(cfg.crm, ranks.device, ranks.dtype(cfg.dtype), cfg.prompt, cfg.resize)
+    dtype = ranks.dtype(cfg.dtype)
+    crm = load_crm(cfg.crm, ranks.device, dtype, cfg.prompt, cfg.resize, cfg.coordinates)
     return crm, load_asm(cfg.asm, ranks.device, multimask=cfg.multimask)
 
 

@@ -107,7 +107,7 @@ def prompts_at_once(crm: CRM, prompts: Sequence[Prompt], G: int, max_new_tokens:
     """Returns how many prompts' caches fit into half of a GPU's free memory, or into
     HOST_CACHE_BYTES on a CPU, if every completion has its full length."""
     config = crm.model.config.text_config
-    head_size = config.hidden_size // config.num_attention_heads
+    head_size = crm.model.model.language_model.layers[0].self_attn.head_dim
     width = config.num_key_value_heads * head_size
     bytes_per_token = 2 * config.num_hidden_layers * width * crm.model.dtype.itemsize
     longest = max((len(prompt.ids) for prompt in prompts), default=0)
@@ -300,7 +300,7 @@ class Batch:
         q = module.q_proj(h).unflatten(-1, (-1, d))  # (N, heads, d)
         key = module.k_proj(h).unflatten(-1, (-1, d))
         value = module.v_proj(h).unflatten(-1, (-1, d))
-        q, key = apply_rotary_pos_emb(q, key, *rotation)
+        q, key = apply_rotary_pos_emb(*self.crm.norm_heads(module, q, key), *rotation)
         cache.own_keys.index_copy_(2, self.t, rearrange(key, "n k d -> k n 1 d"))
         cache.own_values.index_copy_(2, self.t, rearrange(value, "n k d -> k n 1 d"))
         q = rearrange(q, "n (k r) d -> k n r d", k=key.shape[1])
@@ -393,7 +393,9 @@ def prefill(
     values: list[list[torch.Tensor]] = [[] for _ in model.layers]
     for prompt, features in zip(prompts, crm.image_features(prompts)):
         x, positions = crm.embed(prompt, features)
-        out = model(inputs_embeds=x[None], position_ids=positions[:, None], use_cache=True)
+        options = crm.deepstack([prompt], [features], [len(x)])
+        where = positions[:, None]
+        out = model(inputs_embeds=x[None], position_ids=where, use_cache=True, **options)
         hidden.append(out.last_hidden_state[0, -1])
         padding = (0, 0, 0, L - len(x))
         for i, cache in enumerate(out.past_key_values.layers):

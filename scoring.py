@@ -108,14 +108,15 @@ def packed_attention(
     v: torch.Tensor,
     attention_mask: Any,
     scaling: float | None = None,
+    spans: Sequence[Span] | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """What transformers calls in every layer: q (1, h, S, d), k and v (1, k, S, d), already rotated
-    -> (1, S, h, d). attention_mask is our list of Spans; with any other, attention is ordinary."""
-    if not isinstance(attention_mask, list):
+    -> (1, S, h, d). spans are those of packed_forward; without them, attention is ordinary."""
+    if spans is None:
         return sdpa_attention_forward(module, q, k, v, attention_mask, scaling=scaling, **options)
     out = []
-    for span in attention_mask:
+    for span in spans:
         prompt_q = q[:, :, span.prompt]
         prompt_k = k[:, :, span.prompt]
         prompt_v = v[:, :, span.prompt]
@@ -158,8 +159,9 @@ def packed_forward(
     model.set_attn_implementation("packed")  # every layer calls packed_attention above
     embedded = []
     positions = []
-    for prompt, features, own in zip(prompts, crm.image_features(prompts), completions):
-        x, where = crm.embed(prompt, features, own)
+    features = crm.image_features(prompts)
+    for prompt, of_image, own in zip(prompts, features, completions):
+        x, where = crm.embed(prompt, of_image, own)
         embedded.append(x)
         positions.append(where)
     x = torch.cat(embedded)
@@ -168,9 +170,10 @@ def packed_forward(
     spans = lay_out(prompt_lengths, completion_lengths, x.device)
     output = model(
         inputs_embeds=x[None],
-        attention_mask=dict.fromkeys(model.config.layer_types, spans),  # one for each type of layer
+        spans=spans,  # handed down to packed_attention
         position_ids=torch.cat(positions, dim=1)[:, None],
         use_cache=False,
+        **crm.deepstack(prompts, features, [len(part) for part in embedded]),
     )
     return output.last_hidden_state[0]
 

@@ -102,11 +102,12 @@ RECIPE = "recipes/demo.args"  # read where --crm is not given
 @dataclass
 class Config:
     # model
-    crm: str | None = flag(None, "Qwen2.5-VL folder or hub name")
+    crm: str | None = flag(None, "Qwen2.5-VL or Qwen3-VL, folder or hub name")
     prompt: str | None = flag(
         None, "reasoning, direct, boxes, a text file with {query}, or the text itself"
     )
     resize: str | None = flag(None, "aspect, aspect:MAX_PIXELS or square:SIDE")
+    coordinates: str | None = flag(None, "see data.COORDINATES", ("pixels", "norm1000"))
     dtype: str = flag(
         "auto", "compute type; auto is bfloat16 on CUDA", ("auto", "float32", "bfloat16")
     )
@@ -170,7 +171,6 @@ class Config:
     eval_every: int = flag(50, "steps between evaluations (0: first and last; -1: none)", low=-1)
     eval_limit: int = flag(0, "held-out questions, evenly spread (0: all)", low=0)
     save_every: int = flag(100, "steps between checkpoints (0: only the last; -1: none)", low=-1)
-    keep: int = flag(0, "newest checkpoints to keep, besides the best one (0: all)", low=0)
     track: str | None = flag(None, "also log to a tracker, see extras/track.py", tuple(TRACKERS))
 
 
@@ -377,6 +377,7 @@ def mask_dice_term(asm: ASM, example: Example, text: str, group: Group, crm: CRM
 
 def look_at_first(batch: list[Rollout], crm: CRM) -> None:
     """Prints what the very first completions of this rank point to, see learn/SYMPTOMS.md."""
+    crm.check_coordinates([group.example for group in batch], batch)
     problems = []
     image_tokens = []
     for group in batch:
@@ -616,7 +617,8 @@ def main(cfg: Config) -> None:
         run = Run(cfg, ranks)  # with --resume it compares all flags, so they are final here
         asm = load_asm(cfg.asm, ranks.device) if needs_asm else None
         torch.manual_seed(cfg.seed)  # LoRA's matrices are the same on every rank
-        crm = load_crm(cfg.crm, ranks.device, ranks.dtype(cfg.dtype), cfg.prompt, cfg.resize)
+        dtype = ranks.dtype(cfg.dtype)
+        crm = load_crm(cfg.crm, ranks.device, dtype, cfg.prompt, cfg.resize, cfg.coordinates)
         if run.checkpoint is not None:
             crm.check_settings(run.checkpoint)
         parameters = crm.prepare_training(
@@ -785,6 +787,7 @@ MOVED = {
     "cuda_graphs": "it is the argument graphs of sampling.sample",
     "mask_truncated": "a change of three lines, see learn/CHANGES.md",
     "eval_answers": "it is EVAL_COMPLETIONS in evaluate.py",
+    "keep": "it is KEEP in runtime/run.py",
     "rollouts_every": "groups are logged at every evaluation: --eval-every",
 }
 

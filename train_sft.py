@@ -38,11 +38,12 @@ from scoring import Pack, group_of, score
 @dataclass
 class Config:
     # model
-    crm: str | None = flag(None, "Qwen2.5-VL folder or hub name")
+    crm: str | None = flag(None, "Qwen2.5-VL or Qwen3-VL, folder or hub name")
     prompt: str | None = flag(
         None, "reasoning, direct, boxes, a text file with {query}, or the text itself"
     )
     resize: str | None = flag(None, "aspect, aspect:MAX_PIXELS or square:SIDE")
+    coordinates: str | None = flag(None, "see data.COORDINATES", ("pixels", "norm1000"))
     dtype: str = flag(
         "auto", "compute type; auto is bfloat16 on CUDA", ("auto", "float32", "bfloat16")
     )
@@ -81,7 +82,6 @@ class Config:
     eval_every: int = flag(0, "steps between evaluations (0: first and last; -1: none)", low=-1)
     eval_limit: int = flag(0, "held-out questions, evenly spread (0: all)", low=0)
     save_every: int = flag(500, "steps between checkpoints (0: only the last; -1: none)", low=-1)
-    keep: int = flag(0, "newest checkpoints to keep, besides the best one (0: all)", low=0)
     track: str | None = flag(None, "also log to a tracker, see extras/track.py", tuple(TRACKERS))
 
 
@@ -118,7 +118,8 @@ def main(cfg: Config) -> None:
             tests = Examples([])
         run = Run(cfg, ranks)
         torch.manual_seed(cfg.seed)  # LoRA's matrices are the same on every rank
-        crm = load_crm(cfg.crm, ranks.device, ranks.dtype(cfg.dtype), cfg.prompt, cfg.resize)
+        dtype = ranks.dtype(cfg.dtype)
+        crm = load_crm(cfg.crm, ranks.device, dtype, cfg.prompt, cfg.resize, cfg.coordinates)
         if run.checkpoint is not None:
             crm.check_settings(run.checkpoint)
         parameters = crm.prepare_training(
@@ -222,6 +223,7 @@ MOVED = {
     "test_data": 'give --data a folder with the splits "train" and "test"',
     "only": "make a data set of the rows that are meant, see paper/experiments.py",
     "timeout": "it is TIMEOUT_MINUTES in runtime/parallel.py",
+    "keep": "it is KEEP in runtime/run.py",
     "max_grad_norm": "it is MAX_GRAD_NORM in runtime/optim.py",
     "eval_answers": "it is EVAL_COMPLETIONS in evaluate.py",
 }

@@ -57,7 +57,7 @@ ANSWER_EXAMPLE = (
 )
 PROMPT = (
     "{query}\n"
-    "Reason first, then point to every region that is meant, in pixels of this image:\n"
+    "Reason first, then point to every region that is meant, {coordinates}:\n"
     f"<think>what you see, what it is, where it lies</think>{ANSWER_EXAMPLE}\n"
     "A tight box for each region; points i, 2 of them, lie well inside the region of box i."
 )

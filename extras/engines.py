@@ -3,11 +3,13 @@ enough.
 
     python -m extras.engines --data U-MRG-14K --split train --out train.parquet \\
                              --resize square:840
+    python -m extras.engines --data U-MRG-14K --out qwen3.parquet --family qwen3_vl
 
 One file serves all four engines. It is no data set of ours, because prompts are filled in. Images
-come in the model frame (give the model's own --resize), so that an engine's processor leaves their
-size alone, and box and points are pixels of it. Tags in a question that an engine would read as an
-image or as a special token get a space: "< image>", "< |im_end|>".
+are resized as for the model (give its own --family and --resize), so that an engine's processor
+leaves their size alone, and box and points are in the model frame, of --coordinates. Tags in a
+question that an engine would read as an image or as a special token get a space: "< image>",
+"< |im_end|>".
 
 Each engine needs its own environment, with this checkout under the same absolute path on every
 node. The term mask_dice is not there, because no engine carries masks.
@@ -74,8 +76,8 @@ def score(
 ) -> tuple[float, Terms]:
     """Returns the reward of one completion, and its terms.
 
-    ground_truth  JSON {"bbox_2d": [4], "point_2d": [[2], [2]], "size": [width, height]}, in pixels
-                  of an image of that size; without "size", as in U-MRG, of the 840 x 840 canvas
+    ground_truth  JSON {"bbox_2d": [4], "point_2d": [[2], [2]], "size": [width, height]}, in a model
+                  frame of that size; without "size", as in U-MRG, of the 840 x 840 canvas
     mode          see rewards.MODES
     coefficients  {term: coefficient}, as --coefficients of train_grpo.py
     official      compute the terms as the released code does, see extras/official_rewards.py
@@ -158,21 +160,26 @@ else:  # this file runs under ms-swift, which now knows medreasoner_MODE for eac
 
 
 def rows(
-    examples: "Sequence[Example]", template: str, split: str, resize: str
+    examples: "Sequence[Example]",
+    template: str,
+    split: str,
+    resize: str,
+    coordinates: str = "pixels",
+    stride: int = 28,
 ) -> Iterator[dict[str, Any]]:
-    """Yields one dict per example, with the columns of every engine and the image as PNG in the
-    model frame.
+    """Yields one dict per example, with the columns of every engine and the resized image as PNG.
 
-    template: of the prompt, see data.load_prompt; resize: see data.model_size. BadRow where an
-    example cannot be used."""
+    template: of the prompt, see data.load_prompt; resize, stride: see data.model_size; coordinates:
+    of data.COORDINATES. BadRow where an example cannot be used."""
     from PIL import Image
 
     from data import Sizes, fill_prompt, model_size, to_model
 
     for index in range(len(examples)):
         example = examples[index]
-        sizes = Sizes(example.image.size, model_size(example.image.size, resize))
-        resized = example.image.resize(sizes.model, Image.Resampling.BICUBIC)
+        size = model_size(example.image.size, resize, stride=stride)
+        sizes = Sizes(example.image.size, (1000, 1000) if coordinates == "norm1000" else size)
+        resized = example.image.resize(size, Image.Resampling.BICUBIC)
         png = io.BytesIO()
         resized.save(png, "PNG")
         truth = {
@@ -181,7 +188,7 @@ def rows(
             "size": sizes.model,
         }
         ground_truth = json.dumps(truth)
-        text = TAG.sub("< ", fill_prompt(template, example.query))
+        text = TAG.sub("< ", fill_prompt(template, example.query, coordinates))
         about = {
             "index": index,
             "split": split,
@@ -249,12 +256,17 @@ class Config:
     prompt: str = flag(
         "reasoning", "reasoning, direct, a text file with {query}, or the text itself"
     )
+    family: str = flag("qwen2_5_vl", "model_type in the model's config.json, see crm.FAMILIES")
     resize: str = flag("aspect", "aspect, aspect:MAX_PIXELS or square:SIDE")
+    coordinates: str | None = flag(
+        None, "see data.COORDINATES (default: as the family was taught)", ("pixels", "norm1000")
+    )
     skip_bad_rows: bool = flag(False, "leave out rows that cannot be used, and count them")
 
 
 def main(cfg: Config) -> None:
     from data import EMBEDDED, answer_format_of, load_prompt, load_samples
+    from runtime.pretrained import FAMILIES
 
     use_embedded(cfg, {"data": EMBEDDED["data"]})
     file = Path(cfg.out)
@@ -263,6 +275,10 @@ def main(cfg: Config) -> None:
             raise ValueError(f"--out {file}: give a name in .parquet")
         if file.exists():
             raise ValueError(f"--out {file}: is there already")
+        if cfg.family not in FAMILIES:
+            raise ValueError(f"--family {cfg.family}: not one of {', '.join(FAMILIES)}")
+        family = FAMILIES[cfg.family]
+        coordinates = cfg.coordinates or family.coordinates
         template = load_prompt(cfg.prompt)
         if answer_format_of(template).several:
             raise ValueError(
@@ -270,7 +286,8 @@ def main(cfg: Config) -> None:
                 "train_grpo.py"
             )
         examples = load_samples(cfg.data, cfg.split, cfg.skip_bad_rows)
-        count = export(file, rows(examples, template, cfg.split, cfg.resize))
+        source = rows(examples, template, cfg.split, cfg.resize, coordinates, family.stride)
+        count = export(file, source)
     print0(f"{count} questions -> {file}")
 
 

@@ -36,6 +36,7 @@ from data import (
     EMBEDDED,
     MAX_PIXELS,
     MIN_PIXELS,
+    STRIDE,
     Example,
     Examples,
     Sizes,
@@ -129,6 +130,7 @@ class Resize:
     resize: str = "aspect"
     min_pixels: int = MIN_PIXELS
     max_pixels: int = MAX_PIXELS
+    stride: int = STRIDE
 
 
 def resize_of(crm: str | None, resize: str | None) -> Resize:
@@ -140,12 +142,14 @@ def resize_of(crm: str | None, resize: str | None) -> Resize:
         processor = Qwen2VLImageProcessorPil.from_pretrained(crm)
     except (OSError, ValueError):
         raise ValueError(f"--crm {crm}: --frame model needs its preprocessor_config.json") from None
+    stride = processor.patch_size * processor.merge_size
     settings = read_settings(crm)
     largest = min(MAX_PIXELS, processor.size["longest_edge"])
     return Resize(
         resize or settings.get("resize", "aspect"),
         settings.get("min_pixels", MIN_PIXELS),
         settings.get("max_pixels", largest),
+        stride,
     )
 
 
@@ -156,8 +160,8 @@ def sizes_in(frame: str, size: tuple[int, int], resize: Resize) -> Sizes:
     if frame == FRACTIONS:
         return Sizes(size, (1, 1))
     if frame == "model":
-        size_there = model_size(size, resize.resize, resize.min_pixels, resize.max_pixels)
-        return Sizes(size, size_there)
+        limits = resize.min_pixels, resize.max_pixels
+        return Sizes(size, model_size(size, resize.resize, *limits, resize.stride))
     return Sizes(size, size)
 
 

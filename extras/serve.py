@@ -77,12 +77,13 @@ MOVED = {
 @dataclass
 class Config:
     # models
-    crm: str | None = flag(None, "Qwen2.5-VL folder or hub name")
+    crm: str | None = flag(None, "Qwen2.5-VL or Qwen3-VL, folder or hub name")
     asm: str | None = flag(None, "segmenter: a folder, MedSAM2_latest.pt, or see asm.SEGMENTERS")
     prompt: str | None = flag(
         None, "reasoning, direct, a text file with {query}, or the text itself"
     )
     resize: str | None = flag(None, "aspect, aspect:MAX_PIXELS or square:SIDE")
+    coordinates: str | None = flag(None, "see data.COORDINATES", ("pixels", "norm1000"))
     dtype: str = flag(
         "auto", "type that computes; auto: bfloat16 on CUDA", ("auto", "float32", "bfloat16")
     )

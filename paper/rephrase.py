@@ -65,9 +65,10 @@ MEASURES = {
 @dataclass
 class Config:
     # model
-    crm: str | None = flag(None, "Qwen2.5-VL folder or hub name")
+    crm: str | None = flag(None, "Qwen2.5-VL or Qwen3-VL, folder or hub name")
     prompt: str | None = flag(None, "reasoning, direct, a text file with {query}, or the text")
     resize: str | None = flag(None, "aspect, aspect:MAX_PIXELS or square:SIDE")
+    coordinates: str | None = flag(None, "see data.COORDINATES", ("pixels", "norm1000"))
     dtype: str = flag(
         "auto", "type that computes; auto: bfloat16 on CUDA", ("auto", "float32", "bfloat16")
     )
@@ -549,7 +550,8 @@ def main(cfg: Config) -> None:
         chat = None
         if cfg.base_url:
             chat = Chat(cfg.base_url, cfg.model, cfg.timeout, cfg.retries, Path(cfg.cache))
-        crm = load_crm(cfg.crm, ranks.device, ranks.dtype(cfg.dtype), cfg.prompt, cfg.resize)
+        dtype = ranks.dtype(cfg.dtype)
+        crm = load_crm(cfg.crm, ranks.device, dtype, cfg.prompt, cfg.resize, cfg.coordinates)
         texts = all_wordings(cfg, examples, chat)
     if chat is not None:
         print0(chat.cost())

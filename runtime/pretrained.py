@@ -7,19 +7,40 @@ checkpoint's images were resized, and its prompt.
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoConfig, AutoTokenizer
+from transformers import Qwen2_5_VLForConditionalGeneration as Qwen2_5_VL
+from transformers import Qwen3VLForConditionalGeneration as Qwen3VL
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import cached_file
 
 from runtime.checkpoint import checkpoints
 from runtime.files import parse_object, read_text
 
+
+@dataclass(frozen=True)
+class Family:
+    """What is different from one family of models to the next."""
+
+    model: type[torch.nn.Module]
+    system: str  # with which it was trained to begin every prompt
+    stride: int  # pixels along a visual token
+    coordinates: str  # that it was taught to write, see data.COORDINATES
+    deepstack: bool  # see CRM.deepstack
+    norms_heads: bool  # see CRM.norm_heads
+
+
+SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+FAMILIES = {  # by the model_type in config.json
+    "qwen2_5_vl": Family(Qwen2_5_VL, SYSTEM, 28, "pixels", deepstack=False, norms_heads=False),
+    "qwen3_vl": Family(Qwen3VL, "", 32, "norm1000", deepstack=True, norms_heads=True),
+}
 LOADING_ERRORS = (  # what from_pretrained raises on a broken folder, found by trying many
     OSError,
     ValueError,
@@ -35,6 +56,7 @@ SETTINGS_TYPES = {
     "resize": str,
     "min_pixels": int,
     "max_pixels": int,
+    "coordinates": str,
     "prompt": str,
     "answers": str,
 }
@@ -47,12 +69,15 @@ def read_pretrained(
 ) -> tuple[torch.nn.Module, Any, Any]:
     """Returns (model, tokenizer, image processor) of a folder or a hub name.
 
-    ValueError, one line, says what is missing or torn, or that this is no Qwen2.5-VL."""
+    ValueError, one line, says what is missing or torn, or that this is none of the FAMILIES."""
     check_folder(path)
     kind = _load(AutoConfig, path).model_type
-    if kind != "qwen2_5_vl":
-        raise ValueError(f"--crm {path}: its config.json says {kind!r}, not 'qwen2_5_vl'")
-    model = _load(Qwen2_5_VLForConditionalGeneration, path, dtype=dtype, attn_implementation="sdpa")
+    if kind not in FAMILIES:
+        raise ValueError(
+            f"--crm {path}: its config.json says {kind!r}, not one of {', '.join(FAMILIES)}; for "
+            "Qwen3.5 and later python -m extras.engines exports data and reward to verl"
+        )
+    model = _load(FAMILIES[kind].model, path, dtype=dtype, attn_implementation="sdpa")
     return model.to(device), _load(AutoTokenizer, path), _load(Qwen2VLImageProcessorPil, path)
 
 
