@@ -104,7 +104,9 @@ def score_split(
         prompts = []
         for example in chosen:
             question = question_of(example, how, rng)
-            prompts.append(crm.encode(example.image, fill_prompt(template, question)))
+            prompts.append(
+                crm.encode(example.image, fill_prompt(template, question, crm.coordinates))
+            )
         seeds = [(0, 1, i) for i in indexes]
         groups = sample(crm, prompts, completions, 128, temperature, seeds)
         for example, group in zip(chosen, groups):

@@ -2,6 +2,7 @@
 
     python -m demo.make.crm     # pictures, tokenizer, random model, stages a to c -> demo/crm
     torchrun --nproc-per-node 2 -m demo.make.crm     # a step's lessons in two processes of a CPU
+    python -m demo.make.crm --family qwen3_vl --work build/qwen3_vl --out build/crm3
 
 It learns in three stages to see, to read out, and to reason. It is only ever shown true boxes, key
 points and traces. How to point where a question does not name its target is never shown: that is
@@ -36,13 +37,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+from transformers import PreTrainedConfig, Qwen2Tokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from crm import BANNED, CHAT, CRM, END, load_crm
 from data import (
     PROMPTS,
-    STRIDE,
     Example,
     Examples,
     Sizes,
@@ -56,6 +56,7 @@ from demo.make.wordings import OPENERS, PICTURES, SEEN, WORDS
 from runtime.cli import print0
 from runtime.files import read_torch
 from runtime.parallel import Ranks
+from runtime.pretrained import FAMILIES
 from scoring import Pack, group_of, score
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *BANNED]
@@ -123,6 +124,7 @@ class Shape:
     vision_layers: int = 4
     vision_heads: int = 4
     vision_mlp: int = 256
+    head_size: int = 0  # of Qwen3-VL's language model; 0: hidden / heads, as in Qwen2.5-VL
 
 
 def tiny_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
@@ -140,34 +142,49 @@ def tiny_crm(
     seed: int = 0,
     prompt: str | None = None,
     resize: str | None = None,
+    family: str = "qwen2_5_vl",
     **sizes: int,
 ) -> CRM:
     """Returns a CRM with random weights, whose tokenizer is trained on texts.
 
-    prompt, resize: see CRM. sizes: fields of Shape. Every second vision layer sees the whole image,
-    the others windows of 112 pixels."""
+    prompt, resize: see CRM. family: of FAMILIES. sizes: fields of Shape. Every second vision layer
+    of a Qwen2.5-VL sees the whole image, the others windows of 112 pixels."""
     torch.manual_seed(seed)
     shape = Shape(**sizes)
     tokenizer = tiny_tokenizer(texts, shape.vocab_size)
-    model = Qwen2_5_VLForConditionalGeneration(tiny_config(shape, tokenizer))
+    model = FAMILIES[family].model(tiny_config(shape, tokenizer, family))
     model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(list(END))
-    image_processor = Qwen2VLImageProcessorPil(max_pixels=LARGEST**2)
+    image_processor = image_processor_of(family, LARGEST**2)
     return CRM(model, tokenizer, image_processor, prompt, resize)
 
 
-def tiny_config(shape: Shape, tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLConfig:
+def tiny_config(shape: Shape, tokenizer: Qwen2Tokenizer, family: str) -> PreTrainedConfig:
     """Returns the configuration of a tiny model with this tokenizer."""
     ids = dict(zip(SPECIAL, tokenizer.convert_tokens_to_ids(SPECIAL)))
-    frequencies = shape.hidden // shape.heads // 2  # of a head, shared out to time, height, width
-    of_height = 3 * frequencies // 8
+    head_size = shape.head_size or shape.hidden // shape.heads
+    frequencies = head_size // 2  # of a head, shared out to time, height, width
+    sixteenths = {"qwen2_5_vl": 6, "qwen3_vl": 5}  # of them for height, and for width
+    of_height = sixteenths[family] * frequencies // 16
     of_time = frequencies - 2 * of_height
     rope = dict(
         rope_type="default",
         rope_theta=10000.0,
         mrope_section=[of_time, of_height, of_height],
     )
-    return Qwen2_5_VLConfig(
+    own_rope = {"qwen2_5_vl": dict(), "qwen3_vl": dict(mrope_interleaved=True)}
+    own_text = {"qwen2_5_vl": dict(), "qwen3_vl": dict(head_dim=head_size)}
+    own_vision = {
+        "qwen2_5_vl": dict(
+            window_size=112, fullatt_block_indexes=list(range(1, shape.vision_layers, 2))
+        ),
+        "qwen3_vl": dict(
+            num_position_embeddings=(LARGEST // 16) ** 2,
+            deepstack_visual_indexes=list(range(shape.vision_layers - 1)),
+        ),
+    }
+    return FAMILIES[family].model.config_class(
         text_config=dict(
+            **own_text[family],
             vocab_size=-(-len(tokenizer) // 64) * 64,
             hidden_size=shape.hidden,
             intermediate_size=shape.mlp,
@@ -180,7 +197,7 @@ def tiny_config(shape: Shape, tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLConfig:
             bos_token_id=None,
             eos_token_id=ids["<|im_end|>"],
             pad_token_id=ids["<|endoftext|>"],
-            rope_parameters=rope,
+            rope_parameters=rope | own_rope[family],
         ),
         vision_config=dict(
             depth=shape.vision_layers,
@@ -188,8 +205,7 @@ def tiny_config(shape: Shape, tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLConfig:
             intermediate_size=shape.vision_mlp,
             num_heads=shape.vision_heads,
             out_hidden_size=shape.hidden,
-            window_size=112,
-            fullatt_block_indexes=list(range(1, shape.vision_layers, 2)),
+            **own_vision[family],
         ),
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
@@ -199,10 +215,22 @@ def tiny_config(shape: Shape, tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLConfig:
     )
 
 
-def corpus(examples: Examples) -> list[str]:
+def image_processor_of(family: str, max_pixels: int) -> Qwen2VLImageProcessorPil:
+    """Returns the image processor of a family's released checkpoints, but for the largest size."""
+    own = {
+        "qwen2_5_vl": dict(),
+        "qwen3_vl": dict(patch_size=16, image_mean=[0.5] * 3, image_std=[0.5] * 3),
+    }
+    return Qwen2VLImageProcessorPil(max_pixels=max_pixels, **own[family])
+
+
+def corpus(examples: Examples, family: str = "qwen2_5_vl") -> list[str]:
     """Returns what the tokenizer is trained on: the prompts, the questions and traces of the data,
     and enough answers."""
-    texts = [PROMPTS["reasoning"], PROMPTS["direct"], *CHAT]
+    chat = (FAMILIES[family].system + CHAT[0], *CHAT[1:])
+    coordinates = FAMILIES[family].coordinates
+    texts = [fill_prompt(PROMPTS[name], "{query}", coordinates) for name in ("reasoning", "direct")]
+    texts += chat
     texts += [row["query"] for row in examples.rows]
     texts += [row["think"] for row in examples.rows]
     answer = json.dumps({"bbox": [0] * 4, "points_1": [0] * 2, "points_2": [0] * 2})
@@ -227,37 +255,38 @@ class Lesson:
     def __init__(self, crm: CRM, example: Example, kind: str, rng: random.Random):
         template = LESSONS[kind].template
         question = LESSONS[kind].question(example, rng)
-        self.prompt = crm.encode(example.image, fill_prompt(template, question))
+        self.prompt = crm.encode(example.image, fill_prompt(template, question, crm.coordinates))
         self.prompt.pixel_values = self.prompt.pixel_values.half()
-        sizes = self.prompt.sizes
-        self.group = group_of(crm, self.prompt, [LESSONS[kind].completion(example, sizes)])
-        self.share = covered_shares(example.mask, sizes.model)
-        self.place = token_places(sizes.model)
+        completion = LESSONS[kind].completion(example, self.prompt.sizes)
+        self.group = group_of(crm, self.prompt, [completion])
+        sizes = crm.frames(example.image.size)["pixels"]
+        self.share = covered_shares(example.mask, sizes.model, crm.family.stride)
+        self.place = token_places(sizes.model, crm.family.stride)
         first, second = to_model(example.points, sizes)
         self.truth = torch.tensor([*to_model(example.bbox, sizes), *first, *second]) / LARGEST
         self.category = CATEGORIES.index(example.category)
 
 
-def covered_shares(mask: np.ndarray, size: tuple[int, int]) -> torch.Tensor:
+def covered_shares(mask: np.ndarray, size: tuple[int, int], stride: int) -> torch.Tensor:
     """Returns how much of each part of each merged token a (H, W) mask covers.
 
-    size: (width, height) in the model frame -> (merged tokens, PARTS * PARTS)"""
+    size: (width, height) of the resized image -> (merged tokens, PARTS * PARTS)"""
     width, height = size
     pixels = Image.fromarray(np.uint8(mask) * 255).resize(size, Image.Resampling.BILINEAR)
-    rows = height // STRIDE
-    columns = width // STRIDE
-    side = STRIDE // PARTS
+    rows = height // stride
+    columns = width // stride
+    side = stride // PARTS
     parts = (np.asarray(pixels) / 255).reshape(rows, PARTS, side, columns, PARTS, side)
     share = parts.mean((2, 5)).transpose(0, 2, 1, 3)  # (rows, columns, PARTS, PARTS)
     return torch.tensor(share.reshape(-1, PARTS**2), dtype=torch.float32)
 
 
-def token_places(size: tuple[int, int]) -> torch.Tensor:
+def token_places(size: tuple[int, int], stride: int) -> torch.Tensor:
     """Returns x, y of the centre of each merged token, in parts of LARGEST, (merged tokens, 2)."""
     width, height = size
-    ys, xs = np.mgrid[0 : height // STRIDE, 0 : width // STRIDE]
+    ys, xs = np.mgrid[0 : height // stride, 0 : width // stride]
     centres = np.stack([xs.ravel() + 0.5, ys.ravel() + 0.5], axis=1)
-    return torch.tensor(centres * STRIDE / LARGEST, dtype=torch.float32)
+    return torch.tensor(centres * stride / LARGEST, dtype=torch.float32)
 
 
 class Drawer:
@@ -491,6 +520,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--pool-size", type=int, default=12000)
     parser.add_argument("--work", default="build/crm", help="folder for the model after each stage")
     parser.add_argument("--out", default="demo/crm")
+    parser.add_argument("--family", default="qwen2_5_vl", choices=FAMILIES)
     parser.add_argument(
         "--begin", default="a", choices=NAMES, help="stage to begin with, from --work"
     )
@@ -529,7 +559,7 @@ def main() -> None:
     pool = load_samples(args.pool)
     before = ""
     if args.begin == "a":
-        crm = tiny_crm(corpus(pool), **sizes)
+        crm = tiny_crm(corpus(pool, args.family), family=args.family, **sizes)
         millions = sum(p.numel() for p in crm.model.parameters()) / 1e6
         print0(f"{millions:.2f}M parameters, {len(crm.tokenizer)} tokens")
     else:
