@@ -9,8 +9,10 @@
 
 --random-model builds a size of bench/random_model.py with random weights, whose completions never
 end early (TRL's are kept from it). wide runs on a CPU: one prompt x 16 completions of 512 tokens,
-all weights. 3b and 7b need a GPU (make bench-gpu): LoRA, 8 prompts x 16 completions of 256 tokens.
-All are at 840 x 840 px, unless --flags say otherwise. --flags go to both sides, --ours to ours.
+all weights. 3b, 7b and Qwen3-VL's sizes need a GPU (make bench-gpu): LoRA, 8 prompts x 16
+completions of 256 tokens. All are at 840 x 840 px (Qwen3-VL at 832 x 832), unless --flags say
+otherwise. --flags go to both sides, --ours to ours. --parity without a model looks at the embedded
+one and at a tiny Qwen3-VL.
 
 Every measurement is a process of its own: a few steps of train_grpo.py (or of bench/peer_trl.py) on
 the embedded model, all weights trained, KL 0.01 to a reference, one update per step. The first step
@@ -35,8 +37,9 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from transformers import AutoConfig
 
-from bench.memory import count
+from bench.memory import count, mergers
 from bench.parity import parity
 from bench.random_model import SIZES
 from crm import load_crm
@@ -46,15 +49,20 @@ from runtime.files import read_jsonl
 from train_grpo import Config
 
 RESULTS = Path(__file__).parent / "results"
+EMBEDDED = "demo/crm"
 OURS = (
     "@recipes/demo.args --prompts 8 --group 8 --coefficients '' --trainable '' --lr 1e-6 "
     "--minibatches 1 --kl-coef 0.01 --warmup 0 --eval-every -1 --save-every -1 --data demo/data"
 )
 SQUARE = "--resize square:840 --group 16 "
+LORA = "--group 16 --max-new-tokens 256 --lora-rank 64 --checkpointing"
 AT_SIZE = {  # --flags of a random model
     "wide": SQUARE + "--max-new-tokens 512 --prompts 1",
-    "3b": SQUARE + "--max-new-tokens 256 --lora-rank 64 --checkpointing",
-    "7b": SQUARE + "--max-new-tokens 256 --lora-rank 64 --checkpointing",
+    "3b": f"--resize square:840 {LORA}",
+    "7b": f"--resize square:840 {LORA}",
+    "qwen3-2b": f"--resize square:832 {LORA}",
+    "qwen3-4b": f"--resize square:832 {LORA}",
+    "qwen3-8b": f"--resize square:832 {LORA}",
 }
 OFF = {  # optimizations, switched off
     "one group per pack": "--pack-tokens 900",
@@ -265,7 +273,8 @@ def step_work(
     visual = model.model.visual
     body = count(model.model.language_model.layers)
     words = 2 * (body * (text_tokens + written) + count(model.lm_head) * written)
-    vision = 2 * (count(visual.blocks) * patches + count(visual.merger) * patches / 4)
+    of_tokens = sum(count(merger) for merger in mergers(model)) * patches / 4
+    vision = 2 * (count(visual.blocks) * patches + of_tokens)
     if has_lora:
         return {"sample": words + vision, "reference": words, "update": 2 * words}
     return {
@@ -285,7 +294,7 @@ def decoding_bytes(
 ) -> float:
     """Returns the bytes that decoding reads in a step. width: bytes per weight."""
     text = model.config.text_config
-    head_size = text.hidden_size // text.num_attention_heads
+    head_size = model.model.language_model.layers[0].self_attn.head_dim
     per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * head_size * width
     weights = (count(model.model.language_model.layers) + count(model.lm_head)) * width
     of_steps = cfg.max_new_tokens * (weights + per_token * text_tokens)
@@ -322,11 +331,17 @@ def check_parity(args: argparse.Namespace) -> int:
     """Prints how far each way to compute is from the slow one on the CPU. Returns the exit status:
     1 where one is too far."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    table = parity(args.crm, device)
-    print(f"{'relative error of':28} log-prob.  gradient   sampled  equal completions")
+    models = [args.crm]
+    if args.crm == EMBEDDED and not args.random_model:
+        models.append(made("qwen3-tiny"))
+    table = {}
+    for path in models:
+        kind = AutoConfig.from_pretrained(path).model_type
+        table |= {f"{kind}, {name}": row for name, row in parity(path, device).items()}
+    print(f"{'relative error of':36} log-prob.  gradient   sampled  equal completions")
     all_passed = True
     for name, row in table.items():
-        line = f"{name:28} {parity_text(row)}"
+        line = f"{name:36} {parity_text(row)}"
         if not row.get("passed", True):
             line += "  <- failed"
             all_passed = False
@@ -467,7 +482,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--crm", default="demo/crm")
+    parser.add_argument("--crm", default=EMBEDDED)
     parser.add_argument(
         "--random-model", choices=SIZES, help="a random model instead of --crm, in build/"
     )
@@ -504,10 +519,18 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def made(size: str) -> str:
+    """Returns the folder of a random model, which is made where it is not there."""
+    folder = f"build/random-{size}"
+    if not Path(folder).exists():
+        measure(sys.executable, "-m", "bench.random_model", size, "--out", folder)
+    return folder
+
+
 def main() -> int:
     args = parse()
-    if args.random_model and not Path(args.crm).exists():
-        measure(sys.executable, "-m", "bench.random_model", args.random_model, "--out", args.crm)
+    if args.random_model:
+        made(args.random_model)
     if args.parity:
         return check_parity(args)
     if args.scaling:

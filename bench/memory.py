@@ -1,6 +1,6 @@
 """What a training run needs: memory per GPU by purpose, and operations per step (make memory).
 
-    python -m bench.memory                                          # 3B and 7B: LoRA, all weights,
+    python -m bench.memory                                          # each size: LoRA, all weights,
                                                                     # offloaded, sharded
     python -m bench.memory @recipes/lora_7b.args --data U-MRG-14K --gpus 8           # a GRPO run
     python -m bench.memory train_sft @recipes/sft_7b.args --data U-MRG-14K --gpus 8  # an SFT run
@@ -15,12 +15,12 @@ Three phases take turns: sampling, the reference's forward pass, the update. Wha
 
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoConfig, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import train_grpo
@@ -39,14 +39,13 @@ from data import (
 )
 from runtime.cli import exit_on, flag, parse_args, use_embedded
 from runtime.optim import BUCKET
-from runtime.pretrained import read_settings
+from runtime.pretrained import FAMILIES, Family, read_settings
 from scoring import LOGITS_AT_ONCE
 
 GB = 1e9
 CONTEXT = 1.0  # GB that CUDA, cuBLAS and NCCL take: an assumption
 SUSTAINED = 400e12  # operations per second of one H100 that a well-fed bfloat16 model reaches
 USABLE = 0.95  # of a card, beside what fragmentation wastes
-PATCH = 14  # pixels along a patch
 MERGE = 2  # patches along an image token
 EXAMPLES_READ = 16  # of the training data, for the lengths of prompts
 MOST_SHARDS = 8  # GPUs of a node: runtime/fsdp.py shards within one
@@ -101,7 +100,8 @@ class Need:
             self.shards = min(MOST_SHARDS, gpus)
 
         text = model.config.text_config
-        self.head_size = text.hidden_size // text.num_attention_heads
+        self.family = FAMILIES[model.config.model_type]
+        self.head_size = model.model.language_model.layers[0].self_attn.head_dim
         width_of_keys = text.num_key_value_heads * self.head_size
         self.cache_per_token = 2 * text.num_hidden_layers * width_of_keys * self.width
         of_tower = [name for name in self.trained() if name.startswith("model.visual")]
@@ -131,7 +131,7 @@ def count(module: torch.nn.Module) -> int:
 def without_weights(config: Any) -> torch.nn.Module:
     """Returns a model of a configuration that takes no memory."""
     with torch.device("meta"):
-        return Qwen2_5_VLForConditionalGeneration(config)
+        return FAMILIES[config.model_type].model(config)
 
 
 # ---------------------------------------------------------------- memory
@@ -165,23 +165,35 @@ def resident(n: Need) -> Bytes:
 def image_bytes(n: Need) -> float:
     """Returns what one prompt keeps of its image: float32 pixels of two video frames, and, where
     the vision tower is frozen, its features."""
-    pixels = n.patches * 3 * 2 * PATCH**2 * 4
+    patch = n.family.stride // MERGE
+    pixels = n.patches * 3 * 2 * patch**2 * 4
     if not n.tower_is_frozen:
         return pixels
     hidden = n.model.config.text_config.hidden_size
-    return pixels + n.patches / MERGE**2 * hidden * n.width
+    return pixels + len(mergers(n.model)) * n.patches / MERGE**2 * hidden * n.width
+
+
+def mergers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Returns what makes an image token of MERGE x MERGE patches: one merger, and in Qwen3-VL one
+    for each inner layer whose features the language model gets as well."""
+    visual = model.model.visual
+    found = [visual.merger]
+    if FAMILIES[model.config.model_type].deepstack:
+        found += visual.deepstack_merger_list
+    return found
 
 
 def layer_bytes(n: Need) -> float:
     """Returns what one language layer holds per token while it computes: norms, q k v, attention,
     the MLP's three."""
     text = n.model.config.text_config
-    return (3 * text.intermediate_size + 6 * text.hidden_size) * n.width
+    heads = max(text.hidden_size, text.num_attention_heads * n.head_size)  # wider in Qwen3-VL
+    return (3 * text.intermediate_size + 3 * text.hidden_size + 3 * heads) * n.width
 
 
 def tower_bytes(n: Need, backward: bool) -> float:
     """Returns the bytes of the vision tower, per image: one layer's working set, and what its
-    layers keep for a backward pass."""
+    layers keep for a backward pass. (The MLP of Qwen3-VL's has two, not three.)"""
     vision = n.model.config.vision_config
     working = (3 * vision.intermediate_size + 6 * vision.hidden_size) * n.width
     kept = 0.0
@@ -331,7 +343,8 @@ def operations(n: Need) -> float:
     body = 2 * count(model.language_model.layers) * (n.prompt + written)
     head = 2 * count(n.model.lm_head) * written
     of_patches = count(visual.blocks) * n.patches
-    tower = 2 * (of_patches + count(visual.merger) * n.patches / MERGE**2)
+    of_tokens = sum(count(merger) for merger in mergers(n.model)) * n.patches / MERGE**2
+    tower = 2 * (of_patches + of_tokens)
     update = 2 if cfg.lora_rank > 0 else 3  # in forward passes
     if cfg.checkpointing:
         update += 1
@@ -357,11 +370,15 @@ def plan(cfg: Any) -> str:
     cfg: a GrpoPlan or an SftPlan."""
     train = load_samples(cfg.data, "train", cfg.skip_bad_rows)
     try:
-        model = without_weights(AutoConfig.from_pretrained(cfg.crm))
-        lengths, patches = prompt_sizes(cfg, train)
+        config = AutoConfig.from_pretrained(cfg.crm)
+        if config.model_type not in FAMILIES:
+            known = ", ".join(FAMILIES)
+            raise ValueError(f"--crm {cfg.crm}: {config.model_type!r} is not one of {known}")
+        lengths, patches = prompt_sizes(cfg, train, FAMILIES[config.model_type])
     except OSError as error:
         problem = str(error).splitlines()[0]
         raise ValueError(f"--crm {cfg.crm}: cannot be loaded ({problem})") from None
+    model = without_weights(config)
     n = Need(model, cfg, cfg.gpus, max(lengths), max(patches), cfg.card)
     column = memory(n)
     work = operations(n)
@@ -389,7 +406,7 @@ def plan(cfg: Any) -> str:
     return "\n".join(lines)
 
 
-def prompt_sizes(cfg: Config, train: Examples) -> tuple[list[int], list[int]]:
+def prompt_sizes(cfg: Config, train: Examples, family: Family) -> tuple[list[int], list[int]]:
     """Returns the tokens of some training prompts, and the patches of their images, as load_crm's
     CRM would encode them."""
     tokenizer = AutoTokenizer.from_pretrained(cfg.crm)
@@ -399,21 +416,27 @@ def prompt_sizes(cfg: Config, train: Examples) -> tuple[list[int], list[int]]:
     resize = cfg.resize or settings.get("resize", "aspect")
     min_pixels = settings.get("min_pixels", MIN_PIXELS)
     max_pixels = settings.get("max_pixels", largest)
+    coordinates = cfg.coordinates or settings.get("coordinates", family.coordinates)
     template = load_prompt(cfg.prompt or settings.get("prompt", "reasoning"))
     lengths = []
     patches = []
     for i in range(min(EXAMPLES_READ, len(train))):
         example = train[i]
-        width, height = model_size(example.image.size, resize, min_pixels, max_pixels)
-        patches.append(width * height // PATCH**2)
-        text = "".join(CHAT) + fill_prompt(template, example.query)
-        lengths.append(len(tokenizer(text).input_ids) + patches[-1] // MERGE**2)
+        size = example.image.size
+        width, height = model_size(size, resize, min_pixels, max_pixels, family.stride)
+        image_tokens = width * height // family.stride**2
+        patches.append(image_tokens * MERGE**2)
+        text = family.system + "".join(CHAT) + fill_prompt(template, example.query, coordinates)
+        lengths.append(len(tokenizer(text).input_ids) + image_tokens)
     return lengths, patches
 
 
-def overview() -> str:
-    """Returns a table of 3B and 7B at 840 x 840 px: 8 prompts per GPU, 16 completions of 512
-    tokens, --checkpointing."""
+OVERVIEW = (("3b", "7b"), ("qwen3-2b", "qwen3-4b", "qwen3-8b"))  # a table each
+
+
+def overview(sizes: Sequence[str]) -> str:
+    """Returns a table of some sizes at 840 x 840 px (Qwen3-VL: 832 x 832): 8 prompts per GPU, 16
+    completions of 512 tokens, --checkpointing."""
     kinds = {
         "LoRA": {"lora_rank": 64},
         "full": {},
@@ -421,15 +444,18 @@ def overview() -> str:
         "full, 8 shards": {"parallel": "fsdp"},
     }
     columns = {}
-    for size in ("3b", "7b"):
+    for size in sizes:
         model = without_weights(config_of(size))
+        stride = FAMILIES[model.config.model_type].stride
+        image_tokens = (840 // stride) ** 2
         for kind, flags in kinds.items():
             gpus = 8 if "parallel" in flags else 1
             cfg = train_grpo.Config(
                 prompts=8 * gpus, group=16, max_new_tokens=512, checkpointing=True, **flags
             )
-            need = Need(model, cfg, gpus, prompt=1150, patches=3600)
-            columns[f"{size.upper()} {kind}"] = memory(need)
+            patches = image_tokens * MERGE**2
+            need = Need(model, cfg, gpus, prompt=image_tokens + 250, patches=patches)
+            columns[f"{size.removeprefix('qwen3-').upper()} {kind}"] = memory(need)
     return table(columns)
 
 
@@ -447,7 +473,7 @@ class SftPlan(train_sft.Config):
 
 def main(argv: list[str]) -> None:
     if not argv:
-        print(overview())
+        print("\n\n".join(overview(sizes) for sizes in OVERVIEW))
         return
     script = ""
     words = argv
