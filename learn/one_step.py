@@ -142,7 +142,7 @@ show.image_tokens(example, prompt.sizes)
 with torch.no_grad():
     (features,) = crm.image_features([prompt])
     x, positions = crm.embed(prompt, features)
-print("from the vision tower, image tokens x D:  ", tuple(features.shape))
+print("from the vision tower, image tokens x D:  ", tuple(features[0].shape))
 print("into the language model, prompt tokens x D:", tuple(x.shape))
 
 # %% [markdown]
@@ -312,8 +312,9 @@ for own, length in zip(span.tokens, lengths):
     allowed[own[:, None], own] = torch.ones(length, length).tril().bool()  # and itself so far
 
 words_before = prompt.image_start
-words_after = L - words_before - len(features)
-parts = [("start", words_before), ("image", len(features)), ("question", words_after)]
+image_tokens = features.shape[1]
+words_after = L - words_before - image_tokens
+parts = [("start", words_before), ("image", image_tokens), ("question", words_after)]
 parts += [(f"c{i}", length) for i, length in enumerate(lengths)]
 show.attention_mask(allowed, parts)
 

@@ -77,7 +77,7 @@ def own_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, L: int, lengths: tuple[int, int]
 ) -> torch.Tensor:
     spans = lay_out([L], [lengths], "cpu")
-    out, _ = packed_attention(None, q[None], k[None], v[None], spans)
+    out, _ = packed_attention(None, q[None], k[None], v[None], None, spans=spans)
     return out[0].transpose(0, 1)
 
 
