@@ -1,4 +1,4 @@
-"""What several test files share: a random tiny Qwen2.5-VL, and how scripts are run.
+"""What several test files share: random tiny models, and how scripts are run.
 
 No test needs a GPU or a network."""
 
@@ -23,15 +23,17 @@ import torch
 from PIL import Image
 
 from crm import CHAT, CRM, Prompt
-from data import PROMPTS
+from data import PROMPTS, fill_prompt
 from demo.make.crm import tiny_crm
 from runtime import run as run_module
 from runtime.cli import ROOT
+from runtime.pretrained import FAMILIES
 
 TEXTS = [
-    PROMPTS["reasoning"],
-    PROMPTS["direct"],
-    *CHAT,
+    fill_prompt(PROMPTS["reasoning"], "{query}"),
+    fill_prompt(PROMPTS["direct"], "{query}"),
+    FAMILIES["qwen2_5_vl"].system + CHAT[0],
+    *CHAT[1:],
     "What could the elongated shadow on the left be? 0 1 2 3 4 5 6 7 8 9",
 ] * 3
 
@@ -159,11 +161,22 @@ def ranks(
 # ---------------------------------------------------------------- models and images
 
 
+# a mark: the test runs with a model of each family, that is its fixtures family, crm and prompts
+both_families = pytest.mark.parametrize("family", FAMILIES, indirect=True, scope="session")
+
+
 def random_crm(
-    seed: int = 0, prompt: str | None = None, resize: str | None = None, **training: object
+    seed: int = 0,
+    prompt: str | None = None,
+    resize: str | None = None,
+    family: str = "qwen2_5_vl",
+    **training: object,
 ) -> CRM:
     """Returns a CRM of 0.3M float32 parameters, spread out so that its distributions are far from
-    uniform. training: arguments of CRM.prepare_training, which is called where there are any."""
+    uniform. training: arguments of CRM.prepare_training, which is called where there are any.
+
+    A Qwen3-VL has features of one inner vision layer, and its heads are larger than hidden / heads.
+    """
     crm = tiny_crm(
         TEXTS,
         vocab_size=400,
@@ -176,6 +189,8 @@ def random_crm(
         vision_layers=2,
         vision_heads=4,
         vision_mlp=128,
+        head_size=24 if family == "qwen3_vl" else 0,
+        family=family,
         seed=seed,
         prompt=prompt,
         resize=resize,
@@ -200,8 +215,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def crm() -> CRM:
-    return random_crm()
+def family(request: pytest.FixtureRequest) -> str:
+    return getattr(request, "param", "qwen2_5_vl")
+
+
+@pytest.fixture(scope="session")
+def crm(family: str) -> CRM:
+    return random_crm(family=family)
+
+
+@pytest.fixture(scope="session")
+def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random tiny Qwen3-VL, beside the embedded demo/crm."""
+    folder = tmp_path_factory.mktemp("qwen3") / "crm"
+    random_crm(family="qwen3_vl").save(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -214,6 +242,6 @@ def prompts(crm: CRM) -> list[Prompt]:
     ]
     encoded = []
     for seed, (size, kind, query) in enumerate(asked):
-        text = PROMPTS[kind].replace("{query}", query)
+        text = fill_prompt(PROMPTS[kind], query, crm.coordinates)
         encoded.append(crm.encode(noise_image(*size, seed), text))
     return encoded

@@ -31,11 +31,13 @@ def dense_score(crm: CRM, pack: Pack, temperature: float = 1.0) -> list[torch.Te
     positions = []
     owners = []
     places = []
+    all_features = []
     for p, (group, rows) in enumerate(zip(pack.groups, pack.rows)):
         completions = [group.tokens[row, : group.lengths[row]] for row in rows]
         (features,) = crm.image_features([group.prompt])
         x, position = crm.embed(group.prompt, features, completions)
         embeddings.append(x)
+        all_features.append(features)
         positions.append(position)
         owners += [(p, None)] * len(group.prompt.ids)
         last = len(owners) - 1
@@ -51,8 +53,11 @@ def dense_score(crm: CRM, pack: Pack, temperature: float = 1.0) -> list[torch.Te
     hidden = model(
         inputs_embeds=torch.cat(embeddings)[None],
         position_ids=torch.cat(positions, 1)[:, None],
-        attention_mask=dict.fromkeys(model.config.layer_types, mask[None, None]),
+        attention_mask=mask[None, None],
         use_cache=False,
+        **crm.deepstack(
+            [g.prompt for g in pack.groups], all_features, [len(x) for x in embeddings]
+        ),
     ).last_hidden_state[0]
     out = []
     places_left = iter(places)

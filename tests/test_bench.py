@@ -7,7 +7,6 @@ import pytest
 import torch
 from conftest import Script
 from transformers import AutoTokenizer
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import evaluate
 import train_grpo
@@ -15,25 +14,34 @@ import train_sft
 from bench import __main__ as bench
 from bench import memory, parity, random_model
 from bench.memory import Need
+from demo.make.crm import image_processor_of
 from runtime.cli import ROOT, parse_args
 from runtime.files import read_jsonl
 
 RECIPES = {"lora_7b": ("train_grpo", 1), "soft_7b": ("train_grpo", 64), "sft_7b": ("train_sft", 8)}
+# recipes of Qwen3-VL: the model of bench/random_model.py, its billions of parameters, a card's GB
+QWEN3_RECIPES = {
+    "qwen3vl_4b_lora": ("qwen3-4b", 4.44, 24),
+    "qwen3vl_8b_lora": ("qwen3-8b", 8.77, 40),
+}
 CONFIGS = {"train_grpo": train_grpo.Config, "train_sft": train_sft.Config}
 FROZEN_TOWER = "language_model|lm_head"  # for --trainable
 
 
+def write_what_a_plan_reads(folder: Path, size: str) -> str:
+    """Writes a configuration, a tokenizer and an image processor. No weights."""
+    tokenizer = AutoTokenizer.from_pretrained("demo/crm")
+    random_model.config_of(size, tokenizer.convert_tokens_to_ids).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    family = random_model.SIZES[size].family
+    image_processor_of(family, random_model.RELEASED_MAX_PIXELS).save_pretrained(folder)
+    return str(folder)
+
+
 @pytest.fixture(scope="module")
 def folder_7b(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """What a plan reads of Lingshu-7B: its configuration, a tokenizer, an image processor. No
-    weights."""
-    folder = tmp_path_factory.mktemp("7b")
-    tokenizer = AutoTokenizer.from_pretrained("demo/crm")
-    random_model.config_of("7b", tokenizer.convert_tokens_to_ids).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    image_processor = Qwen2VLImageProcessorPil(max_pixels=random_model.RELEASED_MAX_PIXELS)
-    image_processor.save_pretrained(folder)
-    return str(folder)
+    """What a plan reads of Lingshu-7B."""
+    return write_what_a_plan_reads(tmp_path_factory.mktemp("7b"), "7b")
 
 
 def need(gpus: int = 1, **flags: object) -> Need:
@@ -61,6 +69,26 @@ def test_every_recipe_prints_a_plan_that_fits_its_card(recipe, folder_7b, capsys
     assert "fits on a GPU of 80 GB" in out
     assert "8.29 billion parameters" in out
     assert "PFLOP per step" in out
+
+
+@pytest.mark.parametrize("recipe", QWEN3_RECIPES)
+def test_every_recipe_of_qwen3_vl_fits_its_card(recipe, tmp_path, capsys):
+    size, billions, card = QWEN3_RECIPES[recipe]
+    folder = write_what_a_plan_reads(tmp_path, size)
+    out = plan(capsys, f"@recipes/{recipe}.args", "--crm", folder, "--card", str(card))
+    assert f"\nfits on a GPU of {card} GB" in out
+    assert f"{billions} billion parameters" in out
+    said = (ROOT / f"recipes/{recipe}.args").read_text().replace("\n# ", " ")
+    most = float(out.split("| most at once | ")[1].split()[0])
+    assert f"--card {card}: {most:.0f} GB" in said
+
+
+def test_a_plan_of_an_unknown_family_is_one_line_with_status_2(tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(SystemExit) as stopped:
+        plan(capsys, "--crm", str(tmp_path))
+    assert stopped.value.code == 2
+    assert "'llama' is not one of qwen2_5_vl, qwen3_vl" in capsys.readouterr().err
 
 
 def test_a_plan_says_what_does_not_fit(folder_7b, capsys):
@@ -171,9 +199,9 @@ def test_operations_are_those_of_a_hand_count():
 # ---------------------------------------------------------------- recipes
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", [*RECIPES, *QWEN3_RECIPES])
 def test_recipes_parse_and_their_multi_node_commands_have_a_rendezvous(recipe):
-    script, _ = RECIPES[recipe]
+    script, _ = RECIPES.get(recipe, ("train_grpo", 1))
     parse_args(CONFIGS[script], "", argv=[f"@recipes/{recipe}.args"])
     text = (ROOT / f"recipes/{recipe}.args").read_text()
     assert "--nnodes" in text
@@ -206,6 +234,26 @@ def test_random_models_have_large_key_biases_in_the_first_and_the_last_layer():
         assert ((bias > 50).sum(1) == 4).all()  # four channels per head
 
 
+def test_a_random_qwen3_vl_has_large_keys_deepstack_and_heads_of_their_own_size():
+    crm = random_model.random_model("qwen3-tiny", dtype=torch.float32)
+    layers = crm.model.model.language_model.layers
+    for layer in (layers[0], layers[-1]):
+        assert (layer.self_attn.k_norm.weight > 20).sum() == 4
+    text = crm.model.config.text_config
+    assert text.head_dim != text.hidden_size // text.num_attention_heads
+    assert text.num_key_value_heads < text.num_attention_heads
+    assert len(crm.model.config.vision_config.deepstack_visual_indexes) == 1
+    assert crm.coordinates == "norm1000"
+
+
+@pytest.mark.parametrize(
+    "size, billions", [("3b", 3.75), ("7b", 8.29), ("qwen3-2b", 2.13), ("qwen3-8b", 8.77)]
+)
+def test_released_sizes_have_the_released_number_of_parameters(size, billions):
+    model = memory.without_weights(random_model.config_of(size))
+    assert memory.count(model) / 1e9 == pytest.approx(billions, abs=0.005)
+
+
 def test_wide_has_the_width_of_3b_and_two_layers():
     wide = random_model.config_of("wide").text_config
     real = random_model.config_of("3b").text_config
@@ -213,15 +261,16 @@ def test_wide_has_the_width_of_3b_and_two_layers():
     assert wide.num_hidden_layers == 2
 
 
-def test_packed_scores_and_sampled_tokens_are_the_oracles(monkeypatch):
+@pytest.mark.parametrize("path", ["demo/crm", "QWEN3"])
+def test_packed_scores_and_sampled_tokens_are_the_oracles(path, qwen3, monkeypatch):
     for size, small in (("P", 1), ("G", 2), ("T", 12)):
         monkeypatch.setattr(parity, size, small)
     monkeypatch.setattr(parity, "WAYS", {"packed": parity.Way(checkpointing=True)})
-    table = parity.parity("demo/crm", torch.device("cpu"))
+    table = parity.parity(path.replace("QWEN3", str(qwen3)), torch.device("cpu"))
     for name in ("float32, packed", "bfloat16, packed"):
         assert table[name]["passed"], (name, table[name])
     # a mean over two dozen tokens is not as small as one over thousands
-    assert table["bfloat16, large key biases"]["mean gap"] < 5 * parity.GAP
+    assert table["bfloat16, large keys"]["mean gap"] < 5 * parity.GAP
 
 
 def test_a_row_of_the_parity_table_says_what_failed():
@@ -238,7 +287,7 @@ def bench_args(*words: str) -> Namespace:
     return bench.parse(list(words))
 
 
-@pytest.mark.parametrize("size", [None, "wide", "3b", "7b"])
+@pytest.mark.parametrize("size", [None, "wide", "3b", "7b", "qwen3-4b"])
 @pytest.mark.parametrize("flags", ["", *bench.OFF.values()])
 def test_every_command_of_a_measurement_parses(size, flags):
     args = bench_args(*(["--random-model", size] if size else []))

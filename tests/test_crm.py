@@ -10,7 +10,7 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import torch
-from conftest import noise_image, random_crm
+from conftest import both_families, noise_image, random_crm
 from peft import PeftModel
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
@@ -43,6 +43,7 @@ def assert_close(ours: torch.Tensor, expected: torch.Tensor) -> None:
 # ---------------------------------------------------------------- from image and text to tokens
 
 
+@both_families
 def test_positions_equal_get_rope_index_and_completions_continue_from_the_largest(crm, prompts):
     for prompt in prompts:
         ids = prompt.ids[None]
@@ -256,9 +257,10 @@ def test_a_run_says_what_trains_what_is_frozen_and_what_the_reference_is(options
 # ---------------------------------------------------------------- the reference model
 
 
+@both_families
 @pytest.mark.parametrize("offload", [False, True])
-def test_reference_stays_where_the_policy_started(offload):
-    crm = random_crm()
+def test_reference_stays_where_the_policy_started(family, offload):
+    crm = random_crm(family=family)
     parameters = crm.prepare_training(reference=True, offload=offload)
     (group,) = sample(crm, [small_prompt(crm)], 2, 6)
     start = logp(crm, group, [0, 1]).detach()
@@ -287,9 +289,10 @@ def test_without_a_reference_asking_for_one_is_an_error(crm):
 # ---------------------------------------------------------------- LoRA
 
 
-def test_lora_trains_only_its_matrices_and_switched_off_it_is_the_reference(tmp_path):
-    plain = random_crm()
-    crm = random_crm()
+@both_families
+def test_lora_trains_only_its_matrices_and_switched_off_it_is_the_reference(family, tmp_path):
+    plain = random_crm(family=family)
+    crm = random_crm(family=family)
     parameters = crm.prepare_training(lora_rank=4)
     assert len(parameters) > 0
     for name in parameters:
@@ -344,10 +347,11 @@ def test_an_optimizer_of_other_parameters_is_one_line(tmp_path):
 # ---------------------------------------------------------------- a folder of a checkpoint
 
 
+@both_families
 def test_saved_folder_loads_with_from_pretrained_and_gives_the_same_numbers(crm, prompts, tmp_path):
     (group,) = sample(crm, prompts[:1], 2, 10, seed=1)
     crm.save(tmp_path / "crm")
-    Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "crm")
+    crm.family.model.from_pretrained(tmp_path / "crm")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "crm")
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") == crm.end[0]
     again = load_crm(tmp_path / "crm")
@@ -436,11 +440,11 @@ def make_config_alone(folder: Path) -> None:
     [
         (make_nothing, "no folder with a config.json"),
         (make_run_folder, "folder of a run; give a checkpoint in it, such as .*step_000008"),
-        (make_llama, "'llama', not 'qwen2_5_vl'"),
+        (make_llama, "'llama', not one of qwen2_5_vl, qwen3_vl; for Qwen3.5 and later .* verl"),
         (make_config_alone, "cannot be loaded"),
     ],
 )
-def test_a_folder_that_is_no_qwen2_5_vl_is_named(tmp_path, make, says):
+def test_a_folder_that_has_no_model_of_a_known_family_is_named(tmp_path, make, says):
     make(tmp_path)
     with pytest.raises(ValueError, match=f"{tmp_path}.*{says}") as error:
         load_crm(tmp_path)
@@ -527,6 +531,7 @@ def test_other_settings_than_a_checkpoint_was_trained_with_are_named(tmp_path, f
         ('{"lora_rank": 4}', "lora_rank: 4"),
         ('{"resize": null}', "resize: None"),
         ('{"resize": "round:7"}', "--resize round:7: "),
+        ('{"coordinates": "inches"}', "coordinates are one of pixels, norm1000"),
     ],
 )
 @pytest.mark.parametrize("file", ["settings.json", "frame.json"])

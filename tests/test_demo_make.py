@@ -192,11 +192,11 @@ def test_broken_completions_lose_their_format():
 def test_dense_targets_by_hand():
     mask = np.zeros((56, 84), bool)
     mask[:, :28] = True
-    share = make_crm.covered_shares(mask, (84, 56))
+    share = make_crm.covered_shares(mask, (84, 56), 28)
     assert share.shape == (6, 16)
     assert share[0].mean() > 0.99
     assert share[2].max() < 0.01
-    places = make_crm.token_places((84, 56))
+    places = make_crm.token_places((84, 56), 28)
     assert places[0].tolist() == pytest.approx([14 / 224, 14 / 224])
     assert places[5].tolist() == pytest.approx([70 / 224, 42 / 224])
 

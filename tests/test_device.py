@@ -169,16 +169,15 @@ def gpu(monkeypatch):
 
     monkeypatch.setattr(scoring, "causal_lower_right", lower_right_mask)
 
-    model = pretrained.Qwen2_5_VLForConditionalGeneration
-    move = model.to
-
     def move_and_tie(self, device):
-        move(self, device)
+        torch.nn.Module.to(self, device)
         self.tie_weights()  # moving to the pretended GPU unties them
         return self
 
-    monkeypatch.setattr(model, "from_pretrained", on_host(model.from_pretrained))
-    monkeypatch.setattr(model, "to", move_and_tie)
+    for family in pretrained.FAMILIES.values():
+        load = on_host(family.model.from_pretrained)
+        monkeypatch.setattr(family.model, "from_pretrained", load)
+        monkeypatch.setattr(family.model, "to", move_and_tie)
 
     def start(cls):
         return cls(device=GPU)
@@ -229,6 +228,15 @@ RUNS = {
     ),
     "sft": (train_sft, "--steps 2 --batch 2 --lr 1e-6 --eval-limit 1 --max-new-tokens 12"),
     "evaluate": (evaluate, "--limit 1 --completions 2 --max-new-tokens 100"),
+    "grpo_qwen3": (
+        train_grpo,
+        GRPO + "--crm QWEN3 --prompts 2 --group 2 --max-new-tokens 12 --coefficients box_iou=1 "
+        "--entropy-coef 0.1 --minibatches 2 --checkpointing --eval-limit 1",
+    ),
+    "evaluate_qwen3": (
+        evaluate,
+        "--crm QWEN3 --asm none --limit 1 --completions 2 --max-new-tokens 12",
+    ),
     "infer": (infer, "--image demo/images/fundus.png --query where --completions 2"),
 }
 
@@ -266,9 +274,12 @@ def are_close(a, b) -> bool:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_script_does_on_the_gpu_what_it_does_on_the_host(name, tmp_path, monkeypatch, request):
+def test_a_script_does_on_the_gpu_what_it_does_on_the_host(
+    name, qwen3, tmp_path, monkeypatch, request
+):
     monkeypatch.setattr(Run, "curves", lambda *_: None)  # it takes longer than all the rest
     script, flags = RUNS[name]
+    flags = flags.replace("QWEN3", str(qwen3))
     on_host = outcome(script, flags, tmp_path / "host")
     request.getfixturevalue("gpu")
     on_gpu = outcome(script, flags, tmp_path / "gpu")

@@ -167,6 +167,18 @@ def test_a_checkpoint_of_one_process_is_resumed_sharded(alone, tmp_path):
     same_run(resumed(alone, tmp_path / "sharded", 2, "--parallel fsdp"), alone)
 
 
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_processes_do_the_work_of_one_with_the_other_family(kind, qwen3, tmp_path):
+    """Its random weights earn nothing, so it is the entropy bonus that has a gradient."""
+    flags = f"--crm {qwen3} --entropy-coef 0.1 --max-new-tokens 12"
+    run(WORK, flags, "--out", tmp_path / "one")
+    many(2, WORK, flags, f"--parallel {kind} --out", tmp_path / "two")
+    same_run(tmp_path / "two", tmp_path / "one")
+    if kind == "fsdp":
+        again = resumed(tmp_path / "two", tmp_path / "again", 1, flags)
+        same_run(again, tmp_path / "one")
+
+
 def test_shards_within_a_node_and_copies_across_nodes(alone, tmp_path):
     folder = tmp_path / "run"
     many(4, WORK, "--parallel fsdp --out", folder, node=2)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import random_crm
+from conftest import both_families, random_crm
 from oracles import next_logits
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -23,13 +23,14 @@ def assert_same_completions(groups, others):
 
 
 @pytest.fixture
-def short():
+def short(family):
     """A model whose completions end at different times: an eighth of the vocabulary ends one."""
-    crm = random_crm()
+    crm = random_crm(family=family)
     crm.end = torch.arange(40, 90)
     return crm
 
 
+@both_families
 def test_the_sampler_draws_what_a_loop_without_a_cache_draws(short, prompts):
     groups = sample(short, prompts, 6, 14, seed=3)
     assert len({int(n) for g in groups for n in g.lengths}) > 3
@@ -103,8 +104,10 @@ def test_prompts_sampled_in_chunks_give_the_same_completions(short, prompts, mon
     assert_same_completions(sample(short, prompts, 4, 12, seed=5), expected)
 
 
-def test_as_many_prompts_are_sampled_at_once_as_their_caches_fit(crm, prompts, monkeypatch):
-    keys = 2 * 2 * 2 * 16 * 4  # two sides, two layers, two key heads of size 16, four bytes
+@both_families
+def test_as_many_prompts_are_sampled_at_once_as_their_caches_fit(family, crm, prompts, monkeypatch):
+    head_size = {"qwen2_5_vl": 16, "qwen3_vl": 24}[family]
+    keys = 2 * 2 * 2 * head_size * 4  # two sides, two layers, two key heads, four bytes
     size = (max(len(p.ids) for p in prompts) + 4 * 12) * keys
     for fit in (1, 2, 3):
         monkeypatch.setattr(sampling, "HOST_CACHE_BYTES", fit * size + 1)
@@ -138,6 +141,7 @@ class Tape(TorchDispatchMode):
                     old.copy_(new)
 
 
+@both_families
 def test_a_step_replayed_from_a_graph_draws_what_the_step_itself_draws(short, prompts, monkeypatch):
     tapes = []
     cases = [(prompts, 1.0, 0), (prompts[1:], 0.7, 2)]
@@ -165,6 +169,7 @@ def test_a_step_replayed_from_a_graph_draws_what_the_step_itself_draws(short, pr
         assert sum(tape.plays for tape in tapes) >= max(int(g.lengths.max()) for g in expected) - 12
 
 
+@both_families
 def test_completions_do_not_depend_on_the_batch_they_were_sampled_in(crm, prompts):
     seeds = [(5, i) for i in range(3)]
     together = sample(crm, prompts, 4, 12, seed=seeds)
@@ -253,6 +258,7 @@ def test_a_checkpoints_generation_config_does_not_touch_sampling(prompts):
     assert torch.equal(before, sample(crm, prompts[:1], 3, 8, seed=9)[0].tokens)
 
 
+@both_families
 def test_vision_tokens_are_never_sampled(crm, prompts):
     (group,) = sample(
         crm, prompts[:1], 64, 8, temperature=50.0

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import random_crm
+from conftest import both_families, random_crm
 from oracles import dense_score, gradients_of, naive_logp, next_logits
 
 import scoring
@@ -32,6 +32,7 @@ def assert_same_gradients(gradients, expected):
         )
 
 
+@both_families
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 1.6])
 def test_sampled_equals_scored_equals_naive_for_prompts_and_images_of_different_sizes(
     crm, prompts, temperature
@@ -45,9 +46,10 @@ def test_sampled_equals_scored_equals_naive_for_prompts_and_images_of_different_
             torch.testing.assert_close(ours, naive, atol=1e-5, rtol=0)
 
 
+@both_families
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_every_gradient_of_the_packed_loss_equals_the_naive_one(prompts, checkpointing):
-    crm = random_crm(checkpointing=checkpointing)
+def test_every_gradient_of_the_packed_loss_equals_the_naive_one(family, prompts, checkpointing):
+    crm = random_crm(family=family, checkpointing=checkpointing)
     (group,) = sample(crm, prompts[:1], 4, 20, seed=2)
     (weights,) = random_weights([group])
     naive = gradients_of(crm, (naive_logp(crm, group, 1.0) * weights).sum())
@@ -55,9 +57,12 @@ def test_every_gradient_of_the_packed_loss_equals_the_naive_one(prompts, checkpo
     assert_same_gradients(gradients_of(crm, (logp(crm, group, range(4)) * weights).sum()), naive)
 
 
+@both_families
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_a_pack_of_several_prompts_equals_one_sequence_under_a_dense_mask(prompts, temperature):
-    crm = random_crm()
+def test_a_pack_of_several_prompts_equals_one_sequence_under_a_dense_mask(
+    family, prompts, temperature
+):
+    crm = random_crm(family=family)
     groups = sample(crm, prompts, 3, 10, seed=2)
     groups[1].lengths[:] = torch.tensor([1, 7, 4])
     pack = Pack([groups[2], groups[0], groups[1]], [[2, 0], [1], [0, 1, 2]])
@@ -73,11 +78,12 @@ def test_a_pack_of_several_prompts_equals_one_sequence_under_a_dense_mask(prompt
     )
 
 
+@both_families
 @pytest.mark.parametrize("freeze_vision", [True, False])
-def test_no_size_of_the_packs_changes_a_number(prompts, freeze_vision):
+def test_no_size_of_the_packs_changes_a_number(family, prompts, freeze_vision):
     """Log-probabilities of policy and reference, and all gradients, against transformers."""
     trainable = "language_model|lm_head" if freeze_vision else ""
-    crm = random_crm(trainable=trainable, reference=True)
+    crm = random_crm(family=family, trainable=trainable, reference=True)
     groups = sample(crm, [replace(p, features=None) for p in prompts], 3, 16, seed=2)
     weights = random_weights(groups)
     naive = [naive_logp(crm, group, 1.0) for group in groups]
@@ -114,9 +120,12 @@ def test_logits_that_are_recomputed_in_chunks_change_no_gradient(prompts, monkey
     assert_same_gradients(both(), whole)
 
 
-def test_a_frozen_vision_tower_runs_once_for_sampler_reference_and_policy(prompts, monkeypatch):
+@both_families
+def test_a_frozen_vision_tower_runs_once_for_sampler_reference_and_policy(
+    family, prompts, monkeypatch
+):
     for trainable, calls in (("language_model|lm_head", 1), ("", 3)):
-        crm = random_crm(trainable=trainable, reference=True)
+        crm = random_crm(family=family, trainable=trainable, reference=True)
         seen = []
 
         def counted(*inputs, tower, seen=seen):
@@ -234,6 +243,7 @@ def test_the_token_before_predicts_the_next_one():
     assert predictors_of(3, mask).tolist() == [2, 3, 2, 2, 6, 7]
 
 
+@both_families
 def test_a_forced_vision_token_scores_without_a_crash(crm, prompts):
     (group,) = sample(crm, prompts[:1], 3, 8)
     for token in crm.tokenizer.convert_tokens_to_ids(list(BANNED)):

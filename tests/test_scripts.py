@@ -474,6 +474,30 @@ def test_four_steps_equal_two_and_two_resumed_bit_for_bit(tmp_path: Path) -> Non
     assert "--resume" in error
 
 
+@pytest.mark.parametrize("flags", ["", "--lora-rank 4", "--offload --checkpointing"])
+def test_the_other_family_resumes_bit_for_bit(flags: str, qwen3: Path, tmp_path: Path) -> None:
+    """A random tiny Qwen3-VL, to which the entropy bonus gives a gradient."""
+    flags = f"{SMALL} --crm {qwen3} --max-new-tokens 12 --entropy-coef 0.1 {flags}"
+    run("train_grpo.py", flags, "--steps 2 --save-every 1 --out", tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut/step_000002")
+    run("train_grpo.py", flags, "--steps 2 --save-every 1 --resume --out", tmp_path / "cut")
+    of_whole = weights_of(tmp_path / "whole/step_000002")
+    of_cut = weights_of(tmp_path / "cut/step_000002")
+    start = weights_of(qwen3)
+    assert of_whole.keys() == of_cut.keys() == start.keys()
+    assert all(torch.equal(weight, of_cut[name]) for name, weight in of_whole.items())
+    assert any(not torch.equal(weight, start[name]) for name, weight in of_whole.items())
+    settings = json.loads((tmp_path / "cut/step_000002/settings.json").read_text())
+    assert settings["coordinates"] == "norm1000"
+    run(
+        "evaluate.py --limit 2 --max-new-tokens 8 --asm none --crm",
+        tmp_path / "cut/step_000002",
+        "--data demo/data --out",
+        tmp_path / "eval",
+    )
+
+
 def test_every_switch_of_a_study_changes_the_run_and_none_breaks_it(tmp_path: Path) -> None:
     run(
         "train_grpo.py",
