@@ -107,7 +107,6 @@ class Config:
         None, "reasoning, direct, boxes, a text file with {query}, or the text itself"
     )
     resize: str | None = flag(None, "aspect, aspect:MAX_PIXELS or square:SIDE")
-    coordinates: str | None = flag(None, "see data.COORDINATES", ("pixels", "norm1000"))
     dtype: str = flag(
         "auto", "compute type; auto is bfloat16 on CUDA", ("auto", "float32", "bfloat16")
     )
@@ -171,6 +170,7 @@ class Config:
     eval_every: int = flag(50, "steps between evaluations (0: first and last; -1: none)", low=-1)
     eval_limit: int = flag(0, "held-out questions, evenly spread (0: all)", low=0)
     save_every: int = flag(100, "steps between checkpoints (0: only the last; -1: none)", low=-1)
+    keep: int = flag(0, "newest checkpoints to keep, besides the best one (0: all)", low=0)
     track: str | None = flag(None, "also log to a tracker, see extras/track.py", tuple(TRACKERS))
 
 
@@ -617,8 +617,7 @@ def main(cfg: Config) -> None:
         run = Run(cfg, ranks)  # with --resume it compares all flags, so they are final here
         asm = load_asm(cfg.asm, ranks.device) if needs_asm else None
         torch.manual_seed(cfg.seed)  # LoRA's matrices are the same on every rank
-        dtype = ranks.dtype(cfg.dtype)
-        crm = load_crm(cfg.crm, ranks.device, dtype, cfg.prompt, cfg.resize, cfg.coordinates)
+        crm = load_crm(cfg.crm, ranks.device, ranks.dtype(cfg.dtype), cfg.prompt, cfg.resize)
         if run.checkpoint is not None:
             crm.check_settings(run.checkpoint)
         parameters = crm.prepare_training(
@@ -787,7 +786,7 @@ MOVED = {
     "cuda_graphs": "it is the argument graphs of sampling.sample",
     "mask_truncated": "a change of three lines, see learn/CHANGES.md",
     "eval_answers": "it is EVAL_COMPLETIONS in evaluate.py",
-    "keep": "it is KEEP in runtime/run.py",
+    "coordinates": "they are the checkpoint's; train_sft.py --coordinates teaches others",
     "rollouts_every": "groups are logged at every evaluation: --eval-every",
 }
 

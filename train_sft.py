@@ -82,6 +82,7 @@ class Config:
     eval_every: int = flag(0, "steps between evaluations (0: first and last; -1: none)", low=-1)
     eval_limit: int = flag(0, "held-out questions, evenly spread (0: all)", low=0)
     save_every: int = flag(500, "steps between checkpoints (0: only the last; -1: none)", low=-1)
+    keep: int = flag(0, "newest checkpoints to keep, besides the best one (0: all)", low=0)
     track: str | None = flag(None, "also log to a tracker, see extras/track.py", tuple(TRACKERS))
 
 
@@ -223,7 +224,6 @@ MOVED = {
     "test_data": 'give --data a folder with the splits "train" and "test"',
     "only": "make a data set of the rows that are meant, see paper/experiments.py",
     "timeout": "it is TIMEOUT_MINUTES in runtime/parallel.py",
-    "keep": "it is KEEP in runtime/run.py",
     "max_grad_norm": "it is MAX_GRAD_NORM in runtime/optim.py",
     "eval_answers": "it is EVAL_COMPLETIONS in evaluate.py",
 }

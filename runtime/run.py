@@ -67,10 +67,9 @@ MAY_CHANGE = {
     "eval_every",
     "eval_limit",
     "save_every",
+    "keep",
     "track",
 }
-
-KEEP = 0  # newest checkpoints that stay, besides the best one; 0: all
 
 # A step without a finite gradient moves nothing, and the next may be fine. After so many in a row
 # the weights are past help.
@@ -125,7 +124,7 @@ class Run:
     folder: the run folder. checkpoint: the one that --resume continues from, or None."""
 
     def __init__(self, config: Any, ranks: Ranks):
-        """config: the dataclass of all flags. Of these out, resume, save_every, track,
+        """config: the dataclass of all flags. Of these out, resume, save_every, keep, track,
         eval_every and steps are used here. ValueError where --out holds files that this run must
         not touch, or cannot resume."""
         self.config = config
@@ -449,7 +448,7 @@ class Run:
             self.save(step, crm, optimizer)
 
     def save(self, step: int, crm: Any, optimizer: Optimizer) -> None:
-        """Writes the checkpoint of `step` steps. Older ones that KEEP does not ask for are
+        """Writes the checkpoint of `step` steps. Older ones that --keep does not ask for are
         deleted once these weights have worked for another step.
 
         crm: has gathered(), a context manager inside which crm.save(folder) writes all weights. A
@@ -474,15 +473,15 @@ class Run:
         self.saved_step = step
 
     def _delete_old(self) -> None:
-        """The newest KEEP stay, and the best of those that were evaluated."""
-        if KEEP == 0 or self.saved_step is None or not self.ranks.is_main:
+        """--keep: the newest stay, and the best of those that were evaluated."""
+        if self.config.keep == 0 or self.saved_step is None or not self.ranks.is_main:
             return
         saved = checkpoint.path_of(self.folder, self.saved_step)
         scores = {}
         for row in self.read("metrics"):
             if row.get("sampled/iou") is not None:
                 scores[row["step"]] = row["sampled/iou"]
-        checkpoint.keep_newest(self.folder, KEEP, saved, scores)
+        checkpoint.keep_newest(self.folder, self.config.keep, saved, scores)
 
     @contextmanager
     def _all_write(self, folder: Path) -> Iterator[None]:

@@ -24,24 +24,18 @@ from test_parallel import Torchrun, a_rank_is_killed, many, slow_work
 from test_scripts import ROOT, run, without_times
 
 from runtime import checkpoint
-from runtime import run as run_module
 from runtime.files import read_jsonl
 
 SMALL = (
-    "train_grpo.py --crm demo/crm --data demo/data --steps 12 --save-every 2 --prompts 2 "
+    "train_grpo.py --crm demo/crm --data demo/data --steps 12 --save-every 2 --keep 2 --prompts 2 "
     "--group 2 --minibatches 1 --max-new-tokens 6 --eval-every -1 --lr 1e-4 --resume auto"
 )
 LAST = "step_000012"
 
 
-def keep_two():
-    """Two checkpoints stay."""
-    run_module.KEEP = 2
-
-
-def start(folder, flags="", before=keep_two, **options):
+def start(folder, flags="", **options):
     """The run in one process."""
-    return Script(SMALL, flags, "--out", folder, before=before, **options)
+    return Script(SMALL, flags, "--out", folder, **options)
 
 
 def said(process):

@@ -51,6 +51,7 @@ class Config:
     track: str | None = None
     steps: int = 12
     save_every: int = 100
+    keep: int = 0
     eval_every: int = 50
     lr: float = 1e-6
     seed: int = 0
@@ -99,13 +100,11 @@ def signals():
 
 
 @pytest.fixture
-def cfg(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "KEEP", 0)  # `begun` sets it
+def cfg(tmp_path):
     return Config(out=str(tmp_path / "run"))
 
 
-def begun(cfg, steps=12, ranks=None, keep=0, **changes):
-    module.KEEP = keep
+def begun(cfg, steps=12, ranks=None, **changes):
     run = Run(replace(cfg, steps=steps, **changes), ranks or Ranks())
     run.begin(an_optimizer(), steps)
     return run
@@ -453,7 +452,7 @@ def test_resume_rejects_flags_that_change_what_is_learned(cfg, change, says):
 
 
 def test_no_flag_that_decides_what_is_learned_may_change_on_resume():
-    model = "crm prompt resize coordinates dtype seed lora_rank trainable"
+    model = "crm prompt resize dtype seed lora_rank trainable"
     data = "data skip_bad_rows prompts batch max_new_tokens temperature think"
     reward = "mode coefficients asm group resample"
     loss = "norm agg ratio clip_low clip_high dual_clip kl kl_coef entropy_coef sampler_is"
@@ -466,10 +465,10 @@ def test_no_flag_that_decides_what_is_learned_may_change_on_resume():
 
 def test_resume_takes_other_steps_intervals_and_ways_to_compute_the_same(cfg):
     train(begun(cfg), 2, save=(2,))
-    changes = dict(parallel="fsdp", offload=True, eval_every=7, save_every=3)
+    changes = dict(parallel="fsdp", offload=True, eval_every=7, save_every=3, keep=2)
     run = begun(cfg, steps=20, resume="auto", **changes)
     assert run.start_step == 2
-    assert json.loads((run.folder / "config.json").read_text())["save_every"] == 3
+    assert json.loads((run.folder / "config.json").read_text())["keep"] == 2
 
 
 def test_a_flag_that_did_not_exist_then_does_not_stop_a_resume(cfg):
