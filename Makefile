@@ -1,6 +1,7 @@
 PYTHON ?= python3
 VENV   := .venv
 RUN    := $(VENV)/bin/python
+RANKS  := import torch; print(min(torch.cuda.device_count(), 2) or 2)
 SAM2   := $(shell grep -o 'sam2==[0-9.]*' requirements.txt | head -1)
 
 # prints this list
@@ -25,7 +26,7 @@ $(VENV)/ready: requirements.txt requirements-extras.txt
 .PHONY: demo
 demo: setup
 	rm -rf runs/demo out/demo
-	$(RUN) train_grpo.py
+	$(VENV)/bin/torchrun --nproc-per-node $$($(RUN) -c "$(RANKS)") train_grpo.py
 	$(RUN) infer.py --crm "$$(ls -d runs/demo/step_* | tail -1)" --out out/demo --completions 8 \
 	    --image demo/images/chest_ct_patient.png \
 	    --query "What could the dark air-filled field on the left of the chest represent?"
@@ -105,14 +106,16 @@ memory: setup
 paper: setup
 	$(RUN) -m paper
 
-# makes everything in demo/: the data and the two tiny models; about two hours on two cores
+# makes everything in demo/: the data and the tiny models; about EMBEDDED_TIME on two cores
 .PHONY: embedded
 embedded: setup build/nilearn-0.14.1-py3-none-any.whl build/pyradiomics-3.0.1.tar.gz
 	$(RUN) -m demo.make.data
 	$(RUN) -m demo.make.histology
 	$(RUN) -m extras.false_premise --count 60 --out demo/absent
-	$(RUN) -m demo.make.crm
+	OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --nproc-per-node 2 -m demo.make.crm
 	$(RUN) -m demo.make.asm
+	$(VENV)/bin/torchrun --nproc-per-node 2 train_grpo.py --out runs/taught
+	$(RUN) -m demo.make.taught "$$(ls -d runs/taught/step_* | tail -1)"
 
 # The data have slices of a brain that is inside this wheel. It is read, not installed.
 build/nilearn-0.14.1-py3-none-any.whl: | setup

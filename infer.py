@@ -1,7 +1,7 @@
 """One image and one question -> reasoning, box, two key points, mask.
 
-    python infer.py --image demo/images/brain_mr_axial.png \\
-                    --query "What could the paired dark cavities deep within the brain represent?"
+    python infer.py --image demo/images/abdomen_ct.png \\
+        --query "Where on this CT slice is the organ on the left that turns blood into urine?"
     python infer.py --image x.png --query "…" --completions 8   # keep what most others agree with
     python infer.py --image x.png --query "…" --abstain 0.5     # may answer that it is not sure
     python infer.py --image x.png --query "…" --crm zzzyzh/MedReasoner-Soft-7B \\
