@@ -1,16 +1,12 @@
 """learn/README.md and learn/FAILURES.md: what they quote, link and tell to run is there."""
 
-import json
 import re
 import shlex
 
-import numpy as np
 import pytest
-from PIL import Image
 
 import train_grpo
-from learn import changes, failures
-from learn.failures import PANELS, RESULTS, curves
+from learn import changes
 from runtime.cli import ROOT, dashed, parse_args
 from runtime.stats import WARNINGS
 
@@ -70,25 +66,3 @@ def test_the_afternoons_runs_parse_and_its_patch_is_there(tmp_path):
 
 
 # ---------------------------------------------------------------- the picture
-
-
-def test_every_run_in_the_picture_has_results_and_a_curve():
-    for names in PANELS.values():
-        for values in curves(RESULTS, list(names)).values():
-            assert len(values) > 5
-            assert np.isfinite(values).all()
-
-
-def test_runs_are_compared_over_the_seeds_that_all_of_them_have(tmp_path):
-    for run, seed, value in (("a", 0, 0.2), ("a", 1, 0.9), ("b", 0, 0.4)):
-        result = {"seed": seed, "curves": {"box_iou": [value, value + 0.2]}}
-        (tmp_path / f"{run}-{seed}.json").write_text(json.dumps(result))
-    found = curves(tmp_path, ["a", "b"])
-    np.testing.assert_allclose(found["a"], [0.2, 0.3])
-    np.testing.assert_allclose(found["b"], [0.4, 0.5])
-
-
-def test_the_picture_is_drawn(tmp_path):
-    failures.draw(RESULTS, tmp_path / "a.png")
-    drawn = Image.open(tmp_path / "a.png")
-    assert drawn.size == Image.open(failures.PICTURE).size
