@@ -164,7 +164,9 @@ MISTAKES = {
 EVERY_MISTAKE = [(name, mistake) for name, of_one in MISTAKES.items() for mistake in of_one]
 
 
-@pytest.mark.parametrize("name, mistake", EVERY_MISTAKE, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(
+    "name, mistake", EVERY_MISTAKE, ids=lambda value: getattr(value, "__name__", value)
+)
 def test_a_typical_mistake_is_wrong_with_its_case(name, mistake):
     verdict, details = check(BY_NAME[name], mistake)
     assert verdict == "wrong"
