@@ -28,8 +28,8 @@ demo: setup
 	rm -rf runs/demo out/demo
 	$(VENV)/bin/torchrun --nproc-per-node $$($(RUN) -c "$(RANKS)") train_grpo.py
 	$(RUN) infer.py --crm "$$(ls -d runs/demo/step_* | tail -1)" --out out/demo --completions 8 \
-	    --image demo/images/chest_ct_patient.png \
-	    --query "What could the dark air-filled field on the left of the chest represent?"
+	    --image demo/images/chest_ct_patient_2.png \
+	    --query "Show me the dark field on the left that takes up oxygen on this CT slice."
 	$(RUN) -m extras.rollouts runs/demo
 	@echo "the curve is runs/demo/curves.png and the overlay is out/demo/overlay.png"
 	@echo "runs/demo/rollouts.html is a page of the groups that the model learned from"

@@ -1,9 +1,8 @@
 """The README's picture: one question, answered before GRPO and after it, with the truth.
 
-    python infer.py --image demo/images/chest_ct_patient.png --query "..." --crm demo/crm \\
+    python infer.py --image demo/images/chest_ct_patient_2.png --query "..." --crm demo/crm \\
         --out out/before
-    python infer.py --image demo/images/chest_ct_patient.png --query "..." \\
-        --crm runs/demo/step_000080 --out out/after
+    python infer.py --image demo/images/chest_ct_patient_2.png --query "..." --out out/after
     python -m demo.make.example out/before out/after     # -> demo/pictures/example.png
 
 The truth is read from demo/data.
