@@ -416,7 +416,7 @@ def prompt_sizes(cfg: Config, train: Examples, family: Family) -> tuple[list[int
     resize = cfg.resize or settings.get("resize", "aspect")
     min_pixels = settings.get("min_pixels", MIN_PIXELS)
     max_pixels = settings.get("max_pixels", largest)
-    coordinates = cfg.coordinates or settings.get("coordinates", family.coordinates)
+    coordinates = settings.get("coordinates", family.coordinates)
     template = load_prompt(cfg.prompt or settings.get("prompt", "reasoning"))
     lengths = []
     patches = []

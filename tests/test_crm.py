@@ -471,8 +471,8 @@ def test_a_checkpoint_remembers_its_prompt_and_an_explicit_one_wins(tmp_path):
     load_crm("demo/crm", prompt="Where is it? {query}").save(tmp_path)
     assert load_crm(tmp_path).template == "Where is it? {query}"
     assert load_crm(tmp_path, prompt="direct").template == PROMPTS["direct"]
-    with pytest.raises(ValueError, match="--prompt nothing"):
-        load_crm(tmp_path, prompt="nothing")
+    with pytest.raises(ValueError, match="--prompt nonsense"):
+        load_crm(tmp_path, prompt="nonsense")
 
 
 def test_a_named_prompt_is_remembered_by_name_so_that_a_changed_one_reaches_the_model(

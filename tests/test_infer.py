@@ -323,11 +323,11 @@ def test_several_boxes_become_one_mask(ask):
 
 def test_the_models_in_use_are_printed_and_written(ask):
     got = ask([completion(BOX)], "--multimask")
-    crm = str(ROOT / "demo/crm")
+    crm = str(ROOT / "demo/crm_grpo")
     assert got.result["crm"] == crm
     assert got.result["asm"] == "recorder:"
     assert got.result["query"] == "What is bright?"
-    assert "no --crm given: demo/crm is used" in got.out
+    assert "no --crm given: demo/crm_grpo is used" in got.out
     assert f"CRM {crm}, ASM recorder:" in got.out
     ask([completion(BOX)])
     assert [options["multimask"] for options in LOADED] == [True, False]

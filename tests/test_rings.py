@@ -160,7 +160,7 @@ def core_only(tmp_path_factory) -> Path:
     for folder in ("runtime", "recipes"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
     (copy / "demo").mkdir()
-    for name in ("crm", "asm", "data", "images"):
+    for name in ("crm", "crm_grpo", "asm", "data", "images"):
         (copy / "demo" / name).symlink_to(ROOT / "demo" / name)
     return copy
 

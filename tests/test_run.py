@@ -452,7 +452,7 @@ def test_resume_rejects_flags_that_change_what_is_learned(cfg, change, says):
 
 
 def test_no_flag_that_decides_what_is_learned_may_change_on_resume():
-    model = "crm prompt resize dtype seed lora_rank trainable"
+    model = "crm prompt resize coordinates dtype seed lora_rank trainable"
     data = "data skip_bad_rows prompts batch max_new_tokens temperature think"
     reward = "mode coefficients asm group resample"
     loss = "norm agg ratio clip_low clip_high dual_clip kl kl_coef entropy_coef sampler_is"
