@@ -106,7 +106,7 @@ memory: setup
 paper: setup
 	$(RUN) -m paper
 
-# makes everything in demo/: the data and the tiny models; about EMBEDDED_TIME on two cores
+# makes everything in demo/: the data and the tiny models; 90 minutes on two cores, as its parts add up
 .PHONY: embedded
 embedded: setup build/nilearn-0.14.1-py3-none-any.whl build/pyradiomics-3.0.1.tar.gz
 	$(RUN) -m demo.make.data
