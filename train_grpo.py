@@ -717,17 +717,21 @@ def main(cfg: Config) -> None:
         row["tokens_per_second"] = row["tokens"] / row["seconds"]
         row["peak_memory_gb"] = peak_memory(ranks.device)
         stopped = run.stopped()
-        if run.is_due(done, stopped):  # first: an evaluation takes long, and a cluster may not wait
-            run.save(done, crm, optimizer)
+        is_due = run.is_due(done, stopped)
         is_last = done == cfg.steps
-        if len(tests) > 0 and run.evaluation_is_due(done) and (is_last or not stopped):
+        evaluates = len(tests) > 0 and run.evaluation_is_due(done) and (is_last or not stopped)
+        if evaluates:
+            if is_due:  # first: an evaluation takes long, and a cluster may not wait
+                run.save(done, crm, optimizer)
             row |= log_held_out(run, crm, tests, cfg, coefficients, done, greedy=is_last)
             log_groups(run, done, tests, setup, own=list(zip(own_places, batch)))
         run.warn(row)
         run.log("metrics", row)
         run.log("best_and_worst", {"step": done, **best_and_worst(records)})
         bar.set_postfix(reward=f"{row['reward']:.2f}", seconds=f"{row['seconds']:.2f}")
-        if run.is_due(done, stopped):
+        if is_due:
+            if not evaluates:  # last: a checkpoint has the rows of all its steps beside it
+                run.save(done, crm, optimizer)
             run.curves(PANELS)
         run.give_up_on_skipped()
         if stopped:

@@ -196,15 +196,19 @@ def main(cfg: Config) -> None:
             "tokens_per_second": tokens / seconds,
             "peak_memory_gb": peak_memory(ranks.device),
         }
-        if run.is_due(done, stopped):  # first: an evaluation takes long, and a cluster may not wait
-            run.save(done, crm, optimizer)
+        is_due = run.is_due(done, stopped)
         is_last = done == steps
-        if len(tests) > 0 and run.evaluation_is_due(done) and (is_last or not stopped):
+        evaluates = len(tests) > 0 and run.evaluation_is_due(done) and (is_last or not stopped)
+        if evaluates:
+            if is_due:  # first: an evaluation takes long, and a cluster may not wait
+                run.save(done, crm, optimizer)
             row |= log_held_out(run, crm, tests, cfg, {}, done, greedy=is_last)
         run.warn(row)
         run.log("metrics", row)
         bar.set_postfix(loss=f"{row['loss']:.3f}", s=f"{seconds:.1f}")
-        if run.is_due(done, stopped):
+        if is_due:
+            if not evaluates:  # last: a checkpoint has the rows of all its steps beside it
+                run.save(done, crm, optimizer)
             run.curves(PANELS)
         run.give_up_on_skipped()
         if stopped:

@@ -25,6 +25,7 @@ from test_scripts import ROOT, run, without_times
 
 from runtime import checkpoint
 from runtime.files import read_jsonl
+from runtime.run import Run
 
 SMALL = (
     "train_grpo.py --crm demo/crm --data demo/data --steps 12 --save-every 2 --keep 2 --prompts 2 "
@@ -125,6 +126,24 @@ def run_undisturbed(folder, start=start):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     return run_undisturbed(tmp_path_factory.mktemp("runs") / "undisturbed")
+
+
+def die_after_saving():
+    """The process is killed as soon as its first checkpoint is there."""
+    save = Run.save
+
+    def save_and_die(*given):
+        save(*given)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    Run.save = save_and_die
+
+
+def test_a_kill_right_after_a_checkpoint_loses_no_row(undisturbed, tmp_path):
+    said(start(tmp_path, before=die_after_saving))
+    assert rows_so_far(tmp_path) == 2
+    said(start(tmp_path))
+    assert equal(tmp_path, undisturbed)
 
 
 def test_only_the_newest_checkpoints_are_kept(undisturbed):
