@@ -270,8 +270,10 @@ class CRM:
         grid = pixels["image_grid_thw"].to(self.device)
         image_tokens = int(grid.prod()) // self.image_processor.merge_size**2
 
-        chat = (self.family.system + CHAT[0], *CHAT[1:])
-        before, between, after = (self.tokenizer(text).input_ids for text in chat)
+        opening, middle, closing = CHAT
+        before = self.tokenizer(self.family.system + opening).input_ids
+        between = self.tokenizer(middle).input_ids
+        after = self.tokenizer(closing).input_ids
         words = self.tokenizer(prompt_text, split_special_tokens=True).input_ids
         image_ids = [self.image_id] * image_tokens
         ids = torch.tensor(before + image_ids + between + words + after, device=self.device)
